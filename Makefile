@@ -1,0 +1,26 @@
+# make app   creates .venv, installs requirements.txt and serves the app on http://127.0.0.1:7860
+# make test  the same installation, then the test suite
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: app test lint screenshots
+
+app: .venv/installed
+	.venv/bin/python app.py
+
+test: .venv/installed lint
+	.venv/bin/python -m pytest
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+screenshots: .venv/installed
+	.venv/bin/python -m tests.screenshots docs
+
+.venv/installed: requirements.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; found: $$(python3 --version 2>&1). Install one, or name it: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@

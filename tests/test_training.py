@@ -1,0 +1,307 @@
+"""Training end to end at tiny size: resume after kill -9 and SIGTERM, data order, recipes, cards, evaluation."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import vca
+from training import recipe as recipes
+from training.classify import Recipe, build_model
+from training.data import DataError, FolderBatches, Images, MemoryBatches, decode, eval_transform, pad_crop_flip
+from training.engine import RunError, RunFolder, Trainer
+
+CLASSES = ("bird", "cat", "dog")
+SHORT = ["--epochs", "3", "--batch-size", "16", "--save-every", "3", "--compile", "false", "--drop-path", "0.1",
+         "--mixup", "0.8", "--cutmix", "1.0", "--device", "cpu"]  # fmt: skip
+
+
+def write_images(root, split, per_class, seed, size=32):
+    rng = np.random.default_rng(seed)
+    for shade, name in enumerate(CLASSES):
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        for i in range(per_class):
+            pixels = rng.integers(0, 120, (size, size, 3)) + np.array([60 * shade, 0, 120 - 60 * shade])
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_images(root, "train", 50, seed=0)
+    write_images(root, "val", 10, seed=1)
+    return root
+
+
+def command(data, out, *extra, module="training.classify", recipe="cifar10_vca"):
+    return [sys.executable, "-m", module, recipe, "--data", str(data), "--out", str(out), *SHORT, *extra]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(*args, **kwargs):
+    return subprocess.run(args[0], env=environment(), capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def finish(data, out, *extra):
+    result = run(command(data, out, *extra))
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def start_and_signal(data, out, extra, signum, delay):
+    """Starts a run, waits for its first saved state and `delay` seconds, then sends the signal."""
+    process = subprocess.Popen(command(data, out, *extra), env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("state-*.pt")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signum)
+    return process.wait(30), process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    "extra", [(), ("--memory", "false", "--workers", "2", "--crop-scale", "0.5")], ids=["memory", "folder"]
+)
+def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(data, tmp_path, extra):
+    finish(data, tmp_path / "whole", *extra)
+    code, _ = start_and_signal(data, tmp_path / "killed", extra, signal.SIGKILL, random.uniform(0, 0.8))
+    assert code in (-signal.SIGKILL, 0)
+    finish(data, tmp_path / "killed", *extra)
+    for name in ("model.safetensors", "config.json"):
+        whole, killed = (tmp_path / r / "checkpoint" / name for r in ("whole", "killed"))
+        assert whole.read_bytes().replace(b"/whole", b"/killed") == killed.read_bytes(), name
+    logs = [RunFolderLog(tmp_path / r / "log.jsonl") for r in ("whole", "killed")]
+    assert logs[0] == logs[1]
+
+
+def RunFolderLog(path):  # noqa: N802
+    """The log without its timings."""
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+
+
+def test_sigterm_saves_and_exits_with_zero(data, tmp_path):
+    out = tmp_path / "run"
+    code, stderr = start_and_signal(data, out, ("--epochs", "60"), signal.SIGTERM, 0.1)
+    assert code == 0, stderr
+    step = int(re.search(r"state saved at step (\d+)", stderr).group(1))
+    assert (out / f"state-{step:08d}.pt").exists()
+    assert not (out / "checkpoint").exists()
+
+
+def test_checkpoint_card_and_evaluation_agree(data, tmp_path):
+    finish(data, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint"
+    printed = run([sys.executable, "-m", "training.evaluate", str(checkpoint), "--data", str(data)])
+    assert printed.returncode == 0, printed.stderr
+    top1 = re.search(r"top-1 (\S+) %", printed.stdout).group(1)
+    card = (checkpoint / "README.md").read_text()
+    assert f"Top-1 {top1} %" in card
+    for fact in ("seed 0", "CIFAR-10", "python -m training.classify cifar10_vca", "sha256"):
+        assert fact in card
+    model = vca.load(checkpoint)
+    assert model.label_names == list(CLASSES)
+    assert model.pretrained_cfg["mean"] == [0.4914, 0.4822, 0.4465]
+    assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
+
+
+def test_init_starts_from_the_weights_and_keeps_the_history(data, tmp_path):
+    finish(data, tmp_path / "first")
+    first = tmp_path / "first" / "checkpoint"
+    finish(data, tmp_path / "second", "--init", str(first), "--lr", "1e-12", "--min-lr", "0.0", "--warmup-lr", "0.0")
+    old, new = (load_file(tmp_path / r / "checkpoint" / "model.safetensors") for r in ("first", "second"))
+    assert all(torch.allclose(old[k], new[k], atol=1e-6) for k in old)
+    history = vca.load(tmp_path / "second" / "checkpoint").training_history
+    assert [bool(entry["init"]) for entry in history] == [False, True]
+
+
+def test_two_runs_cannot_share_a_folder_nor_recipes(tmp_path):
+    recipe = Recipe("vca_vit_pico_patch4_32", 1, 8, 1e-3)
+    held = RunFolder(tmp_path, recipe)
+    with pytest.raises(RunError, match="in use by another run"):
+        RunFolder(tmp_path, recipe)
+    held._lock.close()
+    with pytest.raises(RunError, match="another lr"):
+        RunFolder(tmp_path, Recipe("vca_vit_pico_patch4_32", 1, 8, 1e-4))
+
+
+def trainer(tmp_path, **options):
+    model = vca.create_model("vca_vit_pico_patch4_32", num_classes=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    folder = RunFolder(tmp_path, Recipe("vca_vit_pico_patch4_32", 1, 8, 0.1))
+    defaults = dict(seed=0, device=torch.device("cpu"), precision="fp32", ema_decay=0.0, clip_grad=0.0, micro_batch=0,
+                    compile=False, save_every=100)  # fmt: skip
+
+    class Constant:
+        def step_update(self, step):
+            pass
+
+    return Trainer(folder, model, optimizer, Constant(), **(defaults | options))
+
+
+def cross_entropy(model, x, y):
+    return torch.nn.functional.cross_entropy(model(x), y)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8) % 3
+    weights = []
+    for micro_batch in (0, 3):
+        torch.manual_seed(0)
+        t = trainer(tmp_path / str(micro_batch), micro_batch=micro_batch)
+        t.train_step(x, y, cross_entropy)
+        weights.append(torch.cat([p.detach().flatten() for p in t.model.parameters()]))
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+def test_non_finite_steps_are_skipped_counted_and_end_the_run(tmp_path):
+    t = trainer(tmp_path)
+    before = {k: v.clone() for k, v in t.model.state_dict().items()}
+    bad, y = torch.full((2, 3, 32, 32), float("nan")), torch.tensor([0, 1])
+    t.train_step(bad, y, cross_entropy)
+    assert t.skipped == 1
+    assert all(torch.equal(before[k], v) for k, v in t.model.state_dict().items())
+    t.train_step(torch.randn(2, 3, 32, 32), y, cross_entropy)
+    with pytest.raises(RunError, match="10 steps in a row"):
+        for _ in range(10):
+            t.train_step(bad, y, cross_entropy)
+
+
+def test_a_full_disk_keeps_the_previous_state_and_says_so(tmp_path, monkeypatch):
+    t = trainer(tmp_path)
+    t.checkpoint(force=True)
+    saved = t.run.states()
+    t.step += 1
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"No space left on device.*previous state is kept"):
+        t.checkpoint(force=True)
+    assert t.run.states() == saved
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def folder_batches(data, workers):
+    images = Images(data, "train")
+    images.transform = lambda image: torch.rand(2)
+    return FolderBatches(images, batch_size=16, seed=5, workers=workers, device="cpu")
+
+
+def memory_batches(data):
+    cfg = vca.create_model("vca_vit_pico_patch4_32").pretrained_cfg
+    pixels, labels = decode(Images(data, "train"), cfg)
+    return MemoryBatches(pixels, labels, batch_size=16, seed=5, padding=4, cfg=cfg, device="cpu")
+
+
+def test_folder_batches_do_not_depend_on_workers_nor_on_where_they_start(data):
+    batches = [list(folder_batches(data, workers).epoch(2, 0)) for workers in (0, 1, 3)]
+    later = list(folder_batches(data, 2).epoch(2, 4))
+    for (x0, y0), (x1, y1), (x3, y3) in zip(*batches, strict=True):
+        assert torch.equal(x0, x1) and torch.equal(x0, x3) and torch.equal(y0, y1) and torch.equal(y0, y3)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(batches[0][4:], later, strict=True))
+
+
+def test_memory_batches_resume_inside_an_epoch_and_differ_between_epochs(data):
+    batches = memory_batches(data)
+    whole, rest = list(batches.epoch(1, 0)), list(batches.epoch(1, 3))
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(whole[3:], rest, strict=True))
+    assert not torch.equal(whole[0][0], next(batches.epoch(2, 0))[0])
+    seen = torch.cat([y for _, y in whole]).bincount()
+    assert seen.sum() == 144 and seen.max() <= 50
+
+
+def test_pad_crop_flip_moves_pixels_as_told():
+    image = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
+    stay, corner = torch.tensor([0.5, 0.5, 0.9]), torch.tensor([0.0, 0.99, 0.1])
+    out = pad_crop_flip(image, torch.stack([stay, corner]), padding=1)
+    assert torch.equal(out[0], image[0])
+    expected = torch.zeros_like(image[1])
+    expected[:, 1:, :4] = image[1][:, :3, 1:]
+    assert torch.equal(out[1], expected.flip(-1))
+
+
+def test_decoded_images_are_what_the_app_and_timm_see(data):
+    cfg = vca.create_model("vca_vit_pico_patch4_32").pretrained_cfg
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8))
+    floats = eval_transform(cfg)(photo)
+    pixels = eval_transform(cfg, as_bytes=True)(photo).permute(2, 0, 1)
+    assert torch.allclose((pixels / 255 - 0.5) / 0.5, floats, atol=1e-6)
+
+
+def test_weight_decay_leaves_out_norms_biases_positions_lambdas_and_embeddings():
+    from timm.optim import create_optimizer_v2
+
+    model = build_model(Recipe("vca_vit_pico_patch4_32", 1, 8, 1e-3), CLASSES, None)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
+    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    spared = {name for name, _ in model.named_parameters()} - names
+    assert names == {n for n, p in model.named_parameters() if n.endswith("weight") and p.ndim > 1}
+    for part in ("norm1", ".bias", "pos_embed", "lambda_q1", "positive_embed", "negative_embed", "stage2.norm"):
+        assert any(part in name for name in spared)
+
+
+@pytest.mark.parametrize(
+    "text, overrides, message",
+    [
+        ("epoch = 3", {}, "did you mean epochs"),
+        ('epochs = "3"', {}, "must be of type int, not str"),
+        ("epochs = 3", {}, "key 'model' is missing"),
+        ("epochs = ", {}, "not valid TOML"),
+        ("", {"lr": "fast"}, "not a float"),
+        ("", {"epochs": "0"}, "epochs = 0 must be positive"),
+        ("", {"precision": "fp16"}, "must be bf16 or fp32"),
+        ("", {"color_jitter": "0.4"}, "need memory = false"),
+    ],
+)
+def test_bad_recipes_are_refused_in_words(tmp_path, text, overrides, message):
+    file = tmp_path / "mine.toml"
+    if "epochs" not in text:
+        text = 'model = "vca_vit_pico_patch4_32"\nepochs = 1\nbatch_size = 8\nlr = 1e-3\n' + text
+    file.write_text(text)
+    with pytest.raises(recipes.RecipeError, match=re.escape(message)):
+        recipes.read(str(file), Recipe, overrides)
+
+
+def test_an_unknown_recipe_names_the_known_ones():
+    with pytest.raises(recipes.RecipeError, match="cifar10_vca"):
+        recipes.read("cifar11", Recipe, {})
+
+
+def test_every_recipe_reads():
+    for file in recipes.FOLDER.glob("*.toml"):
+        assert recipes.read(file.stem, Recipe, {}).model in vca.list_models()
+
+
+def test_unusable_data_is_refused_in_words(data, tmp_path):
+    with pytest.raises(DataError, match="no folder 'train'"):
+        Images(tmp_path, "train")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match="holds no images"):
+        Images(tmp_path, "train")
+    one = tmp_path / "train" / "cat"
+    one.mkdir()
+    Image.new("RGB", (8, 8)).save(one / "a.png")
+    with pytest.raises(DataError, match="at least two"):
+        Images(tmp_path, "train")
+    (tmp_path / "train" / "dog").mkdir()
+    (tmp_path / "train" / "dog" / "b.png").write_text("not an image")
+    with pytest.raises(DataError, match=r"b\.png is not a readable image"):
+        decode(Images(tmp_path, "train"), vca.create_model("vca_vit_pico_patch4_32").pretrained_cfg)
+    result = run(command(tmp_path, tmp_path / "out"))
+    assert result.returncode == 1 and result.stderr.startswith("error:") and "Traceback" not in result.stderr
