@@ -84,11 +84,11 @@ def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(data, tmp_path, 
     for name in ("model.safetensors", "config.json"):
         whole, killed = (tmp_path / r / "checkpoint" / name for r in ("whole", "killed"))
         assert whole.read_bytes().replace(b"/whole", b"/killed") == killed.read_bytes(), name
-    logs = [RunFolderLog(tmp_path / r / "log.jsonl") for r in ("whole", "killed")]
+    logs = [untimed_log(tmp_path / r / "log.jsonl") for r in ("whole", "killed")]
     assert logs[0] == logs[1]
 
 
-def RunFolderLog(path):  # noqa: N802
+def untimed_log(path):
     """The log without its timings."""
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
 

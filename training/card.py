@@ -12,6 +12,10 @@ import yaml
 
 from vca.hub import write_atomically
 
+SHOWN_KEYS = (
+    "lr", "batch_size", "weight_decay", "warmup_epochs", "min_lr", "label_smoothing", "drop_path", "mixup", "cutmix",
+    "padding", "ema_decay", "precision",
+)  # fmt: skip
 PREPROCESSING = "shorter side resized to {size} px ({interpolation}), centre crop, normalised"
 
 
@@ -93,12 +97,11 @@ Differentials*, NeurIPS 2025, arXiv 2511.00833.
 def _describe_run(run: dict) -> str:
     recipe, results = run["recipe"], run["results"]
     start = f"from `{run['init']}`" if run["init"] else "from random weights"
-    keys = ("lr", "batch_size", "weight_decay", "warmup_epochs", "min_lr", "label_smoothing", "drop_path", "mixup", "cutmix",
-            "padding", "ema_decay", "precision")  # fmt: skip
-    values = ", ".join(f"{key} {recipe[key]}" for key in keys)
+    values = ", ".join(f"{key} {recipe[key]}" for key in SHOWN_KEYS)
     return (
-        f"- {run['epochs']} epochs ({run['steps']:,} steps, {run['train_images']:,} images) {start}, seed {recipe['seed']}, "
-        f"on {run['device']} with torch {run['torch']}: top-1 {results['top1']:.2f} %. {values}.\n\n      {run['command']}"
+        f"- {run['epochs']} epochs ({run['steps']:,} steps, {run['train_images']:,} images) {start}, "
+        f"seed {recipe['seed']}, on {run['device']} with torch {run['torch']}: top-1 {results['top1']:.2f} %. "
+        f"{values}.\n\n      {run['command']}"
     )
 
 

@@ -29,6 +29,8 @@ from training.evaluate import accuracy
 
 def key(default, text: str):
     """A recipe key with its default and a line of help."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -60,8 +62,8 @@ class Recipe:
     erasing: float = key(0.0, "from files: probability of random erasing")
     crop_scale: float = key(0.08, "from files: smallest area of the random resized crop")
     workers: int = key(2, "from files: processes that read images")
-    mean: list = key((0.5, 0.5, 0.5), "channel means, images in [0, 1]")
-    std: list = key((0.5, 0.5, 0.5), "channel standard deviations")
+    mean: list = key([0.5, 0.5, 0.5], "channel means, images in [0, 1]")
+    std: list = key([0.5, 0.5, 0.5], "channel standard deviations")
     ema_decay: float = key(0.999, "decay of the EMA of the weights; 0 for none")
     precision: str = key("bf16", "bf16 or fp32")
     compile: bool = key(False, "torch.compile the model")
@@ -159,8 +161,9 @@ def train(recipe: Recipe, data: str, out: str, device: torch.device, init: str |
 
     result = accuracy(trainer.eval_model, *val)
     this_run = dict(
-        recipe=asdict(recipe), command=command, init=init, steps=total, epochs=recipe.epochs, train_images=len(train_images),
-        skipped_steps=trainer.skipped, torch=torch.__version__, device=device.type, results=result,
+        recipe=asdict(recipe), command=command, init=init, steps=total, epochs=recipe.epochs,
+        train_images=len(train_images), skipped_steps=trainer.skipped, torch=torch.__version__, device=device.type,
+        results=result,
     )  # fmt: skip
     history = (vca.load(init).training_history if init else []) + [this_run]
     checkpoint = run.path / "checkpoint"

@@ -79,7 +79,7 @@ class Images(Dataset):
 
 
 def eval_transform(pretrained_cfg: dict, as_bytes: bool = False):
-    """The checkpoint's own preprocessing: shorter side resized, centre crop; as floats, or as uint8 before `normalize`."""
+    """The checkpoint's own preprocessing: shorter side resized, centre crop; floats, or uint8 before `normalize`."""
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     transform = create_transform(**{key: pretrained_cfg[key] for key in keys}, is_training=False)
     if not as_bytes:

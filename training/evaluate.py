@@ -55,9 +55,8 @@ def main() -> None:
         result = accuracy(model, *decode(images, model.pretrained_cfg, workers=os.cpu_count()))
     except (vca.CheckpointError, DataError) as error:
         sys.exit(f"error: {error}")
-    print(
-        f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  loss {result['loss']:.4f}  ({result['images']} images)"
-    )
+    top1, top5, loss, count = (result[key] for key in ("top1", "top5", "loss", "images"))
+    print(f"top-1 {top1:.2f} %  top-5 {top5:.2f} %  loss {loss:.4f}  ({count} images)")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def read(name: str, kind: type, overrides: dict[str, str | None]):
     for key, value in values.items():
         values[key] = _check(path, key, value, fields[key].type)
     for key, field in fields.items():
-        if key not in values and field.default is dataclasses.MISSING:
+        if key not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise RecipeError(f"{path}: key {key!r} is missing.")
     try:
         return kind(**values)

@@ -128,7 +128,8 @@ class VisualContrastAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, grid_size={self.grid_size}, token_grid={self.token_grid}, "
-            f"num_prefix_tokens={self.num_prefix_tokens}, tokens={self.tokens!r}, stage2_softmax={self.stage2_softmax!r}"
+            f"num_prefix_tokens={self.num_prefix_tokens}, tokens={self.tokens!r}, "
+            f"stage2_softmax={self.stage2_softmax!r}"
         )
 
     def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
@@ -178,8 +179,8 @@ class VisualContrastAttention(nn.Module):
 
         lambda2 = self.stage2.contrast_lambda(self.lambda_init)
         streams2 = VF.stage2_streams(tokens, q, self.stage2_softmax == "joint", in_place)
-        d2 = VF.subtract_streams(streams2, lambda2, in_place)
-        out = d2.to(v.dtype).transpose(-2, -1) @ v_hat
+        d2 = VF.subtract_streams(streams2, lambda2, in_place).transpose(-2, -1)
+        out = d2.to(v.dtype) @ v_hat
         row_scale2 = VF.rms_scale(out, gain)
 
         out, scale = out.transpose(1, 2), (row_scale2 * self.stage2.norm.weight).to(out.dtype).transpose(1, 2)
@@ -194,7 +195,7 @@ class VisualContrastAttention(nn.Module):
 
         if not keep_maps:
             return out, {}
-        streams2, d2 = streams2.transpose(-2, -1), d2.transpose(-2, -1)
+        streams2 = streams2.transpose(-2, -1)
         return out, dict(
             stage1=StageMaps(streams1[:, :, 0], streams1[:, :, 1], d1),
             stage2=StageMaps(streams2[:, :, 0], streams2[:, :, 1], d2),

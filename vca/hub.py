@@ -15,7 +15,8 @@ from torch import nn
 from vca.models import CLASSIFIERS, create_model
 
 CONFIG_FIELDS = {
-    "architecture", "num_classes", "num_features", "global_pool", "label_names", "model_args", "pretrained_cfg", "training",
+    "architecture", "num_classes", "num_features", "global_pool", "label_names", "model_args", "pretrained_cfg",
+    "training",
 }  # fmt: skip
 PREPROCESSING_FIELDS = {
     "input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes",
@@ -43,7 +44,7 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
     config = _read_config(folder / "config.json")
     try:
         model = create_model(config["architecture"], num_classes=config["num_classes"], **config.get("model_args", {}))
-    except (TypeError, ValueError, AssertionError) as error:
+    except Exception as error:  # a wrong argument fails wherever the model first uses it
         raise CheckpointError(f"{folder / 'config.json'}: cannot build {config['architecture']}: {error}") from error
     load_weights(model, folder / "model.safetensors")
     model.pretrained_cfg.update(config["pretrained_cfg"])
@@ -61,7 +62,7 @@ def load_weights(model: nn.Module, file: str | os.PathLike) -> None:
     file = Path(file)
     try:
         with safe_open(file, framework="pt") as stored:
-            tensors = {key: stored.get_tensor(key) for key in stored.keys()}
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: file not found; a checkpoint needs safetensors weights.") from error
     except (SafetensorError, OSError) as error:
@@ -142,20 +143,19 @@ def _read_config(file: Path) -> dict:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: file not found.") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable JSON file ({error}).") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: must hold a JSON object.")
-    for where, fields, known in (
-        ("", config, CONFIG_FIELDS),
-        ("pretrained_cfg.", config.get("pretrained_cfg", {}), PREPROCESSING_FIELDS),
-    ):
-        if unknown := sorted(set(fields) - known):
-            raise CheckpointError(f"{file}: unknown field {where}{unknown[0]}.")
-    required = {"architecture": str, "num_classes": int, "label_names": list, "pretrained_cfg": dict}
+    required = {"architecture": str, "num_classes": int, "label_names": list, "pretrained_cfg": dict, "model_args": dict}
     for field, kind in required.items():
         if not isinstance(config.get(field), kind):
             raise CheckpointError(f"{file}: field {field} is missing or not of type {kind.__name__}.")
+    for where, fields, known in (("", config, CONFIG_FIELDS), ("pretrained_cfg.", config["pretrained_cfg"], PREPROCESSING_FIELDS)):
+        if unknown := sorted(set(fields) - known):
+            raise CheckpointError(f"{file}: unknown field {where}{unknown[0]}.")
+    if loading := sorted(LOADING_ARGS.intersection(config["model_args"])):
+        raise CheckpointError(f"{file}: model_args.{loading[0]} is no property of a model.")
     if config["architecture"] not in CLASSIFIERS:
         raise CheckpointError(f"{file}: unknown architecture {config['architecture']!r}; vca.list_models() names them.")
     if len(config["label_names"]) != config["num_classes"]:
