@@ -1,9 +1,11 @@
 """Visual-Contrast Attention: the layer, its maps, its models and their checkpoints."""
 
 from vca.attention import VisualContrastAttention
+from vca.controls import create_attention
 from vca.hub import CheckpointError, load, save
 from vca.maps import LayerMaps, StageMaps, record
 from vca.models import create_model, list_models
+from vca.replace import replace_attention
 
 __version__ = "0.1.0"
 
@@ -12,9 +14,11 @@ __all__ = [
     "LayerMaps",
     "StageMaps",
     "VisualContrastAttention",
+    "create_attention",
     "create_model",
     "list_models",
     "load",
     "record",
+    "replace_attention",
     "save",
 ]

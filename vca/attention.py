@@ -3,12 +3,16 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from vca import functional as VF
+from vca.grid import OnGrid, check_token_grid
 
 TOKENS = ("pool+emb", "emb", "pool")
 STAGE2_SOFTMAX = ("separate", "joint")
+POOLING = ("avg", "learned")
 
 
 @dataclass(frozen=True)
@@ -19,29 +23,45 @@ class StageMaps:
     negative: Tensor | None = None
     differential: Tensor | None = None
 
+    @property
+    def applied(self) -> Tensor:
+        """The map that multiplies the values: the differential one, or the positive one of a single stream."""
+        return self.positive if self.differential is None else self.differential
+
 
 class ContrastStage(nn.Module):
-    """The learned parts of one stage: the lambda vectors and the gain of the RMSNorm, all of length d."""
+    """The learned parts of one stage: the gain of the RMSNorm and, if differential, the lambda vectors; of length d."""
 
-    def __init__(self, head_dim: int):
+    def __init__(self, head_dim: int, differential: bool = True):
         super().__init__()
-        self.lambda_q1 = nn.Parameter(torch.empty(head_dim))
-        self.lambda_k1 = nn.Parameter(torch.empty(head_dim))
-        self.lambda_q2 = nn.Parameter(torch.empty(head_dim))
-        self.lambda_k2 = nn.Parameter(torch.empty(head_dim))
+        self.differential = differential
+        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+            self.register_parameter(name, nn.Parameter(torch.empty(head_dim)) if differential else None)
         self.norm = nn.RMSNorm(head_dim, eps=VF.RMS_EPS)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for vector in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2):
+        for vector in self.parameters(recurse=False):
             nn.init.normal_(vector, std=0.1)
         self.norm.reset_parameters()
 
-    def contrast_lambda(self, init: float) -> Tensor:
+    def contrast_lambda(self, init: float) -> Tensor | None:
+        if not self.differential:
+            return None
         return VF.contrast_lambda(self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2, init)
 
 
-class VisualContrastAttention(nn.Module):
+def local_term(convolution: nn.Conv2d, v: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Depthwise convolution of the patch values on their grid: (B, N, C) -> (B, N, C)."""
+    return convolution(VF.as_image(v, grid_size)).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def depthwise_conv3x3(dim: int) -> nn.Conv2d:
+    return nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+
+@register_notrace_module
+class VisualContrastAttention(OnGrid, nn.Module):
     """Two-stage differential attention through n pooled contrast tokens (arXiv 2511.00833, section 3).
 
     Stage I lets n positive and n negative contrast tokens, pooled from the queries, attend to all tokens; Stage II lets
@@ -61,6 +81,8 @@ class VisualContrastAttention(nn.Module):
         dwc: add a depthwise 3x3 convolution of the values.
         tokens: what a contrast token is made of: the pooled query, a learned embedding, or their sum.
         stage2_softmax: one softmax per stream, or one over the tokens of both.
+        pooling: the average of a pooling cell's queries, or one weighted by softmax(a . q_i), one vector a per head.
+        stage1_differential, stage2_differential: False leaves a stage with its positive stream, without lambda.
 
     Raises:
         ValueError: the arguments contradict one another; the message says how.
@@ -80,21 +102,30 @@ class VisualContrastAttention(nn.Module):
         dwc: bool = True,
         tokens: str = "pool+emb",
         stage2_softmax: str = "separate",
+        pooling: str = "avg",
+        stage1_differential: bool = True,
+        stage2_differential: bool = True,
     ):
         super().__init__()
         grid_size, token_grid = tuple(grid_size), tuple(token_grid)
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}.")
-        if any(t > g or t < 1 for t, g in zip(token_grid, grid_size, strict=True)):
-            raise ValueError(f"token_grid={token_grid} must lie between 1x1 and the patch grid {grid_size}.")
+        check_token_grid(token_grid, grid_size)
         if num_prefix_tokens < 0:
             raise ValueError(f"num_prefix_tokens={num_prefix_tokens} is negative.")
-        if tokens not in TOKENS:
-            raise ValueError(f"tokens={tokens!r} is unknown; choose one of {', '.join(TOKENS)}.")
-        if stage2_softmax not in STAGE2_SOFTMAX:
-            raise ValueError(
-                f"stage2_softmax={stage2_softmax!r} is unknown; choose one of {', '.join(STAGE2_SOFTMAX)}."
-            )
+        for name, value, choices in (
+            ("tokens", tokens, TOKENS),
+            ("stage2_softmax", stage2_softmax, STAGE2_SOFTMAX),
+            ("pooling", pooling, POOLING),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}.")
+        if not (stage1_differential or stage2_differential):
+            raise ValueError("one stage at least must be differential; attention='agent' has none.")
+        if stage2_softmax == "joint" and not stage2_differential:
+            raise ValueError("stage2_softmax='joint' needs both streams in Stage II, of which this kind has one.")
+        if pooling == "learned" and tokens == "emb":
+            raise ValueError("pooling='learned' has nothing to pool with tokens='emb'.")
         self.num_heads = num_heads
         self.grid_size = grid_size
         self.token_grid = token_grid
@@ -108,99 +139,127 @@ class VisualContrastAttention(nn.Module):
         with_embed = tokens != "pool"
         self.positive_embed = nn.Parameter(torch.empty(num_tokens, dim)) if with_embed else None
         self.negative_embed = nn.Parameter(torch.empty(num_tokens, dim)) if with_embed else None
-        self.stage1 = ContrastStage(dim // num_heads)
-        self.stage2 = ContrastStage(dim // num_heads)
-        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if dwc else None
+        self.pool_query = nn.Parameter(torch.empty(num_heads, dim // num_heads)) if pooling == "learned" else None
+        self.stage1 = ContrastStage(dim // num_heads, stage1_differential)
+        self.stage2 = ContrastStage(dim // num_heads, stage2_differential)
+        self.dwc = depthwise_conv3x3(dim) if dwc else None
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws e+- from a standard normal; every submodule initialises itself."""
+        """Draws e+- from a standard normal and zeroes the pooling vectors; every submodule initialises itself."""
         if self.positive_embed is not None:
             nn.init.normal_(self.positive_embed)
             nn.init.normal_(self.negative_embed)
+        if self.pool_query is not None:
+            nn.init.zeros_(self.pool_query)
 
-    def no_weight_decay(self) -> set[str]:
-        """The two-dimensional parameters that are embeddings rather than weights."""
-        return {"positive_embed", "negative_embed"}
+    @property
+    def kind(self) -> str:
+        """The name of this attention for `vca.create_attention`."""
+        if self.stage1.differential and self.stage2.differential:
+            return "vca"
+        return "vca_stage1" if self.stage1.differential else "vca_stage2"
 
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, grid_size={self.grid_size}, token_grid={self.token_grid}, "
             f"num_prefix_tokens={self.num_prefix_tokens}, tokens={self.tokens!r}, "
-            f"stage2_softmax={self.stage2_softmax!r}"
+            f"stage2_softmax={self.stage2_softmax!r}, kind={self.kind!r}"
         )
 
-    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        """Attends over (B, P + N, C) and returns the same shape.
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: None = None,
+        is_causal: bool = False,
+        grid_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Attends over (B, P + N, C) and returns the same shape. `grid_size` is that of this call, if not the layer's.
 
         Raises:
             ValueError: the number of tokens is not P + Hg * Wg, or a mask is given: VCA has no masked form.
         """
-        return self._attend(x, attn_mask, is_causal, keep_maps=False)[0]
+        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=False)[0]
 
-    def forward_with_maps(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> tuple[Tensor, dict]:
+    def forward_with_maps(
+        self,
+        x: Tensor,
+        attn_mask: None = None,
+        is_causal: bool = False,
+        grid_size: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, dict]:
         """Like `forward`, and also returns the maps of both stages; `vca.record` is the comfortable way to them.
 
         Returns:
-            The output (B, P + N, C), and `stage1` with maps (B, H, n, P + N), `stage2` with maps (B, H, P + N, n),
-            their row factors `row_scale1`, `row_scale2` and the scalars `lambda1`, `lambda2`.
+            The output (B, P + N, C), and fields of `vca.LayerMaps`: `stage1` with maps (B, H, n, P + N), `stage2` with
+            maps (B, H, P + N, n), their row factors `row_scale1`, `row_scale2` and the scalars `lambda1`, `lambda2`.
         """
-        return self._attend(x, attn_mask, is_causal, keep_maps=True)
+        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True)
 
-    def _attend(self, x: Tensor, attn_mask: None, is_causal: bool, keep_maps: bool) -> tuple[Tensor, dict]:
+    def _attend(
+        self, x: Tensor, attn_mask: None, is_causal: bool, grid_size: tuple[int, int] | None, keep_maps: bool
+    ) -> tuple[Tensor, dict]:
         if attn_mask is not None or is_causal:
             raise ValueError("Visual-Contrast Attention has no masked form: attn_mask and is_causal are not supported.")
         batch, length, dim = x.shape
-        prefix, (rows, cols) = self.num_prefix_tokens, self.grid_size
-        if length != prefix + rows * cols:
-            raise ValueError(
-                f"got {length} tokens, but this layer is set to {prefix} prefix tokens and a {rows}x{cols} grid "
-                f"({prefix + rows * cols} tokens); set its grid_size to the grid of the input."
-            )
+        grid_size, prefix = self.checked_grid(length, grid_size), self.num_prefix_tokens
         in_place = not keep_maps and not torch.is_grad_enabled()
 
         qkv = self.qkv(x)
-        q_tokens, _, v_tokens = qkv[:, prefix:].split(dim, dim=-1)
+        q_patches, _, v_patches = qkv[:, prefix:].split(dim, dim=-1)
         q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
 
-        pooled = None if self.tokens == "emb" else VF.pool_queries(q_tokens, self.grid_size, self.token_grid)
-        embed = None if self.tokens == "pool" else torch.stack([self.positive_embed, self.negative_embed])
+        pooled = embed = None
+        if self.tokens != "emb":
+            pooled = VF.pool_queries(q_patches, grid_size, self.token_grid, self.pool_query)
+        if self.tokens != "pool":
+            embed = torch.stack([self.positive_embed, self.negative_embed])
         tokens = VF.contrast_tokens(pooled, embed, self.num_heads).to(q.dtype)
         gain = 1 - self.lambda_init
 
         lambda1 = self.stage1.contrast_lambda(self.lambda_init)
-        streams1 = VF.stage1_streams(tokens, k, in_place)
+        streams1 = VF.stage1_streams(tokens if self.stage1.differential else tokens[:, :, :1], k, in_place)
         d1 = VF.subtract_streams(streams1, lambda1, in_place)
         v_contrast = d1.to(v.dtype) @ v
         row_scale1 = VF.rms_scale(v_contrast, gain)
         v_hat = (v_contrast * (row_scale1 * self.stage1.norm.weight)).to(v.dtype)
 
         lambda2 = self.stage2.contrast_lambda(self.lambda_init)
+        tokens = tokens if self.stage2.differential else tokens[:, :, :1]
         streams2 = VF.stage2_streams(tokens, q, self.stage2_softmax == "joint", in_place)
         d2 = VF.subtract_streams(streams2, lambda2, in_place).transpose(-2, -1)
         out = d2.to(v.dtype) @ v_hat
         row_scale2 = VF.rms_scale(out, gain)
 
-        out, scale = out.transpose(1, 2), (row_scale2 * self.stage2.norm.weight).to(out.dtype).transpose(1, 2)
+        factor, gain2 = row_scale2.to(out.dtype), self.stage2.norm.weight.to(out.dtype)
+        out = (out.mul_(factor) if in_place else out * factor).transpose(1, 2)
         if self.dwc is None:
-            out = out * scale
+            out = out * gain2
         else:
-            local = self.dwc(VF.as_image(v_tokens, self.grid_size)).permute(0, 2, 3, 1)
-            local = local.reshape(batch, rows * cols, self.num_heads, -1)
-            patches = torch.addcmul(local, out[:, prefix:], scale[:, prefix:])
-            out = torch.cat([out[:, :prefix] * scale[:, :prefix], patches], dim=1) if prefix else patches
+            local = local_term(self.dwc, v_patches, grid_size)
+            local = (F.pad(local, (0, 0, prefix, 0)) if prefix else local).view(out.shape)
+            out = local.addcmul_(out, gain2) if in_place else torch.addcmul(local, out, gain2)
         out = self.proj_drop(self.proj(out.reshape(batch, length, dim)))
 
         if not keep_maps:
             return out, {}
-        streams2 = streams2.transpose(-2, -1)
         return out, dict(
-            stage1=StageMaps(streams1[:, :, 0], streams1[:, :, 1], d1),
-            stage2=StageMaps(streams2[:, :, 0], streams2[:, :, 1], d2),
+            kind=self.kind,
+            grid_size=grid_size,
+            token_grid=self.token_grid,
+            num_prefix_tokens=prefix,
+            stage1=_stage_maps(streams1, d1, lambda1),
+            stage2=_stage_maps(streams2.transpose(-2, -1), d2, lambda2),
             row_scale1=row_scale1,
             row_scale2=row_scale2,
             lambda1=lambda1,
             lambda2=lambda2,
         )
+
+
+def _stage_maps(streams: Tensor, differential: Tensor, lam: Tensor | None) -> StageMaps:
+    if lam is None:
+        return StageMaps(differential)
+    return StageMaps(streams[:, :, 0], streams[:, :, 1], differential)

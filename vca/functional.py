@@ -20,13 +20,13 @@ def lambda_init(depth: int) -> float:
 
 def upcast(x: Tensor) -> Tensor:
     """Half-precision tensors as float32; float32 and float64 unchanged."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def contrast_lambda(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, init: float) -> Tensor:
     """lambda = exp(q1 . k1) - exp(q2 . k2) + init, a scalar, in at least float32. Vectors have shape (d,)."""
     q1, k1, q2, k2 = (upcast(p) for p in (q1, k1, q2, k2))
-    return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + init
+    return torch.dot(q1, k1).exp() - torch.dot(q2, k2).exp() + init
 
 
 def as_image(tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
@@ -34,8 +34,29 @@ def as_image(tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
     return tokens.unflatten(1, grid_size).permute(0, 3, 1, 2)
 
 
-def pool_queries(q: Tensor, grid_size: tuple[int, int], token_grid: tuple[int, int]) -> Tensor:
-    """Adaptive average pooling of the patch queries: (B, N, C) -> (B, n, C)."""
+def pool_queries(
+    q: Tensor, grid_size: tuple[int, int], token_grid: tuple[int, int], query: Tensor | None = None
+) -> Tensor:
+    """Adaptive average pooling of the patch queries, weighted within each cell if `query` is given.
+
+    The learned weights of a cell are softmax(a . q_i) over its patches, for one vector a per head, as the quotient of
+    two average poolings. A score more than 60 below the largest of its head counts as 60 below.
+
+    Args:
+        q: patch queries (B, N, C).
+        grid_size: rows and columns of the patches.
+        token_grid: rows and columns (h, w) of the cells; they may overlap.
+        query: the vectors a, (H, d); zero gives exactly the average.
+
+    Returns:
+        (B, n, C), in at least float32 if `query` is given.
+    """
+    if query is not None:
+        heads = upcast(q).unflatten(-1, query.shape)
+        scores = (heads * upcast(query)).sum(-1, keepdim=True)
+        weights = (scores - scores.amax(1, keepdim=True)).clamp(min=-60).exp()
+        weighted = pool_queries((heads * weights).flatten(2), grid_size, token_grid).unflatten(-1, query.shape)
+        return (weighted / pool_queries(weights.flatten(2), grid_size, token_grid)[..., None]).flatten(2)
     return F.adaptive_avg_pool2d(as_image(q, grid_size), token_grid).flatten(2).transpose(1, 2)
 
 
@@ -57,7 +78,7 @@ def contrast_tokens(pooled: Tensor | None, embed: Tensor | None, num_heads: int)
     else:
         tokens = pooled[:, None] + embed
     tokens = tokens.unflatten(-1, (num_heads, -1))
-    return tokens.permute(0, 3, 1, 2, 4) * tokens.shape[-1] ** -0.5
+    return tokens.permute(0, 3, 1, 2, 4).contiguous() * tokens.shape[-1] ** -0.5
 
 
 def softmax(scores: Tensor, dim: int, in_place: bool) -> Tensor:
@@ -67,14 +88,19 @@ def softmax(scores: Tensor, dim: int, in_place: bool) -> Tensor:
     return torch.softmax(scores, dim, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
+def softmax_map(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt d) in at least float32: (..., T, d), (..., S, d) -> (..., T, S); rows sum to 1."""
+    return softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1), -1, in_place=False)
+
+
 def stage1_streams(tokens: Tensor, k: Tensor, in_place: bool = False) -> Tensor:
-    """A1+- = softmax(t+- k^T / sqrt d): (B, H, 2, n, d), (B, H, T, d) -> (B, H, 2, n, T); rows sum to 1."""
+    """A1+- = softmax(t+- k^T / sqrt d): (B, H, S, n, d), (B, H, T, d) -> (B, H, S, n, T), S streams; rows sum to 1."""
     scores = tokens.flatten(2, 3) @ k.transpose(-2, -1)
     return softmax(scores, -1, in_place).unflatten(2, tokens.shape[2:4])
 
 
 def stage2_streams(tokens: Tensor, q: Tensor, joint: bool = False, in_place: bool = False) -> Tensor:
-    """A2+- = softmax(q t+-^T / sqrt d), *transposed*: (B, H, 2, n, d), (B, H, T, d) -> (B, H, 2, n, T).
+    """A2+- = softmax(q t+-^T / sqrt d), *transposed*: (B, H, S, n, d), (B, H, T, d) -> (B, H, S, n, T), S streams.
 
     Every query's column sums to 1 in each stream, or over both streams together if `joint`.
     """
@@ -85,32 +111,65 @@ def stage2_streams(tokens: Tensor, q: Tensor, joint: bool = False, in_place: boo
     return softmax(scores.unflatten(2, streams), 3, in_place)
 
 
-def subtract_streams(streams: Tensor, lam: Tensor, in_place: bool = False) -> Tensor:
-    """D = A+ - lambda A-: (B, H, 2, n, T) -> (B, H, n, T). `in_place` overwrites the positive stream."""
+def subtract_streams(streams: Tensor, lam: Tensor | None, in_place: bool = False) -> Tensor:
+    """D = A+ - lambda A-: (B, H, 2, n, T) -> (B, H, n, T), or A+ of a single stream (B, H, 1, n, T) without lambda.
+
+    `in_place` overwrites the positive stream.
+    """
+    if lam is None:
+        return streams.squeeze(2)
     positive, negative = streams.unbind(2)
-    if in_place:
-        return positive.sub_(negative.mul_(lam))
-    return positive - lam * negative
+    subtract = positive.addcmul_ if in_place else positive.addcmul
+    return subtract(negative, lam, value=-1)
 
 
 def rms_scale(x: Tensor, gain: float, eps: float = RMS_EPS) -> Tensor:
     """The row factor of RMSNorm times `gain`: gain / sqrt(mean(x^2) + eps), (..., d) -> (..., 1)."""
-    x = upcast(x)
-    return gain * torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+    norm = torch.linalg.vector_norm(upcast(x), dim=-1, keepdim=True)
+    return (norm.square() * (1 / (gain**2 * x.shape[-1])) + eps / gain**2).rsqrt()
 
 
-def effective_map(d1: Tensor, r1: Tensor, d2: Tensor, r2: Tensor) -> Tensor:
-    """The exact map from patches to patches, E = diag(r2) D2 diag(r1) D1.
+def effective_map(d1: Tensor, r1: Tensor | None, d2: Tensor | None = None, r2: Tensor | None = None) -> Tensor:
+    """The exact map from tokens to tokens: E = diag(r2) D2 diag(r1) D1, or diag(r1) D1 of a single stage.
 
-    The attention output before the depthwise convolution and `proj` is (E v) * g1 * g2.
+    The heads' output is E v, times the gains of the norms that an attention kind has, plus its depthwise convolution;
+    for Visual-Contrast Attention (E v) * g1 * g2.
 
     Args:
-        d1: Stage I differential map (B, H, n, T).
-        r1: Stage I row factors (B, H, n, 1), `rms_scale` of D1 v.
-        d2: Stage II differential map (B, H, T, n).
-        r2: Stage II row factors (B, H, T, 1), `rms_scale` of D2 vhat.
+        d1: map of the first stage (B, H, n, T), or of the only one (..., T, T).
+        r1: its row factors (..., 1), `rms_scale` of D1 v; None where the kind does not normalise.
+        d2: map of the second stage (B, H, T, n).
+        r2: its row factors (B, H, T, 1), `rms_scale` of D2 vhat.
 
     Returns:
-        (B, H, T, T), of rank at most n.
+        (B, H, T, T), of rank at most n if there are two stages.
     """
-    return (r2 * d2) @ (r1 * d1)
+    first = d1 if r1 is None else r1 * d1
+    if d2 is None:
+        return first
+    return (d2 if r2 is None else r2 * d2) @ first
+
+
+def split_windows(x: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """Cuts a grid into windows, both row-major: (B, Hg, Wg, C) -> (B, windows, M, C), M = h * w patches a window."""
+    (h, w), (batch, rows, cols, dim) = window_size, x.shape
+    x = x.reshape(batch, rows // h, h, cols // w, w, dim).transpose(2, 3)
+    return x.reshape(batch, rows // h * (cols // w), h * w, dim)
+
+
+def join_windows(x: Tensor, window_size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
+    """Undoes `split_windows`: (B, windows, M, C) -> (B, Hg, Wg, C)."""
+    (h, w), (rows, cols) = window_size, grid_size
+    x = x.reshape(x.shape[0], rows // h, cols // w, h, w, x.shape[-1]).transpose(2, 3)
+    return x.reshape(x.shape[0], rows, cols, x.shape[-1])
+
+
+def window_patches(grid_size: tuple[int, int], window_size: tuple[int, int], shift_size: tuple[int, int]) -> Tensor:
+    """Which patch stands where in shifted windows: (windows, M) indices into the row-major grid, -1 for padding.
+
+    As Swin does it, the grid is first rolled up and left by `shift_size` and then padded at the bottom and the right.
+    """
+    rows, cols = grid_size
+    patches = torch.arange(rows * cols).view(rows, cols).roll((-shift_size[0], -shift_size[1]), (0, 1))
+    patches = F.pad(patches, (0, -cols % window_size[1], 0, -rows % window_size[0]), value=-1)
+    return split_windows(patches[None, ..., None], window_size)[0, ..., 0]

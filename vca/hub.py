@@ -5,22 +5,33 @@ Reading is strict. Nothing here returns a model whose weights did not all come f
 
 import json
 import os
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
-from torch import nn
+from torch import Tensor, nn
 
-from vca.models import CLASSIFIERS, create_model
+from vca.models import CLASSIFIERS, GENERATORS, create_model
+from vca.models.common import follow_input_size
+from vca.models.dit import DiffusionTransformer
 
 CONFIG_FIELDS = {
     "architecture", "num_classes", "num_features", "global_pool", "label_names", "model_args", "pretrained_cfg",
     "training",
 }  # fmt: skip
+FIELD_TYPES = {
+    "architecture": str, "num_classes": int, "label_names": list, "pretrained_cfg": dict, "model_args": dict,
+    "training": list,
+}  # fmt: skip
+GENERATOR_FIELDS = {"architecture", "num_classes", "label_names", "model_args", "training"}
 PREPROCESSING_FIELDS = {
     "input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes",
     "pool_size", "first_conv", "classifier", "custom_load",
+}  # fmt: skip
+LOADING_ARGS = {
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path", "cache_dir",
 }  # fmt: skip
 
 
@@ -31,8 +42,8 @@ class CheckpointError(ValueError):
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
     """Loads a trained model, in evaluation mode, from a checkpoint folder.
 
-    The model carries `label_names` (a list of class names), `pretrained_cfg` (its preprocessing, for timm's
-    `create_transform`) and `training_history` (what `save` was given as `training`).
+    The model carries `label_names` (a list of class names) and `training_history` (what `save` was given as
+    `training`); a classifier also `pretrained_cfg` (its preprocessing, for timm's `create_transform`).
 
     Raises:
         CheckpointError: a file is missing or damaged, a config field is unknown, or a tensor is missing, left over, of
@@ -43,13 +54,14 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
         raise CheckpointError(f"{folder}: no such checkpoint folder.")
     config = _read_config(folder / "config.json")
     try:
-        model = create_model(config["architecture"], num_classes=config["num_classes"], **config.get("model_args", {}))
+        model = create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
     except Exception as error:  # a wrong argument fails wherever the model first uses it
         raise CheckpointError(f"{folder / 'config.json'}: cannot build {config['architecture']}: {error}") from error
     load_weights(model, folder / "model.safetensors")
-    model.pretrained_cfg.update(config["pretrained_cfg"])
+    if config["architecture"] in CLASSIFIERS:
+        model.pretrained_cfg.update(config["pretrained_cfg"])
     model.label_names = list(config["label_names"])
-    model.training_history = config.get("training", [])
+    model.training_history = config["training"]
     return model.to(device).eval()
 
 
@@ -67,7 +79,35 @@ def load_weights(model: nn.Module, file: str | os.PathLike) -> None:
         raise CheckpointError(f"{file}: file not found; a checkpoint needs safetensors weights.") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}).") from error
+    _fill(model, tensors, file)
 
+
+def load_official(model: nn.Module, file: str | os.PathLike) -> None:
+    """Fills a generator with a `.pt` file of the official DiT or SiT repository, as strictly as `load_weights`.
+
+    Args:
+        model: the generator with self-attention of the same size, such as `vca.create_model("dit_xl_2")`.
+        file: what was published, or a state of a training run, of which the EMA is taken.
+
+    Raises:
+        CheckpointError: as `load_weights`, or the file holds more than tensors and plain values.
+    """
+    file = Path(file)
+    try:
+        with torch.serialization.safe_globals([Namespace]):  # training states hold their command line
+            stored = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: file not found.") from error
+    except Exception as error:  # torch.load has no error of its own for what it cannot or must not read
+        raise CheckpointError(f"{file}: not a checkpoint that can be read safely ({error}).") from error
+    if isinstance(stored, dict):
+        stored = stored.get("ema", stored)
+    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
+        raise CheckpointError(f"{file}: must hold a dictionary of tensors, or one under 'ema'.")
+    _fill(model, stored, file)
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
     expected = model.state_dict()
     faults = [f"missing {key}" for key in expected.keys() - tensors.keys()]
     faults += [f"unexpected {key}" for key in tensors.keys() - expected.keys()]
@@ -93,36 +133,46 @@ def save(
     """Writes `config.json` and `model.safetensors` into a folder, each atomically.
 
     Args:
-        model: one of `vca.list_models()`; `model.pretrained_cfg` holds the preprocessing it was trained with.
+        model: one of `vca.list_models()`; a classifier's `pretrained_cfg` holds the preprocessing it was trained with.
         path: the folder, made if needed.
-        label_names: one class name per output, in order.
+        label_names: one name per class, in order.
         training: what made these weights, oldest run first: recipe, command, results (JSON values).
         dtype: store floating-point tensors so; default as they are.
 
     Raises:
-        ValueError: the number of names is not that of the model's classes.
+        ValueError: the number of names is not that of the model's classes, the model was not made by `create_model`, or
+            a tensor, as stored, is NaN or infinite.
     """
     if len(label_names) != model.num_classes:
         raise ValueError(f"{len(label_names)} label names for a model with {model.num_classes} classes.")
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = dict(
-        architecture=model.pretrained_cfg["architecture"],
-        num_classes=model.num_classes,
-        num_features=model.num_features,
-        global_pool=model.global_pool,
-        label_names=list(label_names),
-        model_args=model.model_args,
-        training=training or [],
-        pretrained_cfg={k: v for k, v in model.pretrained_cfg.items() if k in PREPROCESSING_FIELDS}
-        | dict(num_classes=model.num_classes, custom_load=False),
-    )
     tensors = {
         key: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
         for key, value in model.state_dict().items()
     }
+    if faults := [key for key, value in tensors.items() if not value.isfinite().all()]:
+        raise ValueError(f"{faults[0]} holds NaN or infinite values as {tensors[faults[0]].dtype}; nothing was saved.")
+    if not hasattr(model, "model_args"):
+        raise ValueError(f"only models of vca.create_model can be saved, not this {type(model).__name__}.")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not isinstance(model, DiffusionTransformer):
+        follow_input_size(model)
+    shared = dict(label_names=list(label_names), model_args=model.model_args, training=training or [])
+    if isinstance(model, DiffusionTransformer):
+        config = dict(architecture=model.architecture, num_classes=model.num_classes, **shared)
+    else:
+        config = dict(
+            architecture=model.pretrained_cfg["architecture"],
+            num_classes=model.num_classes,
+            num_features=model.num_features,
+            global_pool=model.global_pool,
+            **shared,
+            pretrained_cfg={k: v for k, v in model.pretrained_cfg.items() if k in PREPROCESSING_FIELDS}
+            | dict(num_classes=model.num_classes, custom_load=False),
+        )
+    description = json.dumps(config, indent=2).encode()
     write_atomically(folder / "model.safetensors", to_safetensors(tensors, metadata={"format": "pt"}))
-    write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
+    write_atomically(folder / "config.json", description)
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -147,17 +197,23 @@ def _read_config(file: Path) -> dict:
         raise CheckpointError(f"{file}: not a readable JSON file ({error}).") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: must hold a JSON object.")
-    required = {"architecture": str, "num_classes": int, "label_names": list, "pretrained_cfg": dict, "model_args": dict}
-    for field, kind in required.items():
-        if not isinstance(config.get(field), kind):
+    config = {"model_args": {}, "training": []} | config
+    task_fields = GENERATOR_FIELDS if str(config.get("architecture")) in GENERATORS else CONFIG_FIELDS
+    for field, kind in FIELD_TYPES.items():
+        if field in task_fields and not isinstance(config.get(field), kind):
             raise CheckpointError(f"{file}: field {field} is missing or not of type {kind.__name__}.")
-    for where, fields, known in (("", config, CONFIG_FIELDS), ("pretrained_cfg.", config["pretrained_cfg"], PREPROCESSING_FIELDS)):
+    for where, fields, known in (
+        ("", config, task_fields),
+        ("pretrained_cfg.", config.get("pretrained_cfg", {}), PREPROCESSING_FIELDS),
+    ):
         if unknown := sorted(set(fields) - known):
             raise CheckpointError(f"{file}: unknown field {where}{unknown[0]}.")
     if loading := sorted(LOADING_ARGS.intersection(config["model_args"])):
-        raise CheckpointError(f"{file}: model_args.{loading[0]} is no property of a model.")
-    if config["architecture"] not in CLASSIFIERS:
+        raise CheckpointError(f"{file}: model_args.{loading[0]} would load weights from elsewhere.")
+    if config["architecture"] not in {*CLASSIFIERS, *GENERATORS}:
         raise CheckpointError(f"{file}: unknown architecture {config['architecture']!r}; vca.list_models() names them.")
+    if not all(isinstance(name, str) for name in config["label_names"]):
+        raise CheckpointError(f"{file}: label_names must be texts.")
     if len(config["label_names"]) != config["num_classes"]:
         raise CheckpointError(f"{file}: {len(config['label_names'])} label_names for {config['num_classes']} classes.")
     return config

@@ -3,10 +3,14 @@
 Names read `{attention}_vit_{size}_patch{patch}_{image size}`. They have no class token: the patches are averaged.
 """
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
-from vca.attention import VisualContrastAttention
+from vca.controls import check_kind, create_attention, token_grids
+from vca.grid import OnGrid, running_on
+from vca.models.common import entry_point, note_input_size, undecayed
 
 SIZES = {
     "pico": dict(embed_dim=128, depth=6, num_heads=4),
@@ -15,15 +19,62 @@ SIZES = {
 }
 GEOMETRIES = [(2, 32), (4, 32), (4, 64), (8, 64)]
 ATTENTION = ("vca", "mhsa")
+FEATURES = dict(out_indices=3, feature_cls="getter")
 
 
-class ContrastVisionTransformer(VisionTransformer):
+class ContrastViT:
+    """What a timm `VisionTransformer` needs beside its own methods if its attention must know the patch grid."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed, beside all of fewer than two dimensions."""
+        return super().no_weight_decay() | undecayed(self)
+
+    def set_input_size(self, img_size=None, patch_size=None) -> None:
+        """Changes the image size: resamples the position embedding and tells every layer its new grid.
+
+        The preprocessing and the arguments that a checkpoint is rebuilt from follow.
+        """
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        token_grid = {}
+        for layer in self.modules():
+            if isinstance(layer, OnGrid):
+                layer.grid_size = self.patch_embed.grid_size
+                token_grid = dict(token_grid=layer.token_grid) if layer.token_grid else {}
+        if token_grid and hasattr(self, "model_args"):
+            self.model_args.pop("num_tokens", None)
+        note_input_size(self, patch_size=self.patch_embed.patch_size, **token_grid)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Enables gradient checkpointing, for models of a fixed image size.
+
+        Raises:
+            ValueError: with `dynamic_img_size`, as the grid is not known any more when a block is computed again.
+        """
+        if enable and self.dynamic_img_size:
+            raise ValueError("gradient checkpointing needs a fixed image size; build without dynamic_img_size.")
+        super().set_grad_checkpointing(enable)
+
+    def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if not self.dynamic_img_size:
+            return super().forward_features(x, *args, **kwargs)
+        with running_on(self.patch_embed.dynamic_feat_size(x.shape[-2:])):
+            return super().forward_features(x, *args, **kwargs)
+
+    def forward_intermediates(self, x: Tensor, *args, **kwargs):
+        if not self.dynamic_img_size:
+            return super().forward_intermediates(x, *args, **kwargs)
+        with running_on(self.patch_embed.dynamic_feat_size(x.shape[-2:])):
+            return super().forward_intermediates(x, *args, **kwargs)
+
+
+class ContrastVisionTransformer(ContrastViT, VisionTransformer):
     """timm's `VisionTransformer` with a choice of attention.
 
     Args:
-        attention: "vca" for Visual-Contrast Attention in every block, "mhsa" for timm's self-attention.
+        attention: one of `vca.controls.KINDS`, in every block.
         token_grid: rows and columns of the contrast tokens; default half the patch grid in each direction.
-        tokens, dwc, stage2_softmax: see `vca.VisualContrastAttention`.
+        num_tokens: their number, a square, instead of `token_grid`.
+        tokens, dwc, stage2_softmax, pooling: see `vca.VisualContrastAttention`.
         **kwargs: arguments of timm's `VisionTransformer`.
     """
 
@@ -32,63 +83,64 @@ class ContrastVisionTransformer(VisionTransformer):
         *,
         attention: str = "vca",
         token_grid: tuple[int, int] | None = None,
+        num_tokens: int | None = None,
         tokens: str = "pool+emb",
         dwc: bool = True,
         stage2_softmax: str = "separate",
+        pooling: str = "avg",
         **kwargs,
     ):
-        if attention not in ATTENTION:
-            raise ValueError(f"attention={attention!r} is unknown; choose one of {', '.join(ATTENTION)}.")
+        check_kind(attention)
         super().__init__(**kwargs)
-        if attention == "vca":
-            grid_size = self.patch_embed.grid_size
-            for depth, block in enumerate(self.blocks):
-                block.attn = VisualContrastAttention(
-                    self.embed_dim,
-                    block.attn.num_heads,
-                    grid_size=grid_size,
-                    token_grid=token_grid or tuple(max(1, side // 2) for side in grid_size),
-                    num_prefix_tokens=self.num_prefix_tokens,
-                    depth=depth,
-                    qkv_bias=block.attn.qkv.bias is not None,
-                    proj_drop=block.attn.proj_drop.p,
-                    tokens=tokens,
-                    dwc=dwc,
-                    stage2_softmax=stage2_softmax,
-                )
+        if attention != "mhsa":
+            exchange_attention(
+                self,
+                attention,
+                token_grid=token_grid,
+                num_tokens=num_tokens,
+                tokens=tokens,
+                dwc=dwc,
+                stage2_softmax=stage2_softmax,
+                pooling=pooling,
+            )
             self.init_weights(needs_reset=False)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed, beside all of fewer than two dimensions."""
-        layers = ((name, m) for name, m in self.named_modules() if isinstance(m, VisualContrastAttention))
-        return super().no_weight_decay() | {f"{name}.{p}" for name, layer in layers for p in layer.no_weight_decay()}
 
-    def set_input_size(self, img_size=None, patch_size=None) -> None:
-        """Changes the image size: resamples the position embedding and tells every layer its new grid."""
-        super().set_input_size(img_size=img_size, patch_size=patch_size)
-        for layer in self.modules():
-            if isinstance(layer, VisualContrastAttention):
-                layer.grid_size = self.patch_embed.grid_size
+class ContrastVisionTransformerDistilled(ContrastViT, VisionTransformerDistilled):
+    """timm's `VisionTransformerDistilled` after `vca.replace_attention`."""
 
 
-def _entry_point(name: str, attention: str, size: str, patch: int, image: int):
-    def create(pretrained: bool = False, **kwargs) -> ContrastVisionTransformer:
-        args = dict(
-            SIZES[size],
-            attention=attention,
-            patch_size=patch,
-            img_size=image,
-            class_token=False,
-            global_pool="avg",
+def exchange_attention(
+    model: VisionTransformer,
+    kind: str,
+    *,
+    token_grid: tuple[int, int] | None = None,
+    num_tokens: int | None = None,
+    **options,
+) -> None:
+    """Gives every block of `model` a new, untrained attention layer of the width and heads of its old one."""
+    grid_size = model.patch_embed.grid_size
+    half = tuple(max(1, side // 2) for side in grid_size)
+    (token_grid,) = token_grids(token_grid, num_tokens, [half])
+    layers = [
+        create_attention(
+            kind,
+            model.embed_dim,
+            block.attn.num_heads,
+            grid_size=grid_size,
+            token_grid=token_grid,
+            num_prefix_tokens=model.num_prefix_tokens,
+            depth=depth,
+            qkv_bias=block.attn.qkv.bias is not None,
+            proj_drop=block.attn.proj_drop.p,
+            **options,
         )
-        model = build_model_with_cfg(ContrastVisionTransformer, name, pretrained, **(args | kwargs))
-        runtime = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "num_classes")
-        model.model_args = {k: v for k, v in kwargs.items() if k not in runtime and not k.endswith("drop_rate")}
-        return model
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"ViT-{size}, patch {patch}, {image} px, attention={attention!r}."
-    return create
+        for depth, block in enumerate(model.blocks)
+    ]
+    for block, layer in zip(model.blocks, layers, strict=True):
+        block.attn = layer
+        if isinstance(layer, OnGrid):
+            layer.dynamic_grid = model.dynamic_img_size
 
 
 _VARIANTS = {
@@ -118,5 +170,15 @@ default_cfgs = generate_default_cfgs(
 )
 
 MODELS = tuple(_VARIANTS)
-for _name, _variant in _VARIANTS.items():
-    globals()[_name] = register_model(_entry_point(_name, *_variant))
+for _name, (_attention, _size, _patch, _image) in _VARIANTS.items():
+    _spec = dict(
+        SIZES[_size],
+        attention=_attention,
+        patch_size=_patch,
+        img_size=_image,
+        class_token=False,
+        global_pool="avg",
+    )
+    _doc = f"ViT-{_size}, patch {_patch}, {_image} px, attention={_attention!r}."
+    _create = entry_point(__name__, _name, ContrastVisionTransformer, _spec, FEATURES, _doc)
+    globals()[_name] = register_model(_create)

@@ -1,0 +1,88 @@
+"""What the model families share: building with timm, the arguments that rebuild a model, parameters not to decay."""
+
+from collections.abc import Callable
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg
+from torch import nn
+
+NOT_OF_A_CHECKPOINT = (
+    "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "num_classes", "features_only", "out_indices",
+    "feature_cls",
+)  # fmt: skip
+UNDECAYED = (
+    "positive_embed", "negative_embed", "pool_query", "pos_embed", "cls_token", "reg_token", "dist_token",
+    "relative_position_bias_table",
+)  # fmt: skip
+
+
+def undecayed(model: nn.Module) -> set[str]:
+    """Names of all embeddings, prefix tokens, position tables, pooling vectors and lambdas: not to be decayed."""
+    named = ((name, name.rsplit(".", 1)[-1]) for name, _ in model.named_parameters())
+    return {name for name, last in named if last in UNDECAYED or last.startswith("lambda_")}
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of the images a model takes."""
+    return model.patch_embed.proj.in_channels, *model.patch_embed.img_size
+
+
+def of_a_checkpoint(arguments: dict) -> dict:
+    """The arguments of a model that a checkpoint needs, without those of training and of building."""
+    rates = ("drop_rate", "drop_path_rate")
+    return {k: v for k, v in arguments.items() if k not in NOT_OF_A_CHECKPOINT and not k.endswith(rates)}
+
+
+def note_arguments(model: nn.Module, arguments: dict) -> None:
+    """Notes the arguments that a checkpoint is rebuilt from, and the input size."""
+    model.model_args = of_a_checkpoint(arguments)
+    model.pretrained_cfg["input_size"] = input_size(model)
+
+
+def note_input_size(model: nn.Module, **arguments) -> None:
+    """Lets the preprocessing, and the arguments that a checkpoint is rebuilt from, follow a new input size."""
+    if hasattr(model, "model_args"):
+        model.model_args |= dict(img_size=tuple(model.patch_embed.img_size)) | arguments
+        model.pretrained_cfg["input_size"] = input_size(model)
+
+
+def follow_input_size(model: nn.Module) -> None:
+    """`note_input_size` for timm's own models, whose `set_input_size` notes the new arguments in timm's way."""
+    if tuple(model.pretrained_cfg["input_size"]) != input_size(model):
+        note_input_size(model, **of_a_checkpoint(getattr(model, "_model_args", {})))
+
+
+def entry_point(module: str, name: str, cls: type[nn.Module], spec: dict, feature_cfg: dict, doc: str) -> Callable:
+    """The function that timm's registry calls to build the model `name` of the family in `module`."""
+
+    def create(pretrained: bool = False, **kwargs) -> nn.Module:
+        replaced = {"token_grid"} if kwargs.get("num_tokens") is not None else {}
+        defaults = {key: value for key, value in spec.items() if key not in replaced}
+        model = build_model_with_cfg(cls, name, pretrained, feature_cfg=dict(feature_cfg), **(defaults | kwargs))
+        if not kwargs.get("features_only"):
+            note_arguments(model, kwargs)
+        return model
+
+    create.__name__ = create.__qualname__ = name
+    create.__module__, create.__doc__ = module, doc
+    return create
+
+
+def imagenet_cfg(**more) -> dict:
+    """timm's preprocessing of the paper's classifiers, trained on ImageNet-1K at 224 px."""
+    return (
+        dict(
+            num_classes=1000,
+            input_size=(3, 224, 224),
+            pool_size=(7, 7),
+            crop_pct=0.9,
+            crop_mode="center",
+            interpolation="bicubic",
+            fixed_input_size=True,
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+            first_conv="patch_embed.proj",
+            classifier="head",
+        )
+        | more
+    )

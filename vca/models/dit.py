@@ -1,0 +1,327 @@
+"""The generators: one transformer for DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740), which learn differently.
+
+Names read `[vca_]{dit | sit}_{size}_{patch}`. Sizes s, b, l and xl work on 32x32x4 latents of 256 px images, xs and ti
+on 32 px images; `input_size`, `in_channels` and `vae` change that. Modules are named as in the official repositories.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from timm.layers import Mlp, PatchEmbed
+from torch import Tensor, nn
+
+from vca import diffusion, flow
+from vca.controls import create_attention, token_grids
+from vca.sampling import Callback, Model, Sampler, normal_noise, silent
+from vca.vae import SD_VAE, LatentDecoder
+
+PIXELS = dict(in_channels=3, vae=None)
+LATENTS = dict(in_channels=4, vae=SD_VAE)
+SIZES = {
+    "xs": dict(dim=160, depth=8, num_heads=5, **PIXELS),
+    "ti": dict(dim=256, depth=12, num_heads=4, **PIXELS),
+    "s": dict(dim=384, depth=12, num_heads=6, **LATENTS),
+    "b": dict(dim=768, depth=12, num_heads=12, **LATENTS),
+    "l": dict(dim=1024, depth=24, num_heads=16, **LATENTS),
+    "xl": dict(dim=1152, depth=28, num_heads=16, **LATENTS),
+}
+PATCHES = (2, 4, 8)
+OBJECTIVES = {"dit": diffusion, "sit": flow}
+
+MODELS = {
+    f"{prefix}{family}_{size}_{patch}": dict(family=family, attention=attention, patch_size=patch, **SIZES[size])
+    for prefix, attention in (("", "mhsa"), ("vca_", "vca"))
+    for family in OBJECTIVES
+    for size in SIZES
+    for patch in PATCHES
+}
+
+
+def create_generator(name: str, **overrides) -> "DiffusionTransformer":
+    """Builds the untrained generator `name` of `MODELS`; `overrides` are arguments of `DiffusionTransformer`."""
+    model = DiffusionTransformer(**(MODELS[name] | overrides))
+    model.architecture = name
+    model.model_args = {key: value for key, value in overrides.items() if key != "num_classes"}
+    return model
+
+
+class DiffusionTransformer(nn.Module):
+    """A class-conditional generator: noisy images or latents and a time in, what the objective learns out.
+
+    Args:
+        family: "dit" learns the noise of a diffusion, "sit" the velocity of a flow.
+        dim, depth, num_heads: channels, blocks and heads.
+        patch_size: side of a patch.
+        input_size: side, or height and width, of the images or latents.
+        in_channels: their channels.
+        num_classes: classes; label `num_classes` is the null class of classifier-free guidance.
+        mlp_ratio: hidden channels of the MLPs over `dim`.
+        attention: the kind of attention in every block; see `vca.create_attention`.
+        token_grid, num_tokens: the contrast tokens, as rows and columns or as a square number; default half the patch
+            grid in each direction.
+        vae: Hub id or folder of the autoencoder whose latents these are; None for pixels in [-1, 1].
+        **options: `tokens`, `dwc`, `stage2_softmax` and `pooling` of `vca.create_attention`.
+
+    Attributes:
+        family: as given.
+        sample_shape: channels, height and width of what is denoised.
+        grid_size: rows and columns of patches.
+    """
+
+    num_prefix_tokens = 0
+
+    def __init__(
+        self,
+        family: str,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        patch_size: int,
+        *,
+        input_size: int | Sequence[int] = 32,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        mlp_ratio: float = 4.0,
+        attention: str = "mhsa",
+        token_grid: Sequence[int] | None = None,
+        num_tokens: int | None = None,
+        vae: str | None = None,
+        **options,
+    ):
+        super().__init__()
+        if family not in OBJECTIVES:
+            raise ValueError(f"family={family!r} is unknown; choose one of {', '.join(OBJECTIVES)}.")
+        size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        if any(side % patch_size for side in size):
+            raise ValueError(f"input_size={size} is not divisible by patch_size={patch_size}.")
+        if vae is None and in_channels != 3:
+            raise ValueError(f"in_channels={in_channels} without a vae; a generator of pixels has 3 channels.")
+        self.family = family
+        self.num_classes = num_classes
+        self.patch_size = patch_size
+        self.sample_shape = (in_channels, *size)
+        self.latent_decoder = LatentDecoder(vae) if vae else None
+
+        self.x_embedder = PatchEmbed(size, patch_size, in_channels, dim)
+        self.grid_size = self.x_embedder.grid_size
+        self.t_embedder = TimeEmbedding(dim)
+        self.y_embedder = LabelEmbedding(num_classes, dim)
+        self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid_size), requires_grad=False)
+        half = tuple(max(1, side // 2) for side in self.grid_size)
+        (token_grid,) = token_grids(token_grid, num_tokens, default=[half])
+        place = dict(grid_size=self.grid_size, token_grid=token_grid)
+        layers = (create_attention(attention, dim, num_heads, depth=i, **place, **options) for i in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, layer, mlp_ratio) for layer in layers)
+        self.final_layer = FinalLayer(dim, 2 * in_channels * patch_size**2)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Xavier for projections, 0.02 normal for the conditions, and zeros for all that adaLN-Zero starts at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.out_channels, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for weight in (self.y_embedder.embedding_table.weight, *(self.t_embedder.mlp[i].weight for i in (0, 2))):
+            nn.init.normal_(weight, std=0.02)
+        for layer in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1]):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    @property
+    def patch_embed(self) -> PatchEmbed:
+        """The embedding of the patches by the name that classifiers have for it."""
+        return self.x_embedder
+
+    @property
+    def objective(self):
+        """The module with the loss and the samplers: `vca.diffusion` or `vca.flow`."""
+        return OBJECTIVES[self.family]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The network's raw output.
+
+        Args:
+            x: noisy images or latents (B, C, H, W).
+            t: times (B,): integers 0 ... 999 for DiT, 0 (noise) to 1 (data) for SiT.
+            y: labels (B,); `num_classes` for none.
+
+        Returns:
+            (B, 2C, H, W): the noise or the velocity, then v, which interpolates DiT's variance and is unused in SiT.
+        """
+        condition = self.t_embedder(t) + self.y_embedder(y)
+        tokens = self.x_embedder(x) + self.pos_embed
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        tokens = self.final_layer(tokens, condition)
+        patches = tokens.unflatten(2, (self.patch_size, self.patch_size, -1)).unflatten(1, self.grid_size)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def loss(self, x: Tensor, y: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The loss of each sample, (B,), on clean x: `vca.diffusion.loss` or `vca.flow.loss`."""
+        return self.objective.loss(self.conditioned(y), x, noise, t)
+
+    def conditioned(self, y: Tensor, guidance_scale: float = 1.0, guided_channels: int | None = None) -> Model:
+        """The network as its objective takes it: a function of x and t alone.
+
+        Args:
+            y: labels (B,).
+            guidance_scale: classifier-free guidance null + scale * (class - null); at 1 the null class is not asked.
+            guided_channels: guide these first channels only, the others stay those of the class; default all.
+                DiT's v is never guided.
+        """
+        channels = self.sample_shape[0]
+        outputs = channels if self.objective is flow else 2 * channels
+
+        def unguided(x: Tensor, t: Tensor) -> Tensor:
+            return self(x, t, y)[:, :outputs]
+
+        def guided(x: Tensor, t: Tensor) -> Tensor:
+            both = self(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, self.num_classes)]))
+            given, null = both[:, :outputs].chunk(2)
+            part = slice(0, channels if guided_channels is None else guided_channels)
+            given[:, part] = null[:, part] + guidance_scale * (given[:, part] - null[:, part])
+            return given
+
+        return unguided if guidance_scale == 1 else guided
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels: Sequence[int] | Tensor,
+        *,
+        steps: int = 50,
+        guidance_scale: float = 1.0,
+        seed: int = 0,
+        sampler: str | None = None,
+        guided_channels: int | None = None,
+        indices: Sequence[int] | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Generates one image per label.
+
+        Args:
+            labels: class indices (B,); `num_classes` for no class.
+            steps: steps of the sampler; Heun's method calls the network twice in each.
+            guidance_scale: classifier-free guidance; 1 for none.
+            seed: with `indices` it decides all noise.
+            sampler: "ddpm" or "ddim" for DiT, "euler", "heun" or "sde" for SiT; default the first.
+            guided_channels: guide these first channels only; default all. The official scripts guide 3 of 4 latents.
+            indices: one non-negative number per image; default 0, 1, ... An image depends on its own label and index,
+                not on the others of the batch.
+            callback: called as (step, total, x) with the state (B, C, H, W) after 0, 1, ..., total steps. The network
+                sees state k at time `times(steps, sampler)[k]`, `decode` shows it. Raising ends the sampling.
+
+        Returns:
+            float32 (B, 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: a label, the sampler, the number of steps or of indices is impossible.
+            vca.vae.DecoderError: the model needs a VAE that is not here; raised before sampling.
+        """
+        device = self.pos_embed.device
+        y = torch.as_tensor(labels, dtype=torch.long, device=device)
+        if y.ndim != 1 or not len(y) or y.min() < 0 or y.max() > self.num_classes:
+            raise ValueError(f"labels must be a list of numbers from 0 to {self.num_classes} (no class).")
+        indices = range(len(y)) if indices is None else indices
+        if len(indices) != len(y):
+            raise ValueError(f"{len(indices)} indices for {len(y)} labels.")
+        if self.latent_decoder:
+            self.latent_decoder.load(device)
+        run, times = self._sampler(sampler)
+        noise = normal_noise(seed, indices, self.sample_shape, device)
+        model = self.conditioned(y, guidance_scale, guided_channels)
+        return self.decode(run(model, noise, times(steps), callback or silent))
+
+    def times(self, steps: int, sampler: str | None = None) -> list[float]:
+        """The time t at which the network sees the state after 0, 1, ..., steps - 1 steps."""
+        return self._sampler(sampler).times(steps)[:steps]
+
+    def _sampler(self, name: str | None) -> Sampler:
+        samplers = self.objective.SAMPLERS
+        if name is not None and name not in samplers:
+            raise ValueError(f"sampler={name!r} is unknown; {self.family} has {', '.join(samplers)}.")
+        return samplers[name or next(iter(samplers))]
+
+    def decode(self, x: Tensor) -> Tensor:
+        """States (B, C, H, W) of a sampler, or clean latents, as images (B, 3, H, W) in [0, 1]."""
+        images = self.latent_decoder.decode(x) if self.latent_decoder else x
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+class TimeEmbedding(nn.Module):
+    """Times (B,) -> (B, dim): cosines and sines of 128 frequencies from 1 down to 1e-4, then an MLP."""
+
+    FREQUENCIES = 128
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * self.FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        exponents = torch.arange(self.FREQUENCIES, device=t.device, dtype=torch.float32) / self.FREQUENCIES
+        angles = t[:, None].float() * torch.exp(-math.log(10000) * exponents)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedding(nn.Module):
+    """Labels (B,) -> (B, dim); the last row is the null class."""
+
+    def __init__(self, num_classes: int, dim: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class Block(nn.Module):
+    """A transformer block whose two norms are shifted, scaled and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """The last norm, shifted and scaled by the condition, and the projection to the values of a patch."""
+
+    def __init__(self, dim: int, outputs: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(dim, outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+def sincos_positions(dim: int, grid_size: tuple[int, int]) -> Tensor:
+    """Position table (1, Hg * Wg, dim): the first half of the channels encodes the column, the second the row.
+
+    Each half is sines, then cosines, of dim / 4 frequencies falling from 1 towards 1e-4.
+    """
+    quarter = dim // 4
+    frequencies = 10000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    rows, cols = (torch.arange(side, dtype=torch.float64)[:, None] * frequencies for side in grid_size)
+    height, width = grid_size
+    by_col = torch.cat([cols.sin(), cols.cos()], dim=1).expand(height, -1, -1)
+    by_row = torch.cat([rows.sin(), rows.cos()], dim=1)[:, None].expand(-1, width, -1)
+    return torch.cat([by_col, by_row], dim=-1).flatten(0, 1)[None].float()
