@@ -1,0 +1,71 @@
+"""The About tab: what the maps mean, the models served here, the paper, the limits."""
+
+import gradio as gr
+
+from app.models import Checkpoints
+
+MAPS = r"""
+## What the maps mean
+
+A layer of Visual-Contrast Attention (VCA) attends in two stages, through $n$ *contrast tokens*: the queries of the
+image's patches, averaged over $n$ cells, once with a learned positive and once with a learned negative embedding added.
+In every head
+
+$$A_1^\pm = \operatorname{softmax}\big(t^\pm k^\top / \sqrt d\,\big), \quad D_1 = A_1^+ - \lambda_1 A_1^-,$$
+
+$$A_2^\pm = \operatorname{softmax}\big(q\,{t^\pm}^\top / \sqrt d\,\big), \quad D_2 = A_2^+ - \lambda_2 A_2^-.$$
+
+**Stage I** says where a contrast token looks: one row per contrast token, over all patches. **Stage II** says which
+contrast tokens a patch reads: one row per patch. A row of a positive or negative map sums to 1, a row of a
+differential map to $1 - \lambda$.
+
+**The effective map** joins both stages into one signed attention from patch to patch,
+
+$$E = \operatorname{diag}(r_2)\, D_2 \operatorname{diag}(r_1)\, D_1, \quad o = (E\,v)\, g_1 g_2,$$
+
+where $r_1, r_2$ are the row factors of the two RMSNorms and $g_1, g_2$ their channel gains. This is exact, to rounding:
+an orange patch is *drawn in* by the query, a blue one *pushed away*.
+
+## What they do not mean
+
+- The effective map is all of the layer's attention, but the layer also adds a depthwise 3×3 convolution of the values,
+  and the block an MLP; neither is in the map.
+- Attention is not an explanation by itself. That a head draws from a patch does not mean that the decision hangs on it.
+- In later blocks a patch no longer stands for its own pixels only: it has already mixed with others.
+- The models here are small and know few classes.
+"""
+PAPER = """
+## The paper
+
+*Linear Differential Vision Transformer: Learning Visual Contrasts via Pairwise Differentials*, NeurIPS 2025,
+arXiv [2511.00833](https://arxiv.org/abs/2511.00833).
+"""
+
+
+MATH = [dict(left="$$", right="$$", display=True), dict(left="$", right="$", display=False)]
+
+
+def build(checkpoints: Checkpoints) -> None:
+    """Builds the tab."""
+    with gr.Column(elem_classes="vca-about"):
+        gr.Markdown(MAPS, latex_delimiters=MATH)
+        gr.Markdown(_table(checkpoints))
+        gr.Markdown(PAPER)
+
+
+def _table(checkpoints: Checkpoints) -> str:
+    lines = [
+        "## Models served here",
+        "",
+        "| model | architecture | classes | input | trained on | top-1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in checkpoints.names:
+        config = checkpoints.configs[name]
+        rows, cols = config["pretrained_cfg"]["input_size"][1:]
+        last = config["training"][-1] if config.get("training") else {}
+        data = last.get("recipe", {}).get("dataset") or "-"
+        top1 = f"{last['results']['top1']:.2f} %" if "results" in last else "-"
+        cells = [name, config["architecture"], config["num_classes"], f"{cols}×{rows}", data, top1]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)

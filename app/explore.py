@@ -1,0 +1,128 @@
+"""The Explore tab: click a patch or a contrast token, and see every map of it.
+
+The server runs the model once and keeps the maps; the page (explorer.html, .css, .js) fetches those of each block once
+and draws every click by itself.
+"""
+
+import base64
+import json
+import secrets
+from collections import OrderedDict
+from pathlib import Path
+from threading import Lock
+
+import gradio as gr
+
+from app import draw, models
+from app.images import ImageError, read_image, uploaded_file
+from app.inputs import image_and_model
+
+STORE_BYTES = 512 * 2**20
+FILES = Path(__file__).parent
+
+
+class MapStore:
+    """The maps of the newest runs, at most `limit` bytes of them, each under a token that nobody can guess."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._runs: OrderedDict[str, list[models.Layer]] = OrderedDict()
+        self._lock = Lock()
+
+    def put(self, layers: list[models.Layer]) -> str:
+        """Keeps a run, forgets the longest unused ones as needed, and returns the run's token.
+
+        Raises:
+            gr.Error: the run alone is larger than the limit.
+        """
+        if _size(layers) > self.limit:
+            raise gr.Error("The maps of this model are too large to explore here.", print_exception=False)
+        token = secrets.token_urlsafe(24)
+        with self._lock:
+            self._runs[token] = layers
+            while self.size() > self.limit:
+                self._runs.popitem(last=False)
+        return token
+
+    def get(self, token: str) -> list[models.Layer]:
+        """The run of a token.
+
+        Raises:
+            KeyError: the run was forgotten, or never was.
+        """
+        with self._lock:
+            self._runs.move_to_end(token)
+            return self._runs[token]
+
+    def size(self) -> int:
+        """Bytes held."""
+        return sum(map(_size, self._runs.values()))
+
+
+def _size(layers: list[models.Layer]) -> int:
+    return sum(array.nbytes for layer in layers for array in layer.arrays.values())
+
+
+def build(checkpoints: models.Checkpoints, examples: list[str]) -> tuple[gr.Image, gr.Dropdown]:
+    """Builds the tab. Returns its image and model inputs: setting them from elsewhere explores that image."""
+    store = MapStore(STORE_BYTES)
+
+    def explore(upload: dict | None, name: str) -> str:
+        if upload is None:
+            return ""
+        model = checkpoints.load(name)
+        try:
+            image = read_image(uploaded_file(upload))
+        except ImageError as error:
+            return json.dumps(dict(problem=error.message))
+        probabilities, maps = models.run(model, models.preprocess(model, image))
+        if not maps:
+            return json.dumps(dict(problem=models.NO_MAPS))
+        layers = [models.pack(layer) for layer in maps]
+        [(label, probability)] = models.top_labels(model, probabilities, 1).items()
+        return json.dumps(
+            dict(
+                token=store.put(layers),
+                image=draw.data_url(draw.muted(models.centre_crop(model, image)), "JPEG"),
+                answer=f"{label} {probability:.0%}",
+                prefixNames=models.prefix_names(model),
+                blocks=[layer.facts() for layer in layers],
+            )
+        )
+
+    def fetch_maps(request: dict) -> dict:
+        """The arrays of one block of a run, for the page: name -> shape and base64 bytes. The request names both."""
+        try:
+            layer = store.get(request["token"])[request["block"]]
+        except (LookupError, TypeError):  # forgotten, or not a request of our page
+            return dict(expired=True)
+        return {
+            name: dict(shape=array.shape, data=base64.b64encode(array.tobytes()).decode())
+            for name, array in layer.arrays.items()
+        }
+
+    with gr.Row():
+        with gr.Column(scale=2, min_width=280):
+            image, model = image_and_model(checkpoints, examples, height=240)
+        with gr.Column(scale=7, min_width=320):
+            explorer = gr.HTML(
+                "",
+                html_template=(FILES / "explorer.html").read_text(encoding="utf-8"),
+                css_template=(FILES / "explorer.css").read_text(encoding="utf-8"),
+                js_on_load=(FILES / "explorer.js").read_text(encoding="utf-8"),
+                apply_default_css=False,
+                server_functions=[fetch_maps],
+                palette=draw.PALETTE,
+                elem_id="explorer",
+            )
+    gr.on(
+        [image.change, model.change, explorer.submit],
+        explore,
+        [image, model],
+        explorer,
+        preprocess=False,
+        show_progress="hidden",
+        trigger_mode="always_last",
+        api_visibility="private",
+    )
+    return image, model

@@ -1,0 +1,85 @@
+"""From an uploaded file to an upright RGB image: the one place where a visitor's file is opened."""
+
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+from gradio.utils import get_upload_folder
+from PIL import Image, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+MAX_PIXELS = 100_000_000
+WORKING_SIDE = 1024
+
+
+class ImageError(gr.Error):
+    """A file that is not a usable image. The message is a sentence for the visitor."""
+
+    def __init__(self, message: str):
+        super().__init__(message, title="Image", print_exception=False)
+
+
+def uploaded_file(upload: dict | None) -> Path:
+    """The path of what a visitor uploaded: of the file record that gradio hands to a function with `preprocess=False`.
+
+    Raises:
+        ImageError: there is no upload, or the path is not one of gradio's uploaded files.
+    """
+    path = upload.get("path") if isinstance(upload, dict) else None
+    if not isinstance(path, str):
+        raise ImageError("No image was uploaded. From Python, pass gradio_client.handle_file(path).")
+    if not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+        raise ImageError("This file was not uploaded.")
+    return Path(path)
+
+
+def read_image(path: Path) -> Image.Image:
+    """Reads an image file as upright 8-bit RGB; very large ones at a reduced size (shorter side 1024 px or more).
+
+    EXIF rotation is applied, transparency flattened on white, of an animation the first frame taken. The size is
+    checked in the header, before anything is decoded.
+
+    Raises:
+        ImageError: the file is empty, of an unknown format, damaged, or larger than 100 megapixels.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        raise ImageError("This file is empty.")
+    try:
+        file = Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ImageError("This image is too large: the limit is 100 megapixels.") from None
+    except Exception:
+        raise ImageError("This file is not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image.") from None
+    with file:
+        if file.width * file.height > MAX_PIXELS:
+            megapixels = file.width * file.height / 1e6
+            raise ImageError(f"This image is too large: it has {megapixels:.0f} megapixels, the limit is 100.")
+        try:
+            shrink = WORKING_SIDE / min(file.size)
+            if shrink < 1:  # a JPEG is then decoded at a half, a quarter or an eighth of its size
+                file.draft(None, (round(file.width * shrink), round(file.height * shrink)))
+            file.load()
+            image = _to_rgb(_upright(file))
+        except Exception:
+            raise ImageError("This image file is damaged or incomplete.") from None
+    return image.reduce(max(1, min(image.size) // WORKING_SIDE))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged metadata is no reason to refuse a picture
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):  # no agreed white: the brightest pixel is white
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        values -= values.min()
+        image = Image.fromarray((values * (255 / max(values.max(), 1e-12))).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,175 @@
+"""The checkpoints of a folder, and what they make of an image."""
+
+import json
+from dataclasses import dataclass
+from math import floor
+from pathlib import Path
+from threading import Lock
+
+import gradio as gr
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
+from torch import nn
+
+import vca
+from vca.models import CLASSIFIERS
+
+CROP_SIDE = 640
+NO_MAPS = "The attention of this model cannot be drawn: none of it spans the whole image."
+
+
+class Checkpoints:
+    """The classifiers in `folder`, those with VCA first. Each model is loaded when it is first asked for, and kept."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.configs = {file.parent.name: json.loads(file.read_bytes()) for file in folder.glob("*/config.json")}
+        names = [name for name, config in self.configs.items() if config["architecture"] in CLASSIFIERS]
+        self.names = sorted(names, key=lambda name: (not name.startswith("vca"), name))
+        self._models: dict[str, nn.Module] = {}
+        self._lock = Lock()
+
+    def load(self, name: str) -> nn.Module:
+        """The model of a checkpoint, in evaluation mode.
+
+        Raises:
+            gr.Error: there is no such checkpoint, or it is damaged; the message says which there are, or what is wrong.
+        """
+        if name not in self.names:
+            known = ", ".join(self.names) or "none yet"
+            raise gr.Error(f"model must be one of: {known}.", print_exception=False)
+        with self._lock:
+            if name not in self._models:
+                try:
+                    self._models[name] = vca.load(self.folder / name)
+                except vca.CheckpointError as error:
+                    raise gr.Error(str(error), print_exception=False) from error
+            return self._models[name]
+
+
+def preprocess(model: nn.Module, image: Image.Image) -> torch.Tensor:
+    """The model's input (1, 3, H, W): resized, centre-cropped and normalised as its checkpoint says."""
+    config = timm.data.resolve_data_config(model=model)
+    width, height = image.size
+    limit = 4 * min(width, height)  # what the centre crop drops of a panorama need not be resized first
+    left, top = max(0, width - limit) // 2, max(0, height - limit) // 2
+    image = image.crop((left, top, width - left, height - top))
+    return timm.data.create_transform(**config)(image)[None]
+
+
+def centre_crop(model: nn.Module, image: Image.Image) -> Image.Image:
+    """The part of `image` that reaches the model, in the image's own resolution, at most 640 px a side."""
+    config = timm.data.resolve_data_config(model=model)
+    rows, cols = config["input_size"][1:]
+    scale = min(image.width / floor(cols / config["crop_pct"]), image.height / floor(rows / config["crop_pct"]))
+    left, top = (image.width - cols * scale) / 2, (image.height - rows * scale) / 2
+    shrink = min(1, CROP_SIDE / (max(rows, cols) * scale))
+    size = (max(1, round(cols * scale * shrink)), max(1, round(rows * scale * shrink)))
+    return image.resize(size, Image.Resampling.BICUBIC, (left, top, left + cols * scale, top + rows * scale))
+
+
+def input_picture(model: nn.Module, x: torch.Tensor) -> Image.Image:
+    """The model's input (1, 3, H, W) as the picture it is: H x W pixels, normalisation undone."""
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    pixels = ((x[0] * std + mean).clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+@torch.inference_mode()
+def run(model: nn.Module, x: torch.Tensor) -> tuple[np.ndarray, list[vca.LayerMaps]]:
+    """Classifies one input (1, 3, H, W): its probabilities (classes,), and the maps of its attention layers.
+
+    Left out are layers whose maps do not join every two places of one grid: windows, stripes, reduced keys.
+    """
+    with vca.record(model) as maps:
+        logits = model(x)
+    return logits[0].softmax(0).numpy(), [m for m in maps if m.window_size is None and m.key_grid is None]
+
+
+def top_labels(model: nn.Module, probabilities: np.ndarray, count: int) -> dict[str, float]:
+    """The `count` likeliest labels and their probabilities, likeliest first."""
+    return {model.label_names[i]: float(probabilities[i]) for i in np.argsort(-probabilities)[:count]}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The attention of one block for one image, as the explorer draws it: H heads, T = P + N tokens, n contrast tokens.
+
+    `arrays` holds the float16 maps `positive1`, `negative1` (H, n, T), `positive2`, `negative2` (H, T, n) and the
+    float32 row factors `scale1` (H, n), `scale2` (H, T), as far as this kind of attention has them. Attention of a
+    single stage has maps (H, T, T) and no `tokens`. `streams` is the number of streams in each stage: 0, 1 or 2.
+    """
+
+    kind: str
+    block: int
+    heads: int
+    grid: tuple[int, int]
+    tokens: tuple[int, int] | None
+    prefix: int
+    lambda1: float | None
+    lambda2: float | None
+    streams: tuple[int, int]
+    arrays: dict[str, np.ndarray]
+
+    def facts(self) -> dict:
+        """All but the arrays, as JSON values."""
+        return {key: value for key, value in vars(self).items() if key != "arrays"}
+
+
+def pack(maps: vca.LayerMaps) -> Layer:
+    """What the explorer needs of a recorded layer, for the first image of the batch."""
+    stages = (maps.stage1, maps.stage2)
+    tensors = {}
+    for number, stage, scale in ((1, maps.stage1, maps.row_scale1), (2, maps.stage2, maps.row_scale2)):
+        tensors[f"positive{number}"] = stage and stage.positive
+        tensors[f"negative{number}"] = stage and stage.negative
+        tensors[f"scale{number}"] = None if scale is None else scale[..., 0]
+    arrays = {
+        name: tensor[0].numpy().astype(np.float32 if name.startswith("scale") else np.float16)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+    return Layer(
+        kind=maps.kind,
+        block=maps.block,
+        heads=maps.stage1.positive.shape[1],
+        grid=maps.grid_size,
+        tokens=maps.token_grid,
+        prefix=maps.num_prefix_tokens,
+        lambda1=None if maps.lambda1 is None else float(maps.lambda1),
+        lambda2=None if maps.lambda2 is None else float(maps.lambda2),
+        streams=tuple(0 if stage is None else 1 if stage.negative is None else 2 for stage in stages),
+        arrays=arrays,
+    )
+
+
+def prefix_names(model: nn.Module) -> list[str]:
+    """What each prefix token is: the class token first, then the registers."""
+    names = ["class"] if getattr(model, "cls_token", None) is not None else []
+    return names + [f"register {i + 1}" for i in range(getattr(model, "num_prefix_tokens", 0) - len(names))]
+
+
+def describe(name: str, model: nn.Module) -> dict:
+    """A model's facts as JSON values: architecture, classes, input size, and heads and grids of blocks with maps."""
+    config = timm.data.resolve_data_config(model=model)
+    _, maps = run(model, torch.zeros(1, *config["input_size"]))
+    blocks = [
+        dict(
+            block=layer.block,
+            kind=layer.kind,
+            heads=layer.stage1.positive.shape[1],
+            grid_size=layer.grid_size,
+            token_grid=layer.token_grid,
+        )
+        for layer in maps
+    ]
+    return dict(
+        name=name,
+        architecture=model.pretrained_cfg["architecture"],
+        classes=model.label_names,
+        input_size=list(config["input_size"]),
+        prefix_tokens=prefix_names(model),
+        blocks=blocks,
+    )

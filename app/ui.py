@@ -1,0 +1,65 @@
+"""The page: one tab per file, and the road from Classify to Explore."""
+
+from pathlib import Path
+
+import gradio as gr
+
+from app import about, api, classify, explore
+from app.images import uploaded_file
+from app.inputs import write_examples
+from app.models import Checkpoints
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
+THEME = gr.themes.Base(
+    primary_hue="indigo",
+    neutral_hue="zinc",
+    font=FONTS,
+    font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
+).set(
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_600",
+    button_primary_background_fill_hover_dark="*primary_700",
+    button_primary_text_color="white",
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_400",
+)
+LAUNCH = dict(
+    theme=THEME,
+    css_paths=Path(__file__).parent / "style.css",
+    run_history=False,
+    ssr_mode=False,
+    max_file_size="64mb",
+    footer_links=["api", "settings"],
+)
+HEADER = """<header class="vca-header"><h1>Visual-Contrast Attention</h1>
+<p>See where every head of a vision transformer looks: what it draws in, and what it pushes away.</p></header>"""
+NO_WEIGHTS = """<p class="vca-problem">There is no trained model yet. Train one with
+<code>python -m training.classify cifar10_vca --data FOLDER</code>, copy <code>runs/cifar10_vca/checkpoint</code> to
+<code>weights/NAME</code>, and start the app again.</p>"""
+
+
+def build(weights: Path = WEIGHTS) -> gr.Blocks:
+    """The whole app for the checkpoints in a folder. Launch it with `**LAUNCH`."""
+    checkpoints = Checkpoints(Path(weights))
+    examples = write_examples()
+    with gr.Blocks(title="Visual-Contrast Attention", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
+        api.build(checkpoints)  # first, so that no event of a tab takes one of its names
+        gr.HTML(HEADER if checkpoints.names else HEADER + NO_WEIGHTS)
+        with gr.Tabs() as tabs:
+            with gr.Tab("Classify", id="classify"):
+                explore_button, image, model = classify.build(checkpoints, examples)
+            with gr.Tab("Explore", id="explore"):
+                explored_image, explored_model = explore.build(checkpoints, examples)
+            with gr.Tab("About", id="about"):
+                about.build(checkpoints)
+        explore_button.click(
+            lambda upload, name: (uploaded_file(upload), name, gr.Tabs(selected="explore")),
+            [image, model],
+            [explored_image, explored_model, tabs],
+            preprocess=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+    return demo

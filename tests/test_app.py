@@ -1,0 +1,379 @@
+"""The app through its endpoints: what it answers, what it refuses, and that it never falls over."""
+
+import base64
+import io
+import struct
+import time
+import zlib
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+import vca
+from app import models
+from app.classify import decision_rows
+from app.explore import MapStore
+from app.images import MAX_PIXELS, WORKING_SIDE, ImageError, read_image
+from app.ui import LAUNCH, build
+
+LABELS = ["left", "right", "up", "down"]
+PLAIN, PREFIXED, MHSA = "vca_small", "vca_with_prefix", "mhsa_small"
+
+
+def save_checkpoints(folder) -> None:
+    """Three small models: a plain one; one with prefix tokens and overlapping cells; self-attention."""
+    torch.manual_seed(7)
+    small = dict(num_classes=len(LABELS), embed_dim=24, depth=3, num_heads=3)
+    variants = {
+        PLAIN: ("vca_vit_pico_patch4_32", {}),
+        PREFIXED: (
+            "vca_vit_pico_patch4_32",
+            dict(class_token=True, global_pool="token", reg_tokens=1, img_size=(16, 20), token_grid=(3, 2)),
+        ),
+        MHSA: ("mhsa_vit_pico_patch4_32", {}),
+    }
+    for name, (architecture, options) in variants.items():
+        model = vca.create_model(architecture, **small, **options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.15 * torch.randn_like(parameter))
+        model.pretrained_cfg["input_size"] = (3, *options.get("img_size", (32, 32)))
+        vca.save(model, folder / name, label_names=LABELS)
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth picture with structure at every scale."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    save_checkpoints(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(weights):
+    demo = build(weights)
+    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+    yield address
+    demo.close()
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return Client(url, verbose=False)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "photo.png"
+    photo(90, 60).save(path)
+    return path
+
+
+def recorded(weights, name: str, path):
+    model = vca.load(weights / name)
+    return model, *models.run(model, models.preprocess(model, read_image(path)))
+
+
+# ---- Endpoints
+
+
+def test_endpoints_are_exactly_the_documented_ones(client):
+    assert set(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == {
+        "/models",
+        "/classify",
+        "/attention",
+    }
+
+
+def test_models(client):
+    by_name = {entry["name"]: entry for entry in client.predict(api_name="/models")}
+    assert set(by_name) == {PLAIN, PREFIXED, MHSA}
+    assert by_name[PREFIXED]["input_size"] == [3, 16, 20]
+    assert by_name[PREFIXED]["prefix_tokens"] == ["class", "register 1"]
+    assert by_name[PREFIXED]["classes"] == LABELS
+    facts = dict(kind="vca", heads=3, grid_size=[4, 5], token_grid=[3, 2])
+    assert by_name[PREFIXED]["blocks"] == [dict(block=block, **facts) for block in range(3)]
+    assert by_name[MHSA]["blocks"][0]["token_grid"] is None
+
+
+@pytest.mark.parametrize("name", [PLAIN, PREFIXED, MHSA])
+def test_classify_is_the_model(client, weights, picture, name):
+    answer = client.predict(handle_file(picture), name, 3, api_name="/classify")
+    _, probabilities, _ = recorded(weights, name, picture)
+    assert list(answer) == [LABELS[i] for i in np.argsort(-probabilities)[:3]]
+    np.testing.assert_allclose(list(answer.values()), np.sort(probabilities)[::-1][:3], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, stage, query", [(PLAIN, "stage1", 5), (PREFIXED, "stage2", 1), (PREFIXED, "effective", 21)]
+)
+def test_attention_is_the_record(client, weights, picture, name, stage, query):
+    file = client.predict(handle_file(picture), name, 1, 2, stage, query, api_name="/attention")
+    _, _, maps = recorded(weights, name, picture)
+    with np.load(file) as arrays:
+        expected = maps[1].effective if stage == "effective" else getattr(maps[1], stage).differential
+        np.testing.assert_allclose(
+            arrays["effective" if stage == "effective" else "differential"], expected[0, 2, query].numpy(), atol=1e-6
+        )
+        assert tuple(arrays["grid_size"]) == maps[1].grid_size
+        assert tuple(arrays["token_grid"]) == maps[1].token_grid
+        assert arrays["num_prefix_tokens"] == maps[1].num_prefix_tokens
+        np.testing.assert_allclose(arrays["lambdas"], [maps[1].lambda1.item(), maps[1].lambda2.item()])
+
+
+def test_attention_of_self_attention(client, weights, picture):
+    file = client.predict(handle_file(picture), MHSA, 0, 0, "effective", 3, api_name="/attention")
+    with np.load(file) as arrays:
+        assert arrays["effective"].sum() == pytest.approx(1, abs=1e-5)
+        assert "token_grid" not in arrays
+
+
+@pytest.mark.parametrize(
+    "arguments, names",
+    [
+        (("nothing", 0, 0, "stage1", 0), [PLAIN, PREFIXED, MHSA]),
+        ((PLAIN, 3, 0, "stage1", 0), ["block", "0, 1, 2"]),
+        ((PLAIN, -1, 0, "stage1", 0), ["block", "0, 1, 2"]),
+        ((PLAIN, 0, 3, "stage1", 0), ["head", "0 to 2"]),
+        ((PLAIN, 0, "all", "stage1", 0), ["head", "0 to 2"]),
+        ((PLAIN, 0, 0, "stage3", 0), ["stage1", "stage2", "effective"]),
+        ((PLAIN, 0, 0, "stage1", 16), ["query", "0 to 15"]),
+        ((PLAIN, 0, 0, "stage2", 1.5), ["query", "0 to 63"]),
+        ((PLAIN, 0, 0, "effective", None), ["query", "0 to 63"]),
+        ((MHSA, 0, 0, "stage2", 0), ["stage1, effective"]),
+    ],
+)
+def test_wrong_arguments_name_the_allowed_ones(client, picture, arguments, names):
+    with pytest.raises(AppError) as caught:
+        client.predict(handle_file(picture), *arguments, api_name="/attention")
+    assert "\n" not in str(caught.value)
+    assert all(name in str(caught.value) for name in names), str(caught.value)
+
+
+@pytest.mark.parametrize("top_k", [0, 5, "two", True])
+def test_wrong_top_k(client, picture, top_k):
+    with pytest.raises(AppError, match="top_k must be a whole number from 1 to 4"):
+        client.predict(handle_file(picture), PLAIN, top_k, api_name="/classify")
+
+
+@pytest.mark.parametrize("image", [None, "photo.png", 3, {"path": "/etc/hostname"}, {"path": None}, {}])
+def test_only_uploads_are_read(client, image):
+    with pytest.raises(AppError, match="upload"):
+        client.predict(image, PLAIN, 1, api_name="/classify")
+
+
+# ---- Files
+
+
+def header_bomb() -> bytes:
+    """A PNG that claims 60000 x 60000 pixels and holds none."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def encoded(image: Image.Image, format: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+HOSTILE = {
+    "empty.png": b"",
+    "text.png": b"hello, I am not a picture",
+    "zeros.jpg": bytes(4096),
+    "page.svg": b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>",
+    "page.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "bomb.png": header_bomb(),
+    "large.png": encoded(Image.new("1", (10_001, 10_000)), "PNG"),
+    "truncated.jpg": encoded(photo(400, 300), "JPEG")[:4000],
+    "truncated.png": encoded(photo(400, 300), "PNG")[:4000],
+    "header_only.gif": b"GIF89a",
+    "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+    "archive.webp": b"PK\x03\x04" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_get_a_sentence(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(HOSTILE[name])
+    with pytest.raises(ImageError) as caught:
+        read_image(path)
+    assert caught.value.message.endswith(".") and "\n" not in caught.value.message
+
+
+def test_the_app_goes_on_after_hostile_files(client, tmp_path, picture):
+    for name, content in HOSTILE.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(AppError, match=r"\.$"):
+            client.predict(handle_file(path), PLAIN, 1, api_name="/classify")
+    assert client.predict(handle_file(picture), PLAIN, 1, api_name="/classify")
+
+
+def quadrants(mode: str) -> Image.Image:
+    """A 64 x 64 picture, white on the left, black on the right, in any mode."""
+    image = Image.new("L", (64, 64), 0)
+    image.paste(255, (0, 0, 32, 64))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize(
+    "mode, format", [("RGB", "PNG"), ("L", "JPEG"), ("P", "GIF"), ("CMYK", "JPEG"), ("1", "TIFF"), ("LA", "PNG")]
+)
+def test_every_mode_becomes_rgb(tmp_path, mode, format):
+    path = tmp_path / "image"
+    quadrants(mode).save(path, format)
+    image = read_image(path)
+    assert image.mode == "RGB" and image.getpixel((8, 8))[0] > 240 and image.getpixel((56, 8))[0] < 15
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_keep_their_tones(tmp_path, format):
+    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+    Image.fromarray(ramp).save(tmp_path / "ramp", format)
+    values = np.asarray(read_image(tmp_path / "ramp"))[0, :, 0].astype(int)
+    np.testing.assert_allclose(values, np.linspace(0, 255, 64), atol=1.5)
+
+
+def test_transparency_is_white_and_rotation_is_upright(tmp_path):
+    Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_image(tmp_path / "clear.png").getpixel((4, 4)) == (255, 255, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    quadrants("RGB").crop((0, 0, 64, 32)).save(tmp_path / "turned.jpg", exif=exif)
+    turned = read_image(tmp_path / "turned.jpg")
+    assert turned.size == (32, 64)
+    assert turned.getpixel((16, 8))[0] > 240 and turned.getpixel((16, 56))[0] < 15
+
+
+def test_of_an_animation_the_first_frame(tmp_path):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "frames.gif", save_all=True, append_images=frames[1:])
+    assert read_image(tmp_path / "frames.gif").getpixel((8, 8)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 20_000), (20_000, 3)])
+def test_extreme_shapes_are_classified(weights, tmp_path, size):
+    path = tmp_path / "thin.png"
+    Image.new("RGB", size, "teal").save(path)
+    model, probabilities, _ = recorded(weights, PLAIN, path)
+    assert np.isfinite(probabilities).all()
+    assert min(models.centre_crop(model, read_image(path)).size) >= 1
+
+
+def test_large_photo_is_fast_and_right(client, weights, tmp_path):
+    path = tmp_path / "large.jpg"
+    large = photo(4000, 3000)
+    large.save(path, quality=95)
+    client.predict(handle_file(path), PLAIN, 4, api_name="/classify")
+    start = time.perf_counter()
+    answer = client.predict(handle_file(path), PLAIN, 4, api_name="/classify")
+    assert time.perf_counter() - start < 8
+    assert min(read_image(path).size) >= WORKING_SIDE
+    model = vca.load(weights / PLAIN)
+    exact, _ = models.run(model, models.preprocess(model, large))
+    np.testing.assert_allclose([answer[label] for label in LABELS], exact, atol=0.02)
+
+
+def test_limit_is_what_the_sentence_says():
+    assert MAX_PIXELS == 100_000_000
+
+
+# ---- What the visitor sees
+
+
+def test_input_picture_is_the_input(weights, picture):
+    model = vca.load(weights / PREFIXED)
+    x = models.preprocess(model, read_image(picture))
+    seen = models.input_picture(model, x)
+    assert seen.size == (20, 16)
+    np.testing.assert_allclose(np.asarray(seen) / 255, x[0].permute(1, 2, 0) * 0.5 + 0.5, atol=0.5 / 255 + 1e-6)
+
+
+def test_crop_is_the_part_that_reaches_the_model(weights, tmp_path):
+    image = photo(300, 100)
+    model = vca.load(weights / PLAIN)
+    crop = models.centre_crop(model, image)
+    assert crop.size == (100, 100)
+    np.testing.assert_array_equal(np.asarray(crop), np.asarray(image)[:, 100:200])
+
+
+def test_strip_rows(weights, picture):
+    _, _, maps = recorded(weights, PREFIXED, picture)
+    effective = maps[2].effective[0].numpy()
+    np.testing.assert_allclose(decision_rows(maps[2], True), effective[:, 0, 2:].reshape(3, 4, 5), rtol=1e-5)
+    mean = effective[:, 2:, 2:].mean(1).reshape(3, 4, 5)
+    np.testing.assert_allclose(decision_rows(maps[2], False), mean, rtol=1e-4, atol=1e-7)
+
+
+# ---- The store of maps
+
+
+def layers(kilobytes: int) -> list[models.Layer]:
+    arrays = dict(positive1=np.zeros((kilobytes, 512), np.float16))
+    return [models.Layer("mhsa", 0, 1, (1, 1), None, 0, None, None, (1, 0), arrays)]
+
+
+def test_store_is_bounded_and_forgets_the_longest_unused():
+    store = MapStore(limit=10 * 1024)
+    first, second = store.put(layers(4)), store.put(layers(4))
+    store.get(first)
+    third = store.put(layers(4))
+    assert store.size() <= store.limit
+    assert store.get(first) and store.get(third)
+    with pytest.raises(KeyError):
+        store.get(second)
+
+
+def test_store_refuses_what_cannot_fit():
+    with pytest.raises(Exception, match="too large"):
+        MapStore(limit=1024).put(layers(4))
+
+
+def test_visitors_do_not_mix(weights):
+    store = MapStore(limit=2**20)
+    tokens = [store.put(layers(k)) for k in range(1, 40)]
+    assert len(set(tokens)) == 39 and min(map(len, tokens)) >= 32
+    assert [store.get(token)[0].arrays["positive1"].shape[0] for token in tokens] == list(range(1, 40))
+
+
+def fetch(url: str, component: int, request) -> dict:
+    body = dict(session_hash="test", component_id=component, fn_name="fetch_maps", data=request)
+    answer = httpx.post(f"{url}gradio_api/component_server", json=body)
+    assert answer.status_code == 200
+    return answer.json()
+
+
+def test_server_function_gives_maps_only_for_a_token(url):
+    components = httpx.get(f"{url}config").json()["components"]
+    explorer = next(c["id"] for c in components if c["props"].get("elem_id") == "explorer")
+    for request in (dict(token="guess", block=0), dict(), None, "token", dict(token=["x"], block="0")):
+        assert fetch(url, explorer, request) == dict(expired=True)
+
+
+def test_float16_survives_the_way_to_the_page(weights, picture):
+    _, _, maps = recorded(weights, PLAIN, picture)
+    array = models.pack(maps[0]).arrays["positive1"]
+    copy = np.frombuffer(base64.b64decode(base64.b64encode(array.tobytes())), np.float16).reshape(array.shape)
+    np.testing.assert_allclose(copy, maps[0].stage1.positive[0], atol=5e-4)
+
+
+def test_no_weights_is_said_in_words(tmp_path):
+    demo = build(tmp_path)
+    words = "".join(str(block.value) for block in demo.blocks.values() if hasattr(block, "value"))
+    assert "python -m training.classify" in words

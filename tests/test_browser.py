@@ -1,0 +1,242 @@
+"""The app in a real browser: from an uploaded file to the cells on the screen."""
+
+import json
+import os
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from app import draw, models
+from app.images import read_image
+from app.ui import LAUNCH, build
+from tests.browser import browser, chromium
+from tests.test_app import MHSA, PLAIN, PREFIXED, photo, recorded, save_checkpoints
+
+REQUIRED = os.environ.get("VCA_REQUIRE_BROWSER") == "1"
+pytestmark = pytest.mark.skipif(not chromium() and not REQUIRED, reason="no Chromium is installed")
+PATIENCE = 60_000  # milliseconds
+
+READ = """() => {
+    const root = document.querySelector(".vx");
+    const rows = Object.fromEntries(Object.entries(root.explorer.rows).map(([name, row]) => [name, [...row]]));
+    return { rows, words: root.querySelector(".vx-query").textContent, ms: Number(root.dataset.drawMs) };
+}"""
+PIXELS = """([stream, points]) => {
+    const canvas = document.querySelector(`.vx figure[data-stream=${stream}] canvas`);
+    const context = canvas.getContext("2d");
+    return points.map(([x, y]) => [...context.getImageData(
+        Math.floor(x * canvas.width), Math.floor(canvas.height - (1 - y) * canvas.width * ASPECT), 1, 1).data]);
+}"""
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    save_checkpoints(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "photo.png"
+    photo(200, 160, seed=3).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(weights):
+    demo = build(weights)
+    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+    yield address
+    demo.close()
+
+
+@pytest.fixture(scope="module")
+def running():
+    with browser() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def page(running, url):
+    """An open page, which must neither log an error nor ask anything of another machine."""
+    faults = []
+    page = running.new_page(viewport=dict(width=1400, height=1000))
+    page.set_default_timeout(PATIENCE)
+    page.on("console", lambda message: message.type == "error" and faults.append(message.text))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("request", lambda r: r.url.startswith((url, "data:", "blob:")) or faults.append(f"asked for {r.url}"))
+    page.goto(url)
+    yield page
+    page.close()
+    assert not faults
+
+
+def upload(page, path, tab: str = "Classify", model: str | None = None) -> None:
+    page.get_by_role("tab", name=tab).click()
+    panel = page.get_by_role("tabpanel").locator("visible=true")
+    if model:
+        panel.get_by_label("Model").click()
+        page.get_by_role("option", name=model).click()
+    panel.locator("input[type=file]").first.set_input_files(path)
+
+
+def explore(page, path, model: str) -> None:
+    upload(page, path, "Explore", model)
+    page.wait_for_selector(".vx[data-state=complete]")
+
+
+def spans(count: int, size: int) -> list[tuple[int, int]]:
+    """The patches that adaptive pooling averages into each of `count` cells."""
+    return [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+
+
+def borders(count: int, size: int) -> list[float]:
+    """Where `count` cells begin, in patches: where two overlap, they meet in the middle."""
+    return [0, *((left[1] + right[0]) / 2 for left, right in pairwise(spans(count, size)))]
+
+
+def cell(position: float, count: int, size: int) -> int:
+    """The cell at a position from 0 to 1."""
+    return int(np.searchsorted(borders(count, size), position * size, side="right")) - 1
+
+
+def points_in_cells(count: int, size: int) -> list[float]:
+    """A position from 0 to 1 inside every cell, where no frame around a patch or a cell is drawn."""
+    return [(start + (0.5 if start == int(start) else 0.25)) / size for start in borders(count, size)]
+
+
+def signed_colours(values: np.ndarray, limit: float) -> np.ndarray:
+    """Colours of the light theme: (n,) -> (n, 3), from 0 to 255."""
+    size = np.abs(values) / limit
+    ramps = [np.stack([draw.rgb(colour) for colour in draw.PALETTE["light"][s]]) for s in ("positive", "negative")]
+    colours = [np.stack([np.interp(size, np.linspace(0, 1, 5), r[:, i]) for i in range(3)], -1) for r in ramps]
+    return np.where((values >= 0)[:, None], *colours)
+
+
+def expected_rows(layer, mode: str, head: int | None, query: int) -> dict[str, np.ndarray]:
+    """The three rows on show, from the record alone; `head` None is the mean of all heads."""
+    heads = slice(None) if head is None else slice(head, head + 1)
+    if mode == "effective":
+        row = layer.effective[0, heads, query].mean(0).numpy()
+        return dict(positive=np.maximum(row, 0), negative=np.maximum(-row, 0), differential=row)
+    stage = getattr(layer, mode)
+    return {s: getattr(stage, s)[0, heads, query].mean(0).numpy() for s in ("positive", "negative", "differential")}
+
+
+def test_upload_is_classified(page, weights, picture):
+    upload(page, picture)
+    model, probabilities, _ = recorded(weights, PLAIN, picture)
+    best = model.label_names[probabilities.argmax()]
+    page.wait_for_selector(f"[data-testid=label-output-value]:has-text('{best}')")
+    assert page.locator(".vca-strip-grid img").count() == 9
+    assert page.locator(".vca-classes li").all_inner_texts() == model.label_names
+    page.get_by_role("button", name="Explore this").click()
+    page.wait_for_selector(".vx[data-state=complete]")
+    assert page.locator(".vx-answer").inner_text().startswith(best)
+
+
+def test_a_broken_file_is_met_with_a_sentence_and_the_app_goes_on(page, tmp_path, picture):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    for tab, problem, good in (("Classify", ".vca-problem", ".vca-strip"), ("Explore", ".vx-problem", ".vx-body")):
+        upload(page, broken, tab)
+        page.wait_for_selector(f"{problem}:has-text('This file is not a JPEG, PNG')")
+        page.get_by_role("tabpanel").locator("visible=true").get_by_label("Remove Image").click()
+        upload(page, picture, tab)
+        page.wait_for_selector(good)
+
+
+@pytest.mark.parametrize("name", [PLAIN, PREFIXED])
+def test_clicks_show_what_numpy_computes(page, weights, picture, name):
+    explore(page, picture, name)
+    model, _, maps = recorded(weights, name, picture)
+    crop = models.centre_crop(model, read_image(picture))
+    aspect, random, times = crop.height / crop.width, np.random.default_rng(1), []
+    for _ in range(10):
+        block, head, mode = random.integers(3), random.integers(4), random.choice(["stage1", "stage2", "effective"])
+        layer, (x, y) = maps[block], random.uniform(0.02, 0.98, 2)
+        page.locator(".vx-blocks button").nth(block).click()
+        page.locator(".vx-heads button").nth(head).click()
+        page.locator(f".vx [data-mode={mode}]").click()
+        canvas = page.locator(".vx-large canvas")
+        box = canvas.bounding_box()
+        top = box["height"] - box["width"] * aspect
+        canvas.click(position=dict(x=x * box["width"], y=top + y * box["width"] * aspect))
+        page.mouse.move(0, 0)
+
+        (rows, cols), (h, w), prefix = layer.grid_size, layer.token_grid, layer.num_prefix_tokens
+        r, c = (cell(y, h, rows), cell(x, w, cols)) if mode == "stage1" else (int(y * rows), int(x * cols))
+        query = r * w + c if mode == "stage1" else prefix + r * cols + c
+        expected = expected_rows(layer, mode, None if head == 0 else head - 1, query)
+        shown = page.evaluate(READ)
+        assert f"row {r + 1}, column {c + 1}" in shown["words"]
+        times.append(shown["ms"])
+        shared = max(expected["positive"].max(), expected["negative"].max())
+        for stream, values in expected.items():
+            limit = np.abs(values).max() if stream == "differential" else shared
+            np.testing.assert_allclose(shown["rows"][stream], values, atol=3e-3 * shared, err_msg=f"{mode} {stream}")
+            keys_down, keys_across = (h, w) if mode == "stage2" else (rows, cols)
+            across = points_in_cells(keys_across, cols)
+            points = [(px, py) for py in points_in_cells(keys_down, rows) for px in across]
+            values = values[-len(points) :]
+            signed = -values if stream == "negative" else values
+            painted = page.evaluate(PIXELS.replace("ASPECT", str(aspect)), [stream, points])
+            np.testing.assert_allclose(np.array(painted)[:, :3], signed_colours(signed, limit), atol=4)
+    print(json.dumps(dict(model=name, redraw_ms=times)))
+
+
+def test_self_attention_has_one_map(page, weights, picture):
+    explore(page, picture, MHSA)
+    assert page.locator(".vx [data-mode=stage1]").is_disabled()
+    assert page.locator(".vx-panels figure:visible").count() == 1
+    _, _, maps = recorded(weights, MHSA, picture)
+    shown = page.evaluate(READ)["rows"]["positive"]
+    np.testing.assert_allclose(shown, maps[2].effective[0, :, 4 * 8 + 4].mean(0), atol=1e-4)
+
+
+def test_keys_move_query_block_and_head(page, picture):
+    explore(page, picture, PREFIXED)
+    page.locator(".vx-large canvas").focus()
+    query = page.locator(".vx-query")
+    assert query.inner_text() == "patch, row 3, column 3"
+    for key, text in (
+        ("ArrowRight", "row 3, column 4"),
+        ("ArrowUp", "row 2, column 4"),
+        ("ArrowLeft", "row 2, column 3"),
+    ):
+        page.keyboard.press(key)
+        assert query.inner_text() == f"patch, {text}"
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowUp")
+    assert query.inner_text() == "class token"
+    page.keyboard.press("ArrowRight")
+    assert query.inner_text() == "register 1 token"
+    page.keyboard.press("ArrowDown")
+    assert query.inner_text() == "patch, row 1, column 3"
+    page.keyboard.press("[")
+    page.keyboard.press(".")
+    state = page.evaluate("() => document.querySelector('.vx').explorer.state")
+    assert (state["block"], state["head"]) == (1, 0)
+
+
+def test_forgotten_maps_are_fetched_anew(page, picture):
+    page.route("**/component_server/", lambda route: route.fulfill(json=dict(expired=True)))
+    upload(page, picture, "Explore")
+    page.wait_for_selector(".vx-note:has-text('no longer kept')")
+    page.unroute("**/component_server/")
+    page.get_by_role("button", name="Run again").click()
+    page.wait_for_selector(".vx[data-state=complete]")
+
+
+def test_a_phone_never_scrolls_sideways(page, picture):
+    page.set_viewport_size(dict(width=390, height=844))
+    upload(page, picture)
+    page.wait_for_selector(".vca-strip")
+    for tab in ("Classify", "Explore", "About"):
+        page.get_by_role("tab", name=tab).click()
+        if tab == "Explore":
+            explore(page, picture, PREFIXED)
+        page.wait_for_timeout(300)
+        assert page.evaluate("() => document.documentElement.scrollWidth") == 390, tab
