@@ -1,16 +1,19 @@
 # make app   creates .venv, installs requirements.txt and serves the app on http://127.0.0.1:7860
-# make test  the same installation, then the test suite
+# make test  the same installation, then the test suite; make test-all runs its long tests too
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: app test lint screenshots
+.PHONY: app test test-all lint screenshots
 
 app: .venv/installed
 	.venv/bin/python app.py
 
 test: .venv/installed lint
 	.venv/bin/python -m pytest
+
+test-all: .venv/installed lint
+	.venv/bin/python -m pytest -m ''
 
 lint: .venv/installed
 	.venv/bin/ruff check .

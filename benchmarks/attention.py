@@ -1,0 +1,274 @@
+"""Latency and memory of every kind of attention against timm's self-attention.
+
+    python -m benchmarks.attention                          # about 10 minutes on one CPU thread
+    python -m benchmarks.attention --quick                  # under a minute
+    python -m benchmarks.attention --device cuda --dtypes bfloat16 --out runs/benchmark
+
+Scopes: `core` is what a layer does between its projections, from a given qkv to what it hands to `proj`; `layer` is
+the layer; `model` is DeiT-Tiny. All variants of one row run in turn, round after round, so that a disturbance of the
+machine meets all of them; a cell is the median. Writes `attention.md`, `attention.json` and `attention.png`.
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; its profiler measures memory
+
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+
+import vca
+
+REFERENCE = "mhsa"
+VARIANTS = ("mhsa", "vca", "mhsa_eager", "diff", "agent", "mhsa_dwc", "vca_maps")
+SCOPES = ("core", "layer", "model")
+DIM, HEADS = 192, 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: milliseconds (median), and the peak of newly allocated memory in MB (10^6 bytes)."""
+
+    scope: str
+    step: str
+    dtype: str
+    patches: int
+    variant: str
+    ms: float
+    peak_mb: float
+
+
+class Given(nn.Module):
+    """Stands in for a projection to queries, keys and values: returns what it was given, whatever the input."""
+
+    def __init__(self, qkv: Tensor):
+        super().__init__()
+        self.qkv = qkv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.qkv
+
+
+class WithMaps(nn.Module):
+    """A layer on the path that materialises its maps."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, **_) -> Tensor:
+        return self.layer.forward_with_maps(x)[0]
+
+
+def make_layer(variant: str, side: int, token_side: int) -> nn.Module:
+    kind = variant.removesuffix("_eager").removesuffix("_maps")
+    return vca.create_attention(kind, DIM, HEADS, grid_size=(side, side), token_grid=(token_side, token_side))
+
+
+def make_model(variant: str, side: int, token_side: int) -> nn.Module:
+    kind = variant.removesuffix("_eager").removesuffix("_maps")
+    return vca.create_model(
+        "vca_deit_tiny_patch16_224", attention=kind, img_size=16 * side, token_grid=(token_side, token_side)
+    )
+
+
+def finish(module: nn.Module, variant: str) -> nn.Module:
+    """Turns the layers of a variant that differs by its path alone to that path."""
+    if variant == "mhsa_eager":
+        for layer in module.modules():
+            if isinstance(layer, Attention):
+                layer.fused_attn = False
+    if variant == "vca_maps":
+        if hasattr(module, "blocks"):
+            for block in module.blocks:
+                block.attn = WithMaps(block.attn)
+        else:
+            module = WithMaps(module)
+    return module
+
+
+def make_run(args, scope: str, step: str, dtype: torch.dtype, side: int, variant: str) -> Callable[[], None]:
+    """A function that runs the variant once."""
+    torch.manual_seed(0)
+    place = dict(device=args.device, dtype=dtype)
+    token_side = min(args.token_side, side)
+    if scope == "model":
+        module, x = make_model(variant, side, token_side), torch.randn(args.batch, 3, 16 * side, 16 * side, **place)
+    else:
+        module, x = make_layer(variant, side, token_side), torch.randn(args.batch, side * side, DIM, **place)
+    module = module.to(**place).train(step == "train")
+    sources = [x.requires_grad_(step == "train"), *module.parameters()]
+    if scope == "core":
+        qkv = torch.randn(args.batch, side * side, 3 * DIM, **place).requires_grad_(step == "train")
+        module = copy.copy(module)
+        module.qkv, module.proj = Given(qkv), nn.Identity()
+        sources = [qkv, *module.parameters()]
+    module = finish(module, variant)
+
+    if step == "forward":
+
+        def run():
+            with torch.no_grad():
+                module(x)
+
+        return run
+
+    with torch.no_grad():
+        weight = torch.randn_like(module(x))
+    sources = [s for s in sources if s.requires_grad]
+
+    def run():
+        torch.autograd.grad(module(x), sources, weight, allow_unused=True)
+
+    return run
+
+
+def seconds(run: Callable[[], None], device: str, repeats: int) -> float:
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - begin) / repeats
+
+
+def peak_memory(run: Callable[[], None], device: str) -> int:
+    """The largest number of bytes that a run holds in new tensors at one time."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def measure(args, scope: str, step: str, dtype: str, side: int) -> list[Row]:
+    """All variants of one row, in turn."""
+    runs = {v: make_run(args, scope, step, getattr(torch, dtype), side, v) for v in args.variants}
+    for run in runs.values():
+        run()
+    once = max(seconds(runs[REFERENCE], args.device, 1), 1e-5)
+    repeats = max(1, round(args.slice / once))
+    times = {variant: [] for variant in runs}
+    for _ in range(args.rounds):
+        for variant, run in runs.items():
+            times[variant].append(seconds(run, args.device, repeats))
+    return [
+        Row(scope, step, dtype, side * side, v, 1e3 * statistics.median(times[v]), peak_memory(run, args.device) / 1e6)
+        for v, run in runs.items()
+    ]
+
+
+def table(rows: list[Row], variants: list[str]) -> str:
+    """Markdown: milliseconds of the reference, how many times faster the others are, and peak memory."""
+    others = [v for v in variants if v != REFERENCE]
+    head = ["scope", "step", "type", "patches", f"{REFERENCE} (ms)", *(f"{v}" for v in others), "peak MB, same order"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    keys = dict.fromkeys((r.scope, r.step, r.dtype, r.patches) for r in rows)
+    for key in keys:
+        found = {r.variant: r for r in rows if (r.scope, r.step, r.dtype, r.patches) == key}
+        ms = found[REFERENCE].ms
+        cells = [*key, f"{ms:.3g}", *(f"{ms / found[v].ms:.2f}x" for v in others)]
+        memory = " / ".join(f"{found[v].peak_mb:.3g}" for v in variants)
+        lines.append("| " + " | ".join(map(str, [*cells, memory])) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], variants: list[str], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys((r.scope, r.step, r.dtype) for r in rows))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), squeeze=False, sharey=True)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        reference = {r.patches: r.ms for r in rows if (r.scope, r.step, r.dtype, r.variant) == (*panel, REFERENCE)}
+        for variant in variants:
+            points = [r for r in rows if (r.scope, r.step, r.dtype, r.variant) == (*panel, variant)]
+            axis.plot([r.patches for r in points], [reference[r.patches] / r.ms for r in points], "o-", label=variant)
+        axis.set(xscale="log", yscale="log", xlabel="patches", title=", ".join(panel))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(f"times faster than {REFERENCE}")
+    axes[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--sides", type=int, nargs="+", default=[8, 14, 20, 28, 42, 64], help="sides of the patch grid")
+    parser.add_argument("--model-sides", type=int, nargs="+", default=[14, 28, 56], help="the same, for whole models")
+    parser.add_argument("--token-side", type=int, default=7, help="side of the grid of contrast tokens")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
+    )
+    parser.add_argument("--scopes", nargs="+", default=SCOPES, choices=SCOPES)
+    parser.add_argument("--steps", nargs="+", default=["forward", "train"], choices=["forward", "train"])
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15, help="measurements of which the median is taken")
+    parser.add_argument("--slice", type=float, default=0.05, help="seconds that one measurement of the reference takes")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--quick", action="store_true", help="few sizes, few rounds, float32")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for the results")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.sides, args.model_sides, args.dtypes, args.rounds, args.slice = [14, 28], [14], ["float32"], 7, 0.02
+    if REFERENCE not in args.variants:
+        parser.error(f"--variants must name {REFERENCE}, which all are compared with")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device")
+    if min(*args.sides, *args.model_sides, args.token_side, args.batch, args.rounds) < 1:
+        parser.error("sides, batch and rounds must be positive")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for scope in args.scopes:
+        for step in args.steps:
+            for dtype in args.dtypes:
+                for side in args.model_sides if scope == "model" else args.sides:
+                    rows += measure(args, scope, step, dtype, side)
+                    newest = rows[-len(args.variants) :]
+                    print(table(newest, args.variants).splitlines()[-1], flush=True)
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU thread(s)"
+    title = f"torch {torch.__version__}, {machine}, batch {args.batch}, C = {DIM}, {HEADS} heads, "
+    title += f"{args.token_side}x{args.token_side} contrast tokens; above 1 is faster than {REFERENCE} (SDPA)"
+    text = f"{title}\n\n{table(rows, args.variants)}\n"
+    (args.out / "attention.md").write_text(text, encoding="utf-8")
+    (args.out / "attention.json").write_text(json.dumps(dict(title=title, rows=[asdict(r) for r in rows]), indent=1))
+    plot(rows, args.variants, args.out / "attention.png")
+    print(f"\n{text}\nwritten to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
