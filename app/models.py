@@ -1,6 +1,5 @@
 """The checkpoints of a folder, and what they make of an image."""
 
-import json
 from dataclasses import dataclass
 from math import floor
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 import vca
+from vca.hub import read_config
 from vca.models import CLASSIFIERS
 
 CROP_SIDE = 640
@@ -21,11 +21,20 @@ NO_MAPS = "The attention of this model cannot be drawn: none of it spans the who
 
 
 class Checkpoints:
-    """The classifiers in `folder`, those with VCA first. Each model is loaded when it is first asked for, and kept."""
+    """The classifiers in `folder`, those with VCA first. Each model is loaded when it is first asked for, and kept.
+
+    `problems` says what is wrong with each checkpoint that cannot be used.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.configs = {file.parent.name: json.loads(file.read_bytes()) for file in folder.glob("*/config.json")}
+        self.configs: dict[str, dict] = {}
+        self.problems: list[str] = []
+        for file in folder.glob("*/config.json"):
+            try:
+                self.configs[file.parent.name] = read_config(file.parent)
+            except vca.CheckpointError as error:
+                self.problems.append(str(error))
         names = [name for name, config in self.configs.items() if config["architecture"] in CLASSIFIERS]
         self.names = sorted(names, key=lambda name: (not name.startswith("vca"), name))
         self._models: dict[str, nn.Module] = {}

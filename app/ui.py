@@ -1,5 +1,6 @@
 """The page: one tab per file, and the road from Classify to Explore."""
 
+from html import escape
 from pathlib import Path
 
 import gradio as gr
@@ -46,7 +47,8 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
     examples = write_examples()
     with gr.Blocks(title="Visual-Contrast Attention", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         api.build(checkpoints)  # first, so that no event of a tab takes one of its names
-        gr.HTML(HEADER if checkpoints.names else HEADER + NO_WEIGHTS)
+        problems = [f"<p class='vca-problem'>{escape(problem)}</p>" for problem in checkpoints.problems]
+        gr.HTML(HEADER + "".join(problems) + ("" if checkpoints.names else NO_WEIGHTS))
         with gr.Tabs() as tabs:
             with gr.Tab("Classify", id="classify"):
                 explore_button, image, model = classify.build(checkpoints, examples)

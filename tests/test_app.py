@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shutil
 import struct
 import time
 import zlib
@@ -19,6 +20,7 @@ from app import models
 from app.classify import decision_rows
 from app.explore import MapStore
 from app.images import MAX_PIXELS, WORKING_SIDE, ImageError, read_image
+from app.models import Checkpoints
 from app.ui import LAUNCH, build
 
 LABELS = ["left", "right", "up", "down"]
@@ -377,3 +379,13 @@ def test_no_weights_is_said_in_words(tmp_path):
     demo = build(tmp_path)
     words = "".join(str(block.value) for block in demo.blocks.values() if hasattr(block, "value"))
     assert "python -m training.classify" in words
+
+
+def test_a_damaged_checkpoint_is_named_and_the_others_served(weights, tmp_path):
+    for name in (PLAIN, "damaged"):
+        shutil.copytree(weights / PLAIN, tmp_path / name)
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    demo = build(tmp_path)
+    words = "".join(str(block.value) for block in demo.blocks.values() if hasattr(block, "value"))
+    assert "damaged/config.json: not a readable JSON file" in words
+    assert Checkpoints(tmp_path).names == [PLAIN]

@@ -1,5 +1,6 @@
 """Recording: what a record says, that it is exact, and that it disturbs nobody."""
 
+import copy
 import itertools
 import sys
 import threading
@@ -444,3 +445,15 @@ def test_a_recording_does_not_see_the_forwards_of_a_thread_started_inside_it():
         thread.start()
         thread.join()
     assert maps == []
+
+
+def test_a_copy_made_while_recording_runs_its_own_weights():
+    layer = VisualContrastAttention(16, 2, grid_size=(4, 4), token_grid=(2, 2))
+    x = torch.randn(1, 16, 16)
+    with vca.record(layer):
+        twin = copy.deepcopy(layer)
+    torch.nn.init.zeros_(twin.proj.weight)
+    assert torch.equal(twin(x), twin.proj.bias.expand(1, 16, 16))
+    with vca.record(twin) as maps:
+        twin(x)
+    assert len(maps) == 1

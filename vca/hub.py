@@ -5,6 +5,7 @@ Reading is strict. Nothing here returns a model whose weights did not all come f
 
 import json
 import os
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder.")
-    config = _read_config(folder / "config.json")
+    config = read_config(folder)
     try:
         model = create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
     except Exception as error:  # a wrong argument fails wherever the model first uses it
@@ -177,7 +178,7 @@ def save(
 
 def write_atomically(file: Path, content: bytes) -> None:
     """Replaces `file` so that a crash or a full disk leaves the old one or the new one, never a part."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as stream:
             stream.write(content)
@@ -188,7 +189,13 @@ def write_atomically(file: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read_config(file: Path) -> dict:
+def read_config(folder: str | os.PathLike) -> dict:
+    """The `config.json` of a checkpoint folder, with every field checked.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    file = Path(folder) / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

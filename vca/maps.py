@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MethodType
 
 from timm.layers import Attention, DiffAttention
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
@@ -180,13 +181,13 @@ def _tap(module: nn.Module, method: str, watch: Callable) -> None:
     """Puts `method` on the instance: `watch` for threads that record the module, the class's own for all others."""
     fast = getattr(type(module), method)
 
-    def watched(*args, **kwargs):
+    def watched(module, *args, **kwargs):
         recordings = [r for r in getattr(_in_this_thread, "recordings", ()) if module in r.watched]
         return watch(recordings, module, *args, **kwargs) if recordings else fast(module, *args, **kwargs)
 
     with _taps_lock:
         _taps[module, method] = _taps.get((module, method), 0) + 1
-        setattr(module, method, watched)
+        setattr(module, method, MethodType(watched, module))  # a bound method, so that a deep copy runs its own weights
 
 
 def _untap(module: nn.Module, method: str) -> None:
