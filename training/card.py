@@ -11,10 +11,12 @@ from pathlib import Path
 import yaml
 
 from vca.hub import write_atomically
+from vca.models import GENERATORS
+from vca.models.dit import OBJECTIVES
 
 SHOWN_KEYS = (
-    "lr", "batch_size", "weight_decay", "warmup_epochs", "min_lr", "label_smoothing", "drop_path", "mixup", "cutmix",
-    "padding", "ema_decay", "precision",
+    "lr", "batch_size", "weight_decay", "warmup_epochs", "warmup_steps", "min_lr", "label_smoothing", "drop_path",
+    "mixup", "cutmix", "padding", "class_dropout", "time_sampling", "clip_grad", "ema_decay", "precision",
 )  # fmt: skip
 PREPROCESSING = "shorter side resized to {size} px ({interpolation}), centre crop, normalised"
 
@@ -24,59 +26,32 @@ def write_card(checkpoint: str | Path) -> None:
     folder = Path(checkpoint)
     config = json.loads((folder / "config.json").read_text())
     weights = folder / "model.safetensors"
-    last = config["training"][-1]
-    recipe, results = last["recipe"], last["results"]
+    recipe = config["training"][-1]["recipe"]
     dataset = recipe["dataset"] or "own data"
-    size = config["pretrained_cfg"]["input_size"][-1]
-    protocol = PREPROCESSING.format(size=size, interpolation=config["pretrained_cfg"]["interpolation"])
+    describe = _generator if config["architecture"] in GENERATORS else _classifier
+    task, metrics, about, use = describe(config, folder)
     metadata = dict(
         library_name="vca",
-        pipeline_tag="image-classification",
+        pipeline_tag=task,
         license="apache-2.0",
-        tags=["image-classification", "visual-contrast-attention", "timm"],
+        tags=[task, "visual-contrast-attention"] + (["timm"] if task == "image-classification" else []),
         datasets=[dataset],
-        metrics=["accuracy"],
+        metrics=[metric["type"] for metric in metrics[:1]],
     )
-    metadata["model-index"] = [
-        dict(
-            name=config["architecture"],
-            results=[
-                dict(
-                    task=dict(type="image-classification"),
-                    dataset=dict(name=dataset, type=dataset.lower(), split="test"),
-                    metrics=[
-                        dict(type="accuracy", name="top-1", value=results["top1"]),
-                        dict(type="accuracy", name="top-5", value=results["top5"]),
-                    ],
-                )
-            ],
-        )
-    ]
+    tested = dict(task=dict(type=task), dataset=dict(name=dataset, type=dataset.lower(), split="test"), metrics=metrics)
+    metadata["model-index"] = [dict(name=config["architecture"], results=[tested])]
     runs = "\n".join(_describe_run(run) for run in config["training"])
-    names = ", ".join(config["label_names"])
     text = f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
 ---
 
 # {config["architecture"]} on {dataset}
 
-An image classifier with {config["num_classes"]} classes: {names}.
-
-**Top-1 {results["top1"]:.2f} %, top-5 {results["top5"]:.2f} %** on {
-        results["images"]:,} images that were not trained on
-(mean cross-entropy {results["loss"]:.4f}). Protocol: {protocol}; float32; one view; the weights of the last step{
-        " (exponential moving average)" if recipe["ema_decay"] else ""
-    }, chosen before the accuracy was looked at. The number is what this prints:
-
-    python -m training.evaluate {folder.name if folder.name != "checkpoint" else "FOLDER"} --data DATA
+{about}
 
 ## Use
 
-    import timm, vca
-    from PIL import Image
-    model = vca.load("PATH OF THIS FOLDER")
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    print(model.label_names[model(transform(Image.open("photo.jpg").convert("RGB"))[None]).argmax()])
+{use}
 
 ## Training
 
@@ -94,18 +69,99 @@ Differentials*, NeurIPS 2025, arXiv 2511.00833.
     write_atomically(folder / "README.md", text.encode())
 
 
+def _classifier(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
+    """Task, metrics, the paragraphs about the model and its numbers, and how to use it."""
+    recipe, results = config["training"][-1]["recipe"], config["training"][-1]["results"]
+    size = config["pretrained_cfg"]["input_size"][-1]
+    protocol = PREPROCESSING.format(size=size, interpolation=config["pretrained_cfg"]["interpolation"])
+    metrics = [
+        dict(type="accuracy", name="top-1", value=results["top1"]),
+        dict(type="accuracy", name="top-5", value=results["top5"]),
+    ]
+    about = f"""An image classifier with {config["num_classes"]} classes: {", ".join(config["label_names"])}.
+
+**Top-1 {results["top1"]:.2f} %, top-5 {results["top5"]:.2f} %** on {
+        results["images"]:,} images that were not trained on
+(mean cross-entropy {results["loss"]:.4f}). Protocol: {protocol}; float32; one view; the weights of the last step{
+        _average(recipe)
+    }, chosen before the accuracy was looked at. The number is what this prints:
+
+    python -m training.evaluate {"/".join(folder.resolve().parts[-2:])} --data DATA"""
+    use = """    import timm, vca
+    from PIL import Image
+    model = vca.load("PATH OF THIS FOLDER")
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    print(model.label_names[model(transform(Image.open("photo.jpg").convert("RGB"))[None]).argmax()])"""
+    return "image-classification", metrics, about, use
+
+
+def _generator(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
+    """As `_classifier`, from a generator's config."""
+    recipe, results = config["training"][-1]["recipe"], config["training"][-1]["results"]
+    spec = GENERATORS[config["architecture"]]
+    objective = "predicts the velocity of a flow (SiT)" if spec["family"] == "sit" else "predicts noise (DiT)"
+    of = f"latents of the autoencoder {spec['vae']}" if spec["vae"] else "pixels in [-1, 1]"
+    side = recipe["input_size"]
+    sampler = next(iter(OBJECTIVES[spec["family"]].SAMPLERS))
+    about = f"""A class-conditional generator of {side}x{side} {of} that {objective}, with {
+        config["num_classes"]
+    } classes: {", ".join(config["label_names"])}.
+
+Validation loss {results["val_loss"]:.4f} on {results["images"]:,} images that were not trained on: uniform times, fixed
+noise, float32, the weights of the last step{_average(recipe)}. No FID is claimed here."""
+    if (folder / "samples.png").exists():
+        about += f"""
+
+![Samples](samples.png)
+
+One column for each of the first classes, from the noise of seed 0, indices 0, 1, ...; nothing was selected. Protocol:
+{sampler}, {recipe["sample_steps"]} steps, guidance {recipe["sample_guidance"]:g} on all channels, float32."""
+    use = f"""    import vca
+    model = vca.load("PATH OF THIS FOLDER")
+    settings = dict(steps={recipe["sample_steps"]}, guidance_scale={recipe["sample_guidance"]:g}, seed=0)
+    images = model.sample([0, 1, 2], **settings)
+
+`images` is (3, 3, height, width) in [0, 1]; `python -m training.sample` writes PNG files or an `.npz`."""
+    metrics = [dict(type="loss", name="validation loss", value=results["val_loss"])]
+    return "unconditional-image-generation", metrics, about, use
+
+
+def _average(recipe: dict) -> str:
+    return " (exponential moving average)" if recipe["ema_decay"] else ""
+
+
 def _describe_run(run: dict) -> str:
-    recipe, results = run["recipe"], run["results"]
+    recipe = run["recipe"]
     start = f"from `{run['init']}`" if run["init"] else "from random weights"
-    values = ", ".join(f"{key} {recipe[key]}" for key in SHOWN_KEYS)
+    values = ", ".join(f"{key} {recipe[key]}" for key in SHOWN_KEYS if key in recipe)
     return (
         f"- {run['epochs']} epochs ({run['steps']:,} steps, {run['train_images']:,} images) {start}, "
-        f"seed {recipe['seed']}, on {run['device']} with torch {run['torch']}: top-1 {results['top1']:.2f} %. "
+        f"seed {recipe['seed']}, on {run['device']} with torch {run['torch']}: {_reached(run['results'])}. "
         f"{values}.\n\n      {run['command']}"
     )
+
+
+def _reached(results: dict) -> str:
+    return f"top-1 {results['top1']:.2f} %" if "top1" in results else f"validation loss {results['val_loss']:.4f}"
+
+
+def write_table(weights: str | Path) -> None:
+    """Writes `README.md` of a folder of checkpoints: a table of them."""
+    lines = ["# Checkpoints", "", "| name | task | data | result | size | sha256 |", "|---|---|---|---|---|---|"]
+    for file in sorted(Path(weights).glob("*/config.json")):
+        config, tensors = json.loads(file.read_text()), file.with_name("model.safetensors")
+        last = config["training"][-1]
+        task = "generation" if config["architecture"] in GENERATORS else "classification"
+        size, digest = tensors.stat().st_size / 1e6, hashlib.sha256(tensors.read_bytes()).hexdigest()[:16]
+        name = f"[{file.parent.name}]({file.parent.name}/README.md)"
+        row = (name, task, last["recipe"]["dataset"], _reached(last["results"]), f"{size:.1f} MB", f"`{digest}`")
+        lines.append(f"| {' | '.join(row)} |")
+    write_atomically(Path(weights) / "README.md", ("\n".join(lines) + "\n").encode())
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    write_card(sys.argv[1])
+    for file in Path(sys.argv[1]).glob("*/config.json"):
+        write_card(file.parent)
+    write_table(sys.argv[1])

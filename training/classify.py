@@ -10,7 +10,7 @@ FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE. The same command resumes an 
 import argparse
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,13 +25,7 @@ from training.card import write_card
 from training.data import DataError, FolderBatches, Images, MemoryBatches, decode
 from training.engine import RunError, RunFolder, Trainer, plot_curve, progress
 from training.evaluate import accuracy
-
-
-def key(default, text: str):
-    """A recipe key with its default and a line of help."""
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+from training.recipe import key
 
 
 @dataclass(frozen=True)
@@ -148,7 +142,7 @@ def train(recipe: Recipe, data: str, out: str, device: torch.device, init: str |
                 trainer.seed_step()
                 if mixup:
                     x, y = mixup(x, y)
-                metrics = trainer.train_step(x, y, loss_fn)
+                metrics = trainer.train_step((x, y), loss_fn)
                 bar.update()
                 if trainer.step % 20 == 0 or trainer.step == total:
                     rate = trainer.step * recipe.batch_size / trainer.seconds
@@ -156,7 +150,7 @@ def train(recipe: Recipe, data: str, out: str, device: torch.device, init: str |
                     run.log(step=trainer.step, epoch=epoch, seconds=round(trainer.seconds, 1), **metrics)
                 if trainer.step % per_epoch == 0 and ((epoch + 1) % recipe.eval_every == 0 or trainer.step == total):
                     run.log(step=trainer.step, epoch=epoch + 1, **accuracy(trainer.eval_model, *val))
-                    plot_curve(run)
+                    plot_curve(run, "top1", "validation top-1 (%)")
                 trainer.checkpoint(force=trainer.step == total)
 
     result = accuracy(trainer.eval_model, *val)
@@ -184,7 +178,7 @@ def main() -> None:
     try:
         recipe = recipes.read(args.recipe, Recipe, vars(args))
         out = args.out or f"runs/{Path(args.recipe).stem}"
-        command = "python -m training.classify " + shlex.join(sys.argv[1:])
+        command = "python -m training.classify " + shlex.join("DATA" if a == args.data else a for a in sys.argv[1:])
         result = train(recipe, args.data, out, torch.device(args.device), args.init, command)
     except (recipes.RecipeError, DataError, RunError, vca.CheckpointError) as error:
         sys.exit(f"error: {error}")

@@ -88,6 +88,13 @@ def eval_transform(pretrained_cfg: dict, as_bytes: bool = False):
     return lambda image: torch.from_numpy(np.array(_apply(geometry, image)))
 
 
+def generator_cfg(side: int) -> dict:
+    """The preprocessing of all generators: shorter side resized to `side`, centre crop, pixels in [-1, 1]."""
+    half = (0.5, 0.5, 0.5)
+    size = (3, side, side)
+    return dict(input_size=size, interpolation="bicubic", crop_pct=1.0, crop_mode="center", mean=half, std=half)
+
+
 def _apply(transforms: list[Callable], image):
     for transform in transforms:
         image = transform(image)

@@ -88,7 +88,8 @@ class Trainer:
         model: moved to `device` and, if asked, compiled in place.
         optimizer, scheduler: timm's; the scheduler counts optimizer steps.
         precision: "bf16" (autocast) or "fp32".
-        ema_decay: decay of the EMA of the weights, warmed up; 0 for none.
+        ema_decay: decay of the EMA of the weights; 0 for none.
+        ema_warmup: at step k the decay is at most 1 - k^(-2/3), so that the EMA of a short run forgets its start.
         clip_grad: largest gradient norm; 0 for no clipping.
         micro_batch: images in one forward pass, gradients accumulate to the batch; 0 for the whole batch at once.
     """
@@ -96,11 +97,12 @@ class Trainer:
     def __init__(
         self, run: RunFolder, model: nn.Module, optimizer, scheduler, *, seed: int, device: torch.device,
         precision: str, ema_decay: float, clip_grad: float, micro_batch: int, compile: bool, save_every: int,
+        ema_warmup: bool = True,
     ):  # fmt: skip
         self.run, self.model, self.optimizer, self.scheduler = run, model, optimizer, scheduler
         self.seed, self.device, self.precision = seed, device, precision
         self.clip_grad, self.micro_batch, self.save_every = clip_grad, micro_batch, save_every
-        self.ema = ModelEmaV3(model, decay=ema_decay, use_warmup=True) if ema_decay else None
+        self.ema = ModelEmaV3(model, decay=ema_decay, use_warmup=ema_warmup) if ema_decay else None
         self.step = 0
         self.seconds = 0.0
         self.skipped = 0
@@ -116,8 +118,10 @@ class Trainer:
         """The weights that are evaluated and shipped: the EMA where there is one."""
         return self.ema.module if self.ema else self.model
 
-    def train_step(self, x: Tensor, y: Tensor, loss_fn) -> dict:
-        """One optimizer step on a batch. `loss_fn(model, x, y)` gives the mean loss; returns loss, gradient norm, lr.
+    def train_step(self, batch: tuple[Tensor, ...], loss_fn) -> dict:
+        """One optimizer step on a batch of tensors with equally many rows; returns loss, gradient norm and lr.
+
+        `loss_fn(model, *batch)` gives the mean loss of these rows or of a part of them.
 
         Raises:
             RunError: `MAX_SKIPPED` steps in a row had a loss or gradient that is not finite.
@@ -126,11 +130,11 @@ class Trainer:
         self.model.train()
         self.scheduler.step_update(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        size = self.micro_batch or len(x)
+        rows = len(batch[0])
         total = 0.0
-        for x_part, y_part in zip(x.split(size), y.split(size), strict=True):
+        for part in zip(*(tensor.split(self.micro_batch or rows) for tensor in batch), strict=True):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                loss = loss_fn(self.model, x_part, y_part) * (len(x_part) / len(x))
+                loss = loss_fn(self.model, *part) * (len(part[0]) / rows)
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad or float("inf")).item()
@@ -215,8 +219,8 @@ def progress(total: int, done: int) -> tqdm:
     )
 
 
-def plot_curve(run: RunFolder) -> None:
-    """Draws training loss and validation accuracy from the log into `curve.png`."""
+def plot_curve(run: RunFolder, key: str, label: str) -> None:
+    """Draws the training loss and the validation metric `key` from the log into `curve.png`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -224,13 +228,13 @@ def plot_curve(run: RunFolder) -> None:
 
     lines = run.read_log()
     figure, loss_axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    train = [line for line in lines if "loss" in line]
+    train = [line for line in lines if "lr" in line]
     loss_axis.plot([line["step"] for line in train], [line["loss"] for line in train], color="0.55", linewidth=1)
     loss_axis.set(xlabel="step", ylabel="training loss")
-    accuracy_axis = loss_axis.twinx()
-    val = [line for line in lines if "top1" in line]
-    accuracy_axis.plot([line["step"] for line in val], [line["top1"] for line in val], color="#4338ca", marker=".")
-    accuracy_axis.set_ylabel("validation top-1 (%)", color="#4338ca")
+    metric_axis = loss_axis.twinx()
+    val = [line for line in lines if key in line]
+    metric_axis.plot([line["step"] for line in val], [line[key] for line in val], color="#4338ca", marker=".")
+    metric_axis.set_ylabel(label, color="#4338ca")
     temporary = run.path / "curve.tmp"
     figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)

@@ -13,6 +13,13 @@ class RecipeError(ValueError):
     """A recipe or an override that cannot be used; the message names the key and what is wrong."""
 
 
+def key(default, text: str):
+    """A recipe key with its default and a line of help."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 def add_arguments(parser: argparse.ArgumentParser, kind: type) -> None:
     """Adds one option per recipe key, so that `--batch-size 64` overrides `batch_size`."""
     group = parser.add_argument_group("recipe overrides")

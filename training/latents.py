@@ -1,0 +1,148 @@
+"""Encodes images once into the latents that a latent generator trains on.
+
+    python -m training.latents --data IMAGES --out LATENTS --image-size 256
+
+IMAGES holds train/CLASS/IMAGE and val/CLASS/IMAGE. What is stored are the *moments* of the autoencoder, mean and
+log-variance, of each image plain and flipped, from which every epoch draws new latents: training on them is training
+on the images. LATENTS/SPLIT has `moments.npy`, float32 (N, 2, 2C, H, W), 64 KiB an image of 256 px, and `index.json`
+with labels, class names, autoencoder and checksums. The same command goes on where it was interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from training.data import DataError, Images, derive_seed, epoch_order, eval_transform, generator_cfg
+from vca.hub import write_atomically
+from vca.vae import SD_VAE, DecoderError, LatentDecoder, sample_latents
+
+CHUNK = 1024
+
+
+class Latents:
+    """The stored moments of one split.
+
+    Attributes:
+        labels: (N,).
+        shape: of the latents of one image, (C, H, W).
+        class_folders, class_names: as `training.data.Images` has them.
+
+    Raises:
+        DataError: the folder is missing, unfinished or damaged.
+    """
+
+    def __init__(self, root: str | Path, split: str):
+        folder = Path(root) / split
+        try:
+            index = json.loads((folder / "index.json").read_text())
+            self.moments = np.load(folder / "moments.npy", mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder}: no latents; make them with python -m training.latents ({error}).") from None
+        if len(index["checksums"]) < -(-len(self.moments) // CHUNK):
+            raise DataError(f"{folder} is unfinished; run python -m training.latents again.")
+        self.labels = torch.tensor(index["labels"])
+        self.class_folders, self.class_names = index["class_folders"], index["class_names"]
+        _, _, channels, height, width = self.moments.shape
+        self.shape = (channels // 2, height, width)
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def read(self, indices: Tensor, flipped: Tensor) -> Tensor:
+        """Moments (B, 2C, H, W) of the images `indices`, flipped where `flipped` (B,) is true."""
+        return torch.from_numpy(self.moments[indices.numpy(), flipped.long().numpy()])
+
+    def means(self, indices: Tensor) -> Tensor:
+        """Scaled mean latents (B, C, H, W) of images, not flipped."""
+        moments = self.read(indices, torch.zeros(len(indices)))
+        return sample_latents(moments, torch.zeros(len(indices), *self.shape))
+
+
+class LatentBatches:
+    """Training batches of latents, drawn anew from the moments in each epoch."""
+
+    def __init__(self, latents: Latents, *, batch_size: int, seed: int, device: torch.device):
+        self.latents, self.batch_size, self.seed, self.device = latents, batch_size, seed, device
+        self.steps_per_epoch = len(latents) // batch_size
+
+    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches `first`, `first + 1`, ... of an epoch: scaled latents (B, C, H, W) and labels (B,)."""
+        batches = epoch_order(len(self.latents), self.seed, epoch).split(self.batch_size)
+        for number in range(first, self.steps_per_epoch):
+            chosen = batches[number]
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, number, 3))
+            flipped = torch.rand(len(chosen), generator=generator) < 0.5
+            normal = torch.randn(len(chosen), *self.latents.shape, generator=generator)
+            latents = sample_latents(self.latents.read(chosen, flipped), normal)
+            yield latents.to(self.device), self.latents.labels[chosen].to(self.device)
+
+
+def encode(images: Images, folder: Path, vae: LatentDecoder, size: int, batch_size: int, workers: int, device) -> None:
+    """Encodes a split into `folder`, a chunk at a time; finished chunks of an earlier call are checked and kept.
+
+    Raises:
+        DataError: `folder` holds the latents of other images or another autoencoder, or a finished chunk is damaged.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = [label for _, label in images.reader.samples]
+    index = dict(vae=vae.source, image_size=size, class_folders=images.class_folders, class_names=images.class_names,
+                 labels=labels, checksums=[])  # fmt: skip
+    file, array_file = folder / "index.json", folder / "moments.npy"
+    if file.exists():
+        old = json.loads(file.read_text())
+        if changed := [key for key in index if key != "checksums" and index[key] != old[key]]:
+            raise DataError(f"{folder} holds latents with another {', '.join(changed)}; choose another --out.")
+        index["checksums"] = old["checksums"]
+    images.transform = eval_transform(generator_cfg(size))
+    if index["checksums"]:
+        moments = np.load(array_file, mmap_mode="r+")
+    else:
+        shape = vae.moments(torch.zeros(1, 3, size, size, device=device)).shape[1:]
+        moments = np.lib.format.open_memmap(array_file, "w+", np.float32, (len(images), 2, *shape))
+    for number, start in enumerate(tqdm(range(0, len(images), CHUNK), unit="chunk", desc=folder.name)):
+        rows = range(start, min(start + CHUNK, len(images)))
+        if number < len(index["checksums"]):
+            if zlib.crc32(moments[rows.start : rows.stop].tobytes()) != index["checksums"][number]:
+                raise DataError(f"{array_file}: images {rows.start} to {rows.stop - 1} are damaged; delete {folder}.")
+            continue
+        done = start
+        for x, _ in DataLoader(Subset(images, rows), batch_size, num_workers=workers):
+            both = torch.stack([vae.moments(view.to(device)) for view in (x, x.flip(-1))], dim=1)
+            moments[done : done + len(x)] = both.float().cpu().numpy()
+            done += len(x)
+        moments.flush()
+        index["checksums"].append(zlib.crc32(moments[rows.start : rows.stop].tobytes()))
+        write_atomically(file, json.dumps(index).encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, metavar="IMAGES")
+    parser.add_argument("--out", required=True, metavar="LATENTS", type=Path)
+    parser.add_argument("--image-size", type=int, default=256, help="side after resizing and centre crop")
+    parser.add_argument("--vae", default=SD_VAE, help="Hub id or folder of the autoencoder")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    vae = LatentDecoder(args.vae)
+    try:
+        for split in ("train", "val"):
+            images = Images(args.data, split)
+            encode(images, args.out / split, vae, args.image_size, args.batch_size, args.workers, args.device)
+    except (DataError, DecoderError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Generates images with a trained generator: a folder of PNG files, or one `.npz` for the ADM evaluation suite.
+
+    python -m training.sample weights/NAME --count 50000 --out samples --steps 250 --sampler sde
+    python -m training.sample weights/NAME --count 50000 --out samples.npz
+
+Image i has label i mod the number of classes (or a random one) and depends on seed, label and i alone, so that an
+interrupted command goes on where it stopped, and a larger --count adds to the images of a smaller one.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import vca
+from vca.hub import write_atomically
+from vca.models.dit import DiffusionTransformer
+from vca.sampling import to_bytes
+from vca.vae import DecoderError
+
+
+class SampleError(ValueError):
+    """Images that cannot be generated as asked; the message says why."""
+
+
+def png(pixels: Tensor) -> bytes:
+    """A PNG file of one image, uint8 (3, H, W)."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def grid_png(images: Tensor, columns: int) -> bytes:
+    """A PNG file of images (N, 3, H, W) in [0, 1], row by row, N a multiple of `columns`."""
+    rows = to_bytes(images).unflatten(0, (-1, columns))
+    return png(rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2))
+
+
+def label_of(index: int, num_classes: int, seed: int, balanced: bool) -> int:
+    """The label of image `index`: each class in turn, or drawn uniformly."""
+    return index % num_classes if balanced else int(np.random.default_rng((seed, index, 1)).integers(num_classes))
+
+
+def sample_files(
+    model: DiffusionTransformer, out: Path, count: int, batch_size: int, *, flat: bool, balanced: bool, settings: dict
+) -> list[Path]:
+    """Writes the images that are not there yet, and `samples.json` with the settings; returns all paths in order.
+
+    Args:
+        flat: all images in one folder instead of one folder per class.
+        settings: arguments of `DiffusionTransformer.sample`, `seed` among them.
+
+    Raises:
+        SampleError: `out` holds images made with other settings.
+    """
+    described = settings | dict(flat=flat, balanced=balanced)
+    out.mkdir(parents=True, exist_ok=True)
+    note = out / "samples.json"
+    if note.exists() and (old := json.loads(note.read_text())) != described:
+        changed = sorted(k for k in old.keys() | described.keys() if old.get(k) != described.get(k))
+        raise SampleError(f"{out} holds images made with another {', '.join(changed)}; choose another --out.")
+    write_atomically(note, json.dumps(described, indent=2).encode())
+
+    labels = [label_of(index, model.num_classes, settings["seed"], balanced) for index in range(count)]
+    names = [name.replace("/", "_") for name in model.label_names]
+    folders = [out if flat else out / f"{label:04d}_{names[label]}" for label in range(model.num_classes)]
+    files = [folders[label] / f"{index:06d}.png" for index, label in enumerate(labels)]
+    missing = [index for index, file in enumerate(files) if not file.exists()]
+    arguments = {key: value for key, value in settings.items() if key != "checkpoint"}
+    with tqdm(total=count, initial=count - len(missing), unit="image") as bar:
+        for start in range(0, len(missing), batch_size):
+            indices = missing[start : start + batch_size]
+            images = to_bytes(model.sample([labels[i] for i in indices], indices=indices, **arguments))
+            for index, image in zip(indices, images, strict=True):
+                files[index].parent.mkdir(exist_ok=True)
+                write_atomically(files[index], png(image))
+            bar.update(len(indices))
+    return files
+
+
+def write_npz(file: Path, files: list[Path]) -> None:
+    """Packs images into the array that the ADM evaluation suite reads: `arr_0`, uint8 (N, H, W, 3)."""
+    temporary = file.with_suffix(".tmp")
+    with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+        for number, path in enumerate(files):
+            pixels = np.asarray(Image.open(path))
+            if not number:
+                shape = (len(files), *pixels.shape)
+                np.lib.format.write_array_header_1_0(stream, dict(descr="|u1", fortran_order=False, shape=shape))
+            stream.write(pixels.tobytes())
+    os.replace(temporary, file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="checkpoint folder of a generator")
+    parser.add_argument("--count", type=int, required=True, help="number of images")
+    parser.add_argument("--out", type=Path, required=True, help="folder, or file ending in .npz")
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--sampler", help="ddpm or ddim for DiT; euler, heun or sde for SiT; default the first")
+    parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale; 1 for none")
+    parser.add_argument("--guided-channels", type=int, help="guide these first channels only; default all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--random-labels", action="store_true", help="draw the labels instead of taking turns")
+    parser.add_argument("--flat", action="store_true", help="one folder for all classes")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    packed = args.out.suffix == ".npz"
+    try:
+        if args.count < 1 or args.batch_size < 1 or args.seed < 0:
+            raise SampleError("--count and --batch-size must be at least 1, --seed at least 0.")
+        model = vca.load(args.checkpoint, device=args.device)
+        if not isinstance(model, DiffusionTransformer):
+            raise SampleError(f"{args.checkpoint} is a classifier; only a generator makes images.")
+        files = sample_files(
+            model, args.out.with_suffix("") if packed else args.out, args.count, args.batch_size,
+            flat=args.flat or packed, balanced=not args.random_labels,
+            settings=dict(checkpoint=str(args.checkpoint), steps=args.steps, sampler=args.sampler, seed=args.seed,
+                          guidance_scale=args.guidance, guided_channels=args.guided_channels),
+        )  # fmt: skip
+        if packed:
+            write_npz(args.out, files)
+    except (vca.CheckpointError, DecoderError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.out}: {len(files)} images")
+
+
+if __name__ == "__main__":
+    main()
