@@ -63,9 +63,17 @@ def _table(checkpoints: Checkpoints) -> str:
     for name in checkpoints.names:
         config = checkpoints.configs[name]
         rows, cols = config["pretrained_cfg"]["input_size"][1:]
-        last = config["training"][-1] if config.get("training") else {}
-        data = last.get("recipe", {}).get("dataset") or "-"
-        top1 = f"{last['results']['top1']:.2f} %" if "results" in last else "-"
+        last = config["training"][-1] if config["training"] else {}
+        data = _entry(last, "recipe", "dataset") or "-"
+        top1 = _entry(last, "results", "top1")
+        top1 = f"{top1:.2f} %" if isinstance(top1, int | float) else "-"
         cells = [name, config["architecture"], config["num_classes"], f"{cols}×{rows}", data, top1]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def _entry(run: dict, *keys: str):
+    """What stands under the keys, or None: the history of a checkpoint is free in form."""
+    for key in keys:
+        run = run.get(key) if isinstance(run, dict) else None
+    return run

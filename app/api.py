@@ -15,7 +15,8 @@ from app import models
 from app.images import read_image, uploaded_file
 
 STAGES = ("stage1", "stage2", "effective")
-MODELS = "The checkpoints served here: name, architecture, classes, input size, and heads and grids of every block."
+MODELS = """The checkpoints served here: name, architecture, classes, input size, and heads and grids of every block;
+of a damaged one its name and problem."""
 CLASSIFY = "The top_k likeliest labels of an image, as {label: probability}."
 ATTENTION = """The maps of one query of one head, as .npz. All counts start at 0; tokens are the prefix tokens, then the
 patches, row by row. stage1: the query is a contrast token, the maps cover all tokens. stage2: the query is a token, the
@@ -27,7 +28,13 @@ def build(checkpoints: models.Checkpoints) -> None:
     """Registers /models, /classify and /attention."""
 
     def list_models() -> list[dict]:
-        return [models.describe(name, checkpoints.load(name)) for name in checkpoints.names]
+        return [describe(name) for name in checkpoints.names]
+
+    def describe(name: str) -> dict:
+        try:
+            return models.describe(name, checkpoints.load(name))
+        except gr.Error as error:  # a damaged one is no reason to hide the others
+            return dict(name=name, problem=error.message)
 
     def classify(image: gr.FileData, model: str, top_k: int = 5) -> dict[str, float]:
         network = checkpoints.load(model)

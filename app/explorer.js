@@ -395,7 +395,7 @@ function drawWords() {
   const title = titles[signed ? state.stream : "positive"];
   find(".vx-large figcaption").textContent = `${title} over the image: the stronger the colour, the larger the value.`;
   large.setAttribute("aria-label", `${title} over the image. Arrow keys move the query.`);
-  find(".vx-strip h3").textContent = `${title}, of the same query in every head`;
+  find(".vx-strip h2").textContent = `${title}, of the same query in every head`;
 }
 
 function drawHover() {

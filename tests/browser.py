@@ -16,6 +16,7 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+NO_BROWSER = "no Chromium is installed"
 
 
 def chromium() -> str | None:
@@ -26,6 +27,8 @@ def chromium() -> str | None:
 @contextmanager
 def browser() -> Iterator[Browser]:
     """Starts Chromium, and stops it again."""
+    if not chromium():
+        raise FileNotFoundError(NO_BROWSER)
     with sync_playwright() as playwright:
         yield (running := playwright.chromium.launch(executable_path=chromium(), args=ARGUMENTS))
         running.close()

@@ -23,9 +23,10 @@ import vca
 from training import recipe as recipes
 from training.card import write_card
 from training.data import DataError, FolderBatches, Images, MemoryBatches, decode
-from training.engine import RunError, RunFolder, Trainer, plot_curve, progress
+from training.engine import RunError, RunFolder, Trainer, open_device, plot_curve, progress
 from training.evaluate import accuracy
 from training.recipe import key
+from vca.models import CLASSIFIERS
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,23 @@ class Recipe:
     save_every: int = key(200, "steps between saved states")
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "lr", "eval_every", "save_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive.")
+        recipes.check_ranges(
+            self,
+            positive=("epochs", "batch_size", "lr", "eval_every", "save_every", "crop_scale"),
+            not_negative=(
+                "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "clip_grad", "micro_batch", "mixup", "cutmix",
+                "padding", "color_jitter", "workers", "seed",
+            ),
+            shares=("drop_path", "label_smoothing", "erasing", "ema_decay"),
+        )  # fmt: skip
+        if self.model not in CLASSIFIERS:
+            raise ValueError(f"model = {self.model!r} is no classifier; vca.list_models() names them.")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(type(value) in (int, float) and abs(value) < 1e3 for value in values):
+                raise ValueError(f"{name} = {values} must be three numbers, one for each channel.")
+        if min(self.std) <= 0:
+            raise ValueError(f"std = {self.std} must be positive.")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision = {self.precision!r} must be bf16 or fp32.")
         if self.memory and (self.auto_augment or self.color_jitter or self.erasing):
@@ -79,7 +94,10 @@ def build_model(recipe: Recipe, class_names: list[str], init: str | None) -> tor
     """The model of a recipe, drawn from its seed or loaded from the checkpoint `init`."""
     torch.manual_seed(recipe.seed)
     args = dict(attention=recipe.attention) if recipe.attention else {}
-    model = vca.create_model(recipe.model, num_classes=len(class_names), drop_path_rate=recipe.drop_path, **args)
+    try:
+        model = vca.create_model(recipe.model, num_classes=len(class_names), drop_path_rate=recipe.drop_path, **args)
+    except (TypeError, ValueError) as error:
+        raise recipes.RecipeError(f"cannot build {recipe.model}: {error}") from error
     if init:
         source = vca.load(init)
         if source.label_names != list(class_names):
@@ -96,11 +114,15 @@ def open_batches(recipe: Recipe, images: Images, cfg: dict, device: torch.device
     shared = dict(batch_size=recipe.batch_size, seed=recipe.seed, device=device)
     if recipe.memory:
         return MemoryBatches(*decode(images, cfg, recipe.workers), padding=recipe.padding, cfg=cfg, **shared)
-    images.transform = create_transform(
-        cfg["input_size"], is_training=True, scale=(recipe.crop_scale, 1.0), color_jitter=recipe.color_jitter or None,
-        auto_augment=recipe.auto_augment or None, interpolation=cfg["interpolation"], mean=cfg["mean"], std=cfg["std"],
-        re_prob=recipe.erasing, re_mode="pixel",
-    )  # fmt: skip
+    try:
+        images.transform = create_transform(
+            cfg["input_size"], is_training=True, scale=(recipe.crop_scale, 1.0),
+            color_jitter=recipe.color_jitter or None, auto_augment=recipe.auto_augment or None,
+            interpolation=cfg["interpolation"], mean=cfg["mean"], std=cfg["std"], re_prob=recipe.erasing,
+            re_mode="pixel",
+        )  # fmt: skip
+    except (AssertionError, ValueError) as error:  # what timm says to a text that it does not know
+        raise recipes.RecipeError(f"auto_augment = {recipe.auto_augment!r} is not known to timm: {error}.") from None
     return FolderBatches(images, workers=recipe.workers, **shared)
 
 
@@ -179,8 +201,8 @@ def main() -> None:
         recipe = recipes.read(args.recipe, Recipe, vars(args))
         out = args.out or f"runs/{Path(args.recipe).stem}"
         command = "python -m training.classify " + shlex.join("DATA" if a == args.data else a for a in sys.argv[1:])
-        result = train(recipe, args.data, out, torch.device(args.device), args.init, command)
-    except (recipes.RecipeError, DataError, RunError, vca.CheckpointError) as error:
+        result = train(recipe, args.data, out, open_device(args.device), args.init, command)
+    except (recipes.RecipeError, DataError, RunError, vca.CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{out}/checkpoint: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % on {result['images']} images")
 

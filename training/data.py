@@ -58,7 +58,7 @@ class Images(Dataset):
         self.class_names = folders
         names = Path(root) / "classes.txt"
         if names.is_file():
-            self.class_names = names.read_text(encoding="utf-8").split("\n")[: len(folders)]
+            self.class_names = names.read_text(encoding="utf-8", errors="replace").split("\n")[: len(folders)]
             if len(self.class_names) != len(folders) or not all(self.class_names):
                 raise DataError(f"{names} must name {len(folders)} classes, one a line, in the order of the folders.")
 
@@ -105,8 +105,16 @@ def decode(images: Images, pretrained_cfg: dict, workers: int = 0) -> tuple[Tens
     """A whole split, resized and cropped, as uint8 (N, 3, H, W) and labels (N,)."""
     images.transform = eval_transform(pretrained_cfg, as_bytes=True)
     loader = DataLoader(images, batch_size=256, num_workers=workers)
-    pixels, labels = zip(*loader, strict=True)
+    pixels, labels = zip(*_read(loader), strict=True)
     return torch.cat(pixels).permute(0, 3, 1, 2).contiguous(), torch.cat(labels)
+
+
+def _read(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a loader. A worker process wraps its error in a traceback; here it is what it was."""
+    try:
+        yield from loader
+    except DataError as error:
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
 
 
 def normalize(pixels: Tensor, pretrained_cfg: dict) -> Tensor:
@@ -175,5 +183,5 @@ class FolderBatches:
         keys = [(self.seed, epoch, index) for index in order]
         batches = [keys[i * self.batch_size : (i + 1) * self.batch_size] for i in range(first, self.steps_per_epoch)]
         pin = torch.device(self.device).type == "cuda"
-        for x, y in DataLoader(self.images, batch_sampler=batches, num_workers=self.workers, pin_memory=pin):
+        for x, y in _read(DataLoader(self.images, batch_sampler=batches, num_workers=self.workers, pin_memory=pin)):
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)

@@ -30,6 +30,18 @@ class RunError(RuntimeError):
     """A run that cannot start or go on; the message says what to do."""
 
 
+def open_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        RunError: there is no such device on this machine.
+    """
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 class RunFolder:
     """The folder of one run: `recipe.json`, `environment.json`, `log.jsonl`, `curve.png`, `state-*.pt`, `checkpoint/`.
 
@@ -48,7 +60,10 @@ class RunFolder:
         resolved = asdict(recipe) | identity
         recipe_file = self.path / "recipe.json"
         if recipe_file.exists():
-            old = json.loads(recipe_file.read_text())
+            try:
+                old = dict(json.loads(recipe_file.read_text()))
+            except (ValueError, TypeError):
+                raise RunError(f"{recipe_file} is damaged; choose another --out, or delete the folder.") from None
             changed = sorted(k for k in resolved.keys() | old.keys() if resolved.get(k) != old.get(k))
             if changed:
                 raise RunError(
@@ -188,25 +203,28 @@ class Trainer:
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, target)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch wraps what the disk says
             temporary.unlink(missing_ok=True)
             raise RunError(f"cannot save {target}: {error}. The previous state is kept.") from error
         for old in self.run.states()[KEEP_STATES:]:
             old.unlink()
 
     def _resume(self) -> None:
-        for leftover in self.run.path.glob("*.tmp"):
+        for leftover in self.run.path.rglob("*.tmp"):
             leftover.unlink()
         states = self.run.states()
         if not states:
             self.run.rewind_log(0)
             return
-        state = torch.load(states[0], map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
+        try:
+            state = torch.load(states[0], map_location=self.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            if self.ema:
+                self.ema.module.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
+        except Exception as error:  # torch.load has no error of its own for a damaged file
+            raise RunError(f"{states[0]} is damaged; delete it to go on from the state before.") from error
         self.run.rewind_log(self.step)
         print(f"resumed {states[0]} at step {self.step}", file=sys.stderr)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import vca
 from training.data import DataError, Images, decode, normalize
+from training.engine import RunError, open_device
 
 
 @torch.inference_mode()
@@ -46,14 +47,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:
-        model = vca.load(args.checkpoint, device=args.device)
+        model = vca.load(args.checkpoint, device=open_device(args.device))
         images = Images(args.data, args.split)
         if len(images.class_names) != model.num_classes:
             raise DataError(f"{args.data} has {len(images.class_names)} classes, the model {model.num_classes}.")
         if images.class_names != model.label_names:
             raise DataError(f"the classes of {args.data} are not those of the model, in its order.")
         result = accuracy(model, *decode(images, model.pretrained_cfg, workers=os.cpu_count()))
-    except (vca.CheckpointError, DataError) as error:
+    except (vca.CheckpointError, DataError, RunError) as error:
         sys.exit(f"error: {error}")
     top1, top5, loss, count = (result[key] for key in ("top1", "top5", "loss", "images"))
     print(f"top-1 {top1:.2f} %  top-5 {top5:.2f} %  loss {loss:.4f}  ({count} images)")

@@ -23,7 +23,7 @@ import vca
 from training import recipe as recipes
 from training.card import write_card
 from training.data import DataError, Images, MemoryBatches, decode, derive_seed, generator_cfg, normalize
-from training.engine import RunError, RunFolder, Trainer, plot_curve, progress
+from training.engine import RunError, RunFolder, Trainer, open_device, plot_curve, progress
 from training.latents import LatentBatches, Latents
 from training.recipe import key
 from training.sample import grid_png
@@ -68,13 +68,14 @@ class Recipe:
     save_every: int = key(200, "steps between saved states")
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "lr", "input_size", "val_every", "sample_steps", "save_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive.")
+        recipes.check_ranges(
+            self,
+            positive=("steps", "batch_size", "lr", "input_size", "val_every", "sample_steps", "save_every"),
+            not_negative=("warmup_steps", "clip_grad", "micro_batch", "workers", "seed", "sample_every"),
+            shares=("class_dropout", "ema_decay"),
+        )
         if self.model not in GENERATORS:
             raise ValueError(f"model = {self.model!r} is no generator; vca.list_models() names them.")
-        if not 0 <= self.class_dropout < 1:
-            raise ValueError(f"class_dropout = {self.class_dropout} must lie in [0, 1).")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision = {self.precision!r} must be bf16 or fp32.")
         if self.time_sampling not in TIME_SAMPLING:
@@ -236,8 +237,8 @@ def main() -> None:
         recipe = recipes.read(args.recipe, Recipe, vars(args))
         out = args.out or f"runs/{Path(args.recipe).stem}"
         command = "python -m training.generate " + shlex.join("DATA" if a == args.data else a for a in sys.argv[1:])
-        result = train(recipe, args.data, out, torch.device(args.device), args.init, command)
-    except (recipes.RecipeError, DataError, RunError, DecoderError, vca.CheckpointError) as error:
+        result = train(recipe, args.data, out, open_device(args.device), args.init, command)
+    except (recipes.RecipeError, DataError, RunError, DecoderError, vca.CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{out}/checkpoint: validation loss {result['val_loss']:.4f} on {result['images']} samples")
 

@@ -20,6 +20,21 @@ def key(default, text: str):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
+def check_ranges(recipe, positive: tuple = (), not_negative: tuple = (), shares: tuple = ()) -> None:
+    """Checks the numbers of a recipe by key: above 0, from 0 up, or in [0, 1); none may be infinite or NaN.
+
+    Raises:
+        ValueError: the message names the key and its range.
+    """
+    ranges = ((positive, "be positive"), (not_negative, "not be negative"), (shares, "lie in [0, 1)"))
+    for names, rule in ranges:
+        for name in names:
+            value = getattr(recipe, name)
+            fits = 0 <= value < (1 if names is shares else float("inf")) and (value > 0 or names is not positive)
+            if not fits:
+                raise ValueError(f"{name} = {value} must {rule}.")
+
+
 def add_arguments(parser: argparse.ArgumentParser, kind: type) -> None:
     """Adds one option per recipe key, so that `--batch-size 64` overrides `batch_size`."""
     group = parser.add_argument_group("recipe overrides")
@@ -41,7 +56,7 @@ def read(name: str, kind: type, overrides: dict[str, str | None]):
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError:
         known = sorted(p.stem for p in FOLDER.glob("*.toml"))
         raise RecipeError(
             f"no recipe {name!r}; there are {', '.join(known)}, or give a path ending in .toml."

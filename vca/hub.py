@@ -15,7 +15,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from vca.models import CLASSIFIERS, GENERATORS, create_model
-from vca.models.common import follow_input_size
+from vca.models.common import follow_input_size, input_size
 from vca.models.dit import DiffusionTransformer
 
 CONFIG_FIELDS = {
@@ -31,6 +31,7 @@ PREPROCESSING_FIELDS = {
     "input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes",
     "pool_size", "first_conv", "classifier", "custom_load",
 }  # fmt: skip
+PREPROCESSING_NUMBERS = {"input_size": 1, "mean": -1e9, "std": 1e-9}  # and the smallest value of each
 LOADING_ARGS = {
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path", "cache_dir",
 }  # fmt: skip
@@ -60,6 +61,8 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
         raise CheckpointError(f"{folder / 'config.json'}: cannot build {config['architecture']}: {error}") from error
     load_weights(model, folder / "model.safetensors")
     if config["architecture"] in CLASSIFIERS:
+        if (stated := tuple(config["pretrained_cfg"]["input_size"])) != (takes := input_size(model)):
+            raise CheckpointError(f"{folder / 'config.json'}: input_size is {stated}, but the model takes {takes}.")
         model.pretrained_cfg.update(config["pretrained_cfg"])
     model.label_names = list(config["label_names"])
     model.training_history = config["training"]
@@ -189,6 +192,10 @@ def write_atomically(file: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _is_number(value, low: float) -> bool:
+    return type(value) in (int, float) and low <= value < 1e9
+
+
 def read_config(folder: str | os.PathLike) -> dict:
     """The `config.json` of a checkpoint folder, with every field checked.
 
@@ -215,6 +222,12 @@ def read_config(folder: str | os.PathLike) -> dict:
     ):
         if unknown := sorted(set(fields) - known):
             raise CheckpointError(f"{file}: unknown field {where}{unknown[0]}.")
+    for field, low in PREPROCESSING_NUMBERS.items() if task_fields is CONFIG_FIELDS else ():
+        values = config["pretrained_cfg"].get(field)
+        if not isinstance(values, list) or not values or not all(_is_number(value, low) for value in values):
+            raise CheckpointError(f"{file}: pretrained_cfg.{field} = {values!r} must be a list of fitting numbers.")
+    if not all(isinstance(run, dict) for run in config["training"]):
+        raise CheckpointError(f"{file}: training must be a list of objects.")
     if loading := sorted(LOADING_ARGS.intersection(config["model_args"])):
         raise CheckpointError(f"{file}: model_args.{loading[0]} would load weights from elsewhere.")
     if config["architecture"] not in {*CLASSIFIERS, *GENERATORS}:

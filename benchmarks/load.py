@@ -1,0 +1,193 @@
+"""Twenty visitors at once on this machine's own loopback: errors, mix-ups, response times, memory of the server.
+
+    python -m benchmarks.load
+    python -m benchmarks.load --visitors 5 --rounds 2 --url http://127.0.0.1:7860/
+
+Every visitor has an image of its own, and in each round classifies it by the API, explores it as the page does and
+fetches the maps of every block. All answers must be those that the image gets when it is alone. Without --url a server
+is started, on an untrained checkpoint if the project has none.
+"""
+
+import argparse
+import base64
+import io
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+from PIL import Image
+
+import vca
+from app.ui import LAUNCH, WEIGHTS, build
+
+MOST_VISITORS, MOST_ROUNDS, PATIENCE = 50, 20, 120
+
+
+def serve(weights: str, port: int) -> None:
+    """Serves the app of a folder of checkpoints, until the process ends."""
+    build(Path(weights)).launch(**LAUNCH, server_name="127.0.0.1", server_port=port, quiet=True)
+
+
+def untrained(folder: str) -> str:
+    """Writes a checkpoint with random weights into a folder; returns the folder."""
+    model = vca.create_model("vca_vit_pico_patch4_32", num_classes=10)
+    vca.save(model, Path(folder) / "vca_untrained", label_names=[f"class {i}" for i in range(10)])
+    return folder
+
+
+def picture(number: int) -> bytes:
+    """The image of one visitor, as PNG."""
+    noise = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).resize((320, 320), Image.Resampling.BICUBIC).save(stream, "PNG")
+    return stream.getvalue()
+
+
+class Visitor:
+    """One visitor with an image, over HTTP as gradio's client and the page talk to the server."""
+
+    def __init__(self, url: str, number: int):
+        self.http = httpx.Client(base_url=f"{url.rstrip('/')}/gradio_api/", timeout=PATIENCE)
+        self.session = f"visitor{number}"
+        config = httpx.get(f"{url.rstrip('/')}/config", timeout=PATIENCE).json()
+        explorer = next(c for c in config["components"] if c["props"].get("elem_id") == "explorer")
+        self.explorer = explorer["id"]
+        self.explore_event = next(d["id"] for d in config["dependencies"] if d["outputs"] == [self.explorer])
+        choices = next(c["props"]["choices"] for c in config["components"] if c["props"].get("label") == "Model")
+        self.model = choices[0][1]
+        content = picture(number)
+        [path] = self.http.post("upload", files=dict(files=(f"{number}.png", content))).raise_for_status().json()
+        self.image = dict(path=path, orig_name=f"{number}.png", meta=dict(_type="gradio.FileData"))
+        self.seconds: dict[str, list[float]] = {}
+
+    def _timed(self, name: str, function, *args):
+        start = time.perf_counter()
+        answer = function(*args)
+        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+        return answer
+
+    def classify(self) -> dict:
+        """Probabilities by label, from the public endpoint."""
+        request = dict(data=[self.image, self.model, 5])
+        event = self.http.post("call/classify", json=request).raise_for_status().json()["event_id"]
+        answer = self.http.get(f"call/classify/{event}").raise_for_status().text
+        complete = re.search(r"event: complete\ndata: (.*)", answer)
+        if not complete:
+            raise RuntimeError(f"/classify failed: {answer}")
+        return json.loads(complete[1])[0]
+
+    def explore(self) -> dict:
+        """What the server sends to the explorer: a token for the maps, and what the page shows."""
+        request = dict(data=[self.image, self.model], fn_index=self.explore_event, session_hash=self.session)
+        self.http.post("queue/join", json=request).raise_for_status()
+        with self.http.stream("GET", "queue/data", params=dict(session_hash=self.session)) as stream:
+            for line in stream.iter_lines():
+                message = json.loads(line.removeprefix("data:")) if line else {}
+                if message.get("msg") == "process_completed":
+                    if not message["success"]:
+                        raise RuntimeError(f"exploring failed: {message}")
+                    return json.loads(message["output"]["data"][0])
+        raise RuntimeError("the server ended the stream before the answer.")
+
+    def fetch(self, token: str, block: int) -> dict[str, bytes]:
+        """The maps of one block."""
+        request = dict(data=dict(token=token, block=block), fn_name="fetch_maps", component_id=self.explorer)
+        answer = self.http.post("component_server", json=request | dict(session_hash=self.session))
+        arrays = answer.raise_for_status().json()
+        if "expired" in arrays:
+            raise RuntimeError("the maps of a new token are not there.")
+        return {name: base64.b64decode(array["data"]) for name, array in arrays.items()}
+
+    def visit(self) -> tuple:
+        """All that one round gives, times noted, without the token."""
+        labels = self._timed("classify", self.classify)
+        run = self._timed("explore", self.explore)
+        token = run.pop("token")
+        maps = [self._timed("fetch maps", self.fetch, token, block) for block in range(len(run["blocks"]))]
+        return labels, run, maps, token
+
+    def mix_ups(self, expected: tuple, rounds: int) -> tuple[int, list[str]]:
+        """Visits `rounds` times; returns how many answers differ from `expected`, and the tokens."""
+        answers = [self.visit() for _ in range(rounds)]
+        return sum(answer[:3] != expected[:3] for answer in answers), [answer[3] for answer in answers]
+
+
+def peak_megabytes(process: int) -> float:
+    """The most resident memory that a process of this machine has had."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+
+
+def measure(url: str, visitors: int, rounds: int) -> int:
+    """Prints response times; returns the number of answers that were not the visitor's own."""
+    with ThreadPoolExecutor(visitors) as pool:
+        crowd = list(pool.map(Visitor, [url] * visitors, range(visitors)))
+        alone = [visitor.visit() for visitor in crowd]
+        if len({json.dumps(answer[0]) for answer in alone}) < visitors:
+            raise RuntimeError("two visitors' images have the same answer: a mix-up could not be seen.")
+        for visitor in crowd:
+            visitor.seconds.clear()
+        start = time.perf_counter()
+        results = list(pool.map(Visitor.mix_ups, crowd, alone, [rounds] * visitors))
+        elapsed = time.perf_counter() - start
+    wrong = sum(count for count, _ in results)
+    tokens = [token for _, own in results for token in own]
+    if len(set(tokens)) < len(tokens):
+        raise RuntimeError("two visits were given the same token.")
+    print(f"{visitors} visitors, {rounds} rounds each, {elapsed:.1f} s: no error, {wrong} mix-ups")
+    for name in crowd[0].seconds:
+        times = np.concatenate([visitor.seconds[name] for visitor in crowd]) * 1000
+        print(f"{name:>12}: p50 {np.percentile(times, 50):6.0f} ms  p95 {np.percentile(times, 95):6.0f} ms")
+    return wrong
+
+
+def wait_for(url: str) -> None:
+    """Waits until the server answers."""
+    for _ in range(PATIENCE * 5):
+        try:
+            httpx.get(f"{url}config", timeout=PATIENCE)
+            return
+        except httpx.ConnectError:
+            time.sleep(0.2)
+    raise TimeoutError(f"{url} does not answer.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", help="a running app on 127.0.0.1")
+    parser.add_argument("--visitors", type=int, default=20, choices=range(1, MOST_VISITORS + 1), metavar="N")
+    parser.add_argument("--rounds", type=int, default=5, choices=range(1, MOST_ROUNDS + 1), metavar="N")
+    args = parser.parse_args()
+    if args.url:
+        if urlsplit(args.url).hostname != "127.0.0.1":
+            parser.error("--url must be on 127.0.0.1.")
+        sys.exit(measure(args.url, args.visitors, args.rounds) > 0)
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        weights = str(WEIGHTS) if list(WEIGHTS.glob("*/config.json")) else untrained(folder)
+        program = f"from benchmarks.load import serve; serve({weights!r}, {port})"
+        server = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+        try:
+            wait_for(url := f"http://127.0.0.1:{port}/")
+            wrong = measure(url, args.visitors, args.rounds)
+            print(f"peak memory of the server: {peak_megabytes(server.pid):.0f} MB")
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(PATIENCE)
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()
