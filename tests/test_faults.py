@@ -2,7 +2,6 @@
 
 import json
 import random
-import resource
 import signal
 import subprocess
 import time
@@ -10,6 +9,7 @@ import time
 import pytest
 import torch
 
+from tests.disk import full_at
 from tests.test_training import command, environment, finish, trainer, untimed_log, write_images
 from training.engine import RunError
 
@@ -67,11 +67,12 @@ os.fsync = fsync
 
 # The kernel fails every write beyond 100 kB of a file, as a full disk does, from the final checkpoint on.
 FULL = """
-import resource, vca
+import vca
+from tests.disk import full_at
 save = vca.save
 def limited(*args, **kwargs):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    save(*args, **kwargs)
+    with full_at(100_000):
+        save(*args, **kwargs)
 vca.save = limited
 """
 
@@ -103,13 +104,9 @@ def test_a_full_disk_keeps_the_previous_state_and_says_so(tmp_path):
     t.checkpoint(force=True)
     saved = {path: path.read_bytes() for path in t.run.states()}
     t.step += 1
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the kernel fails every write beyond, as a full disk
-    try:
-        with pytest.raises(RunError, match=r"cannot save .*state-00000001\.pt.*previous state is kept") as caught:
-            t.checkpoint(force=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    expected = pytest.raises(RunError, match=r"cannot save .*state-00000001\.pt.*previous state is kept")
+    with expected as caught, full_at(100_000):
+        t.checkpoint(force=True)
     assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in t.run.states()} == saved
     assert not list(tmp_path.glob("*.tmp"))

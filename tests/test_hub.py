@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import resource
 import shutil
 import stat
 import threading
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
 
 import vca
+from tests.disk import full_at
 from vca import CheckpointError
 from vca.hub import load_weights, write_atomically
 
@@ -505,27 +505,18 @@ def test_write_atomically_replaces_the_file(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.fixture
-def disk_full_at_1_kib():
-    """The kernel ends every write of this process beyond 1 KiB of a file with an error, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_failure_during_the_write_leaves_the_old_file(tmp_path, disk_full_at_1_kib):
+def test_a_failure_during_the_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"old")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError), full_at(1024):
         write_atomically(file, b"new" * 1000)
     assert file.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(folder, disk_full_at_1_kib):
+def test_a_failed_save_leaves_the_old_checkpoint(folder):
     before = (folder / "model.safetensors").read_bytes()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError), full_at(1024):
         vca.save(make_model(), folder, label_names=LABELS)
     assert (folder / "model.safetensors").read_bytes() == before
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
