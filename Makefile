@@ -10,10 +10,10 @@ app: .venv/installed
 	.venv/bin/python app.py
 
 test: .venv/installed lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-all: .venv/installed lint
-	.venv/bin/python -m pytest -m ''
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m ''
 
 lint: .venv/installed
 	.venv/bin/ruff check .
