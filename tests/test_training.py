@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 import vca
 from training import generate
 from training import recipe as recipes
+from training.card import write_card
 from training.classify import Recipe, build_model
 from training.data import DataError, FolderBatches, Images, MemoryBatches, decode, eval_transform, pad_crop_flip
 from training.engine import RunError, RunFolder, Trainer
@@ -118,6 +120,24 @@ def test_checkpoint_card_and_evaluation_agree(data, tmp_path):
     assert model.label_names == list(CLASSES)
     assert model.pretrained_cfg["mean"] == [0.4914, 0.4822, 0.4465]
     assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
+
+
+def test_the_cards_of_twins_name_each_other(tmp_path):
+    for name, attention, seed in (("one", "vca", 0), ("two", "mhsa", 0), ("three", "mhsa", 1)):
+        model = vca.create_model(f"{attention}_vit_pico_patch4_32", num_classes=3)
+        recipe = Recipe(f"{attention}_vit_pico_patch4_32", 1, 8, 1e-3, seed=seed)
+        run = dict(
+            recipe=asdict(recipe), command="", init=None, steps=9, epochs=1, train_images=72, torch="", device="cpu",
+            results=dict(top1=50.0 + seed, top5=100.0, loss=1.0, images=9),
+        )  # fmt: skip
+        vca.save(model, tmp_path / name, label_names=list(CLASSES), training=[run])
+    for name in ("one", "two", "three"):
+        write_card(tmp_path / name)
+    cards = {name: (tmp_path / name / "README.md").read_text() for name in ("one", "two", "three")}
+    parameters = sum(p.numel() for p in vca.load(tmp_path / "two").parameters())
+    assert f"| two | mhsa_vit_pico_patch4_32 | {parameters:,} | top-1 50.00 % |" in cards["one"]
+    assert "| one | vca_vit_pico_patch4_32 |" in cards["two"]
+    assert "Twins" not in cards["three"] and "| three |" not in cards["one"] + cards["two"]
 
 
 def test_init_starts_from_the_weights_and_keeps_the_history(data, tmp_path):

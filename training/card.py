@@ -5,10 +5,12 @@ python -m training.card weights/NAME
 
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 
 import yaml
+from safetensors import safe_open
 
 from vca.hub import write_atomically
 from vca.models import GENERATORS
@@ -41,6 +43,7 @@ def write_card(checkpoint: str | Path) -> None:
     tested = dict(task=dict(type=task), dataset=dict(name=dataset, type=dataset.lower(), split="test"), metrics=metrics)
     metadata["model-index"] = [dict(name=config["architecture"], results=[tested])]
     runs = "\n".join(_describe_run(run) for run in config["training"])
+    twins = _twins(folder, config)
     text = f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
 ---
@@ -48,7 +51,7 @@ def write_card(checkpoint: str | Path) -> None:
 # {config["architecture"]} on {dataset}
 
 {about}
-
+{twins}
 ## Use
 
 {use}
@@ -124,6 +127,34 @@ One column for each of the first classes, from the noise of seed 0, indices 0, 1
 `images` is (3, 3, height, width) in [0, 1]; `python -m training.sample` writes PNG files or an `.npz`."""
     metrics = [dict(type="loss", name="validation loss", value=results["val_loss"])]
     return "unconditional-image-generation", metrics, about, use
+
+
+def _twins(folder: Path, config: dict) -> str:
+    """A table of this checkpoint and of those beside it that the same recipe, seed and budget made; or nothing."""
+    rows = []
+    for file in sorted(folder.resolve().parent.glob("*/config.json")):
+        other = json.loads(file.read_text())
+        if _protocol(other) == _protocol(config):
+            cells = (file.parent.name, other["architecture"], f"{_parameters(file.parent):,}")
+            rows.append(f"| {' | '.join(cells)} | {_reached(other['training'][-1]['results'])} |")
+    if len(rows) < 2:
+        return ""
+    head = ["| checkpoint | architecture | parameters | result |", "|---|---|---|---|"]
+    return "\n".join(["", "Twins: the same data, recipe, seed and budget, another model.", "", *head, *rows, ""])
+
+
+def _protocol(config: dict) -> list[dict]:
+    """What decides a comparison: every run's recipe but for the model, and how much of it was trained."""
+    return [
+        {key: value for key, value in run["recipe"].items() if key not in ("model", "attention")}
+        | {key: run[key] for key in ("init", "steps", "train_images")}
+        for run in config["training"]
+    ]
+
+
+def _parameters(folder: Path) -> int:
+    with safe_open(folder / "model.safetensors", framework="pt") as stored:
+        return sum(math.prod(stored.get_slice(key).get_shape()) for key in stored.keys())  # noqa: SIM118
 
 
 def _average(recipe: dict) -> str:
