@@ -1,7 +1,7 @@
 """The Explore tab: click a patch or a contrast token, and see every map of it.
 
-The server runs the model once and keeps the maps; the page (explorer.html, .css, .js) fetches those of each block once
-and draws every click by itself.
+The server runs the model once and keeps the maps; the page (explorer.html, .css, .js, and maps.js, which other tabs
+share) fetches those of each block once and draws every click by itself.
 """
 
 import base64
@@ -63,6 +63,11 @@ def _size(layers: list[models.Layer]) -> int:
     return sum(array.nbytes for layer in layers for array in layer.arrays.values())
 
 
+def script(*names: str) -> str:
+    """The text of JavaScript files of this folder, one after another, for `gr.HTML(js_on_load=...)`."""
+    return "\n".join((FILES / name).read_text(encoding="utf-8") for name in names)
+
+
 def build(checkpoints: models.Checkpoints, examples: list[str]) -> tuple[gr.Image, gr.Dropdown]:
     """Builds the tab. Returns its image and model inputs: setting them from elsewhere explores that image."""
     store = MapStore(STORE_BYTES)
@@ -109,7 +114,7 @@ def build(checkpoints: models.Checkpoints, examples: list[str]) -> tuple[gr.Imag
                 "",
                 html_template=(FILES / "explorer.html").read_text(encoding="utf-8"),
                 css_template=(FILES / "explorer.css").read_text(encoding="utf-8"),
-                js_on_load=(FILES / "explorer.js").read_text(encoding="utf-8"),
+                js_on_load=script("maps.js", "explorer.js"),
                 apply_default_css=False,
                 server_functions=[fetch_maps],
                 palette=draw.PALETTE,

@@ -1,0 +1,325 @@
+// From the arrays of a recorded block to the cells on a canvas. Pages share these functions; nothing here keeps a state.
+//
+// layer   one block: its facts `info` (models.Layer.facts) and its decoded arrays; `prepare` makes it
+// mode    "effective", "stage1" or "stage2"
+// stream  "positive", "negative" or "differential"
+// head    an index, or MEAN of all heads
+// point   a place in the image, { x, y, prefix }: x and y from 0 to 1, or a prefix token's index. It means the same in
+//         blocks of different grids, and in different models
+// lattice the cells that queries or keys stand for: patches, or the coarser cells that contrast tokens were pooled from
+
+const MEAN = -1;
+const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
+
+// ---- Values: from the server to arrays, from arrays to the rows of a query
+
+const HALF = Float32Array.from({ length: 65536 }, (_, bits) => {
+  const sign = bits >> 15 ? -1 : 1;
+  const exponent = (bits >> 10) & 31;
+  const fraction = bits & 1023;
+  return sign * (exponent ? (1 + fraction / 1024) * 2 ** (exponent - 15) : fraction * 2 ** -24);
+});
+
+function decode({ shape, data }) {
+  const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+  const isHalf = bytes.length === 2 * shape.reduce((a, b) => a * b);
+  const values = isHalf ? Float32Array.from(new Uint16Array(bytes.buffer), (bits) => HALF[bits]) : new Float32Array(bytes.buffer);
+  return { shape, values };
+}
+
+// A layer from the facts of a block and its arrays as the server sends them.
+function prepare(info, arrays) {
+  const maps = Object.fromEntries(Object.entries(arrays).map(([name, array]) => [name, decode(array)]));
+  return { info, maps, first: firstStage(info, maps) };
+}
+
+const row = ({ shape, values }, head, query) =>
+  values.subarray((head * shape[1] + query) * shape[2], (head * shape[1] + query + 1) * shape[2]);
+
+// D = A+ - lambda A-, or A+ of a stage with a single stream
+function applied(info, maps, stage, head, query) {
+  const positive = row(maps[`positive${stage}`], head, query);
+  if (info.streams[stage - 1] < 2) return positive;
+  const negative = row(maps[`negative${stage}`], head, query);
+  return positive.map((value, i) => value - info[`lambda${stage}`] * negative[i]);
+}
+
+const factor = (scale, head, query) => (scale ? scale.values[head * scale.shape[1] + query] : 1);
+
+// diag(r1) D1 of every head, computed when the maps arrive: the part of E that all queries share
+function firstStage(info, maps) {
+  const { shape } = maps.positive1;
+  const values = new Float32Array(maps.positive1.values.length);
+  for (let head = 0; head < shape[0]; head++) {
+    for (let q = 0; q < shape[1]; q++) {
+      const scale = factor(maps.scale1, head, q);
+      const scaled = applied(info, maps, 1, head, q).map((value) => value * scale);
+      values.set(scaled, (head * shape[1] + q) * shape[2]);
+    }
+  }
+  return { shape, values };
+}
+
+// E[q, :] = r2[q] D2[q, :] diag(r1) D1, or r1[q] D1[q, :] of a single stage
+function effectiveRow({ info, maps, first }, head, query) {
+  if (!info.streams[1]) return row(first, head, query);
+  const [, tokens, length] = first.shape;
+  const weights = applied(info, maps, 2, head, query);
+  const scale = factor(maps.scale2, head, query);
+  const result = new Float32Array(length);
+  for (let token = 0; token < tokens; token++) {
+    const weight = scale * weights[token];
+    const from = (head * tokens + token) * length;
+    for (let i = 0; i < length; i++) result[i] += weight * first.values[from + i];
+  }
+  return result;
+}
+
+function mean(rows) {
+  const result = new Float32Array(rows[0].length);
+  for (const values of rows) for (let i = 0; i < result.length; i++) result[i] += values[i] / rows.length;
+  return result;
+}
+
+// The three rows of the query at a point: { positive, negative, differential }, a value for each key.
+function rowsOf(layer, mode, head, point) {
+  const { info, maps } = layer;
+  const heads = head === MEAN ? [...Array(info.heads).keys()] : [head];
+  const query = indexAt(info, latticeOf(info, mode, "query"), point);
+  if (mode === "effective") {
+    const differential = mean(heads.map((h) => effectiveRow(layer, h, query)));
+    return { positive: differential.map((v) => Math.max(v, 0)), negative: differential.map((v) => Math.max(-v, 0)), differential };
+  }
+  const stage = mode === "stage1" ? 1 : 2;
+  const positive = mean(heads.map((h) => row(maps[`positive${stage}`], h, query)));
+  if (info.streams[stage - 1] < 2) return { positive, negative: positive.map(() => 0), differential: positive };
+  return {
+    positive,
+    negative: mean(heads.map((h) => row(maps[`negative${stage}`], h, query))),
+    differential: mean(heads.map((h) => applied(info, maps, stage, h, query))),
+  };
+}
+
+const modesOf = (info) => (info.streams[1] ? ["effective", "stage1", "stage2"] : info.streams[0] === 2 ? ["effective", "stage1"] : ["effective"]);
+const modeOf = (info, wanted) => (modesOf(info).includes(wanted) ? wanted : "effective");
+// Has this map a negative part? If not, one picture says it all.
+const isSigned = ({ streams }, mode) => ({ effective: Math.max(...streams), stage1: streams[0], stage2: streams[1] })[mode] === 2;
+const largest = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+const limitOf = (rows, stream) =>
+  stream === "differential" ? largest(rows.differential) : Math.max(largest(rows.positive), largest(rows.negative));
+
+// ---- Geometry
+
+// What the queries or the keys (`side`) of a map stand for: the prefix tokens, then cells that share the image.
+function latticeOf(info, mode, side) {
+  const ofTokens = side === "query" ? mode === "stage1" && info.tokens : mode === "stage2";
+  return ofTokens ? { what: "contrast token", size: info.tokens, prefix: 0 } : { what: "patch", size: info.grid, prefix: info.prefix };
+}
+
+// The patches [start, end) that adaptive pooling of `size` patches to `count` cells averages into cell i.
+const poolSpan = (i, count, size) => [Math.floor((i * size) / count), Math.ceil(((i + 1) * size) / count)];
+
+// The cell i as it is painted: where neighbours overlap, they meet in the middle.
+function tileSpan(i, count, size) {
+  const [start, end] = poolSpan(i, count, size);
+  return [i ? (start + poolSpan(i - 1, count, size)[1]) / 2 : 0, i < count - 1 ? (end + poolSpan(i + 1, count, size)[0]) / 2 : size];
+}
+
+function tileAt(position, count, size) {
+  for (let i = 0; i < count - 1; i++) if (position < tileSpan(i, count, size)[1]) return i;
+  return count - 1;
+}
+
+// Row and column of the cell at a point.
+const cellAt = (info, { size }, { x, y }) => [tileAt(y * info.grid[0], size[0], info.grid[0]), tileAt(x * info.grid[1], size[1], info.grid[1])];
+
+// The query or key at a point.
+function indexAt(info, lattice, point) {
+  if (point.prefix !== null && point.prefix < lattice.prefix) return point.prefix;
+  const [r, c] = cellAt(info, lattice, point);
+  return lattice.prefix + r * lattice.size[1] + c;
+}
+
+// The outline of a cell, in parts of the image: [left, top, right, bottom].
+function outline(info, lattice, index) {
+  const [rows, cols] = info.grid;
+  const cell = index - lattice.prefix;
+  const [top, bottom] = poolSpan(Math.floor(cell / lattice.size[1]), lattice.size[0], rows);
+  const [left, right] = poolSpan(cell % lattice.size[1], lattice.size[1], cols);
+  return [left / cols, top / rows, right / cols, bottom / rows];
+}
+
+function nameOf(lattice, index, prefixNames) {
+  if (index < lattice.prefix) return `${prefixNames[index]} token`;
+  const cell = index - lattice.prefix;
+  return `${lattice.what}, row ${Math.floor(cell / lattice.size[1]) + 1}, column ${(cell % lattice.size[1]) + 1}`;
+}
+
+// Where things are on a canvas, in CSS pixels: the squares of the prefix tokens on top, the image below. `aspect` is
+// the image's height by its width; squares with a name beside them stand further apart.
+function layout(canvas, info, aspect, named) {
+  const width = canvas.clientWidth;
+  const side = info.prefix ? clamp(width / 14, 14, 24) : 0;
+  const step = named ? 110 : side + 5;
+  const prefix = [...Array(info.prefix).keys()].map((i) => [1 + i * step, 1, side, side]);
+  const top = side ? side + 10 : 0;
+  return { prefix, image: [0, top, width, width * aspect], height: top + width * aspect };
+}
+
+// The point under the pointer, or null. `place` is the canvas's layout.
+function pointUnder(canvas, event, place) {
+  const box = canvas.getBoundingClientRect();
+  const [px, py] = [event.clientX - box.left, event.clientY - box.top];
+  const prefix = place.prefix.findIndex(([x, y, w, h]) => px >= x - 2 && px <= x + w + 2 && py >= y - 2 && py <= y + h + 4);
+  const [x, y, w, h] = place.image;
+  const inside = { x: clamp((px - x) / w, 0, 0.9999), y: clamp((py - y) / h, 0, 0.9999) };
+  if (prefix >= 0) return { ...inside, prefix };
+  return py < y ? null : { ...inside, prefix: null };
+}
+
+// ---- Colour
+
+const parse = (colour) => [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16));
+const theme = () => (document.body.classList.contains("dark") ? "dark" : "light");
+
+function shade(stops, part) {
+  const at = clamp(part, 0, 1) * (stops.length - 1);
+  const i = Math.min(Math.floor(at), stops.length - 2);
+  return stops[i].map((from, channel) => from + (stops[i + 1][channel] - from) * (at - i));
+}
+
+// Colours of the values from -limit to +limit as 513 pixels, strongest negative first.
+const STEPS = 256;
+function pixels(colourOf) {
+  const bytes = new Uint8ClampedArray(4 * (2 * STEPS + 1));
+  for (let i = -STEPS; i <= STEPS; i++) bytes.set(colourOf(i < 0 ? "negative" : "positive", Math.abs(i) / STEPS), 4 * (i + STEPS));
+  return new Uint32Array(bytes.buffer);
+}
+
+// The colours of draw.PALETTE: solid on a light or a dark page, and `veil`, to lay over an image.
+function colourTables(palette) {
+  const solid = (theme) => {
+    const ramps = { positive: palette[theme].positive.map(parse), negative: palette[theme].negative.map(parse) };
+    return pixels((side, part) => [...shade(ramps[side], part), 255]);
+  };
+  const over = { positive: parse(palette.overlay.positive), negative: parse(palette.overlay.negative) };
+  return { light: solid("light"), dark: solid("dark"), veil: pixels((side, part) => [...over[side], 230 * part]) };
+}
+
+// The colour bar of a stream as a CSS background.
+function barOf(palette, theme, stream) {
+  const { positive, negative } = palette[theme];
+  const stops = { positive, negative, differential: [...negative.slice(1).reverse(), ...positive] }[stream];
+  return `linear-gradient(to right, ${stops.join(", ")})`;
+}
+
+// The values of a stream as pixels; the negative stream is positive in number and blue in colour.
+function paint(values, stream, limit, colours) {
+  const scale = limit ? (stream === "negative" ? -STEPS : STEPS) / limit : 0;
+  return Uint32Array.from(values, (value) => colours[STEPS + Math.round(value * scale)]);
+}
+
+// ---- Drawing
+
+// Which key each pixel of a map's picture shows. A pixel is a patch; of coarser cells, a quarter of one, because they
+// may meet in a patch's middle.
+const pixelKeys = new WeakMap();
+function keyOfPixel(info, lattice) {
+  const kept = pixelKeys.get(info) ?? pixelKeys.set(info, {}).get(info);
+  if (kept[lattice.what]) return kept[lattice.what];
+  const [rows, cols] = info.grid.map((count, i) => count * (count === lattice.size[i] ? 1 : 2));
+  const keys = new Uint32Array(rows * cols);
+  for (let y = 0; y < rows; y++) {
+    for (let x = 0; x < cols; x++) {
+      keys[y * cols + x] = indexAt(info, lattice, { x: (x + 0.5) / cols, y: (y + 0.5) / rows, prefix: null });
+    }
+  }
+  return (kept[lattice.what] = { keys, rows, cols });
+}
+
+// A map without its prefix tokens as a small picture, the canvas's size.
+function raster(canvas, info, mode, painted) {
+  const { keys, rows, cols } = keyOfPixel(info, latticeOf(info, mode, "key"));
+  canvas.width = cols;
+  canvas.height = rows;
+  const picture = new ImageData(new Uint8ClampedArray(keys.map((key) => painted[key]).buffer), cols, rows);
+  canvas.getContext("2d").putImageData(picture, 0, 0);
+  return canvas;
+}
+
+// Draws a map with its query as wide as the canvas is shown.
+//   info, mode, aspect   of the map and of the image
+//   painted              the colour of every key
+//   photo                drawn below the map, if given
+//   prefixNames          written beside the squares of the prefix tokens, if given
+//   point, hover         the query's place, and the key under the pointer or null
+function drawMap(canvas, { info, mode, aspect, painted, photo = null, prefixNames = null, point, hover = null }) {
+  const [queries, keys] = [latticeOf(info, mode, "query"), latticeOf(info, mode, "key")];
+  const place = layout(canvas, info, aspect, prefixNames);
+  const scale = window.devicePixelRatio;
+  canvas.style.height = `${place.height}px`;
+  canvas.width = Math.round(place.image[2] * scale);
+  canvas.height = Math.round(place.height * scale);
+  const context = canvas.getContext("2d");
+  context.scale(scale, scale);
+
+  if (photo) context.drawImage(photo, ...place.image);
+  context.imageSmoothingEnabled = false;
+  context.drawImage(raster(document.createElement("canvas"), info, mode, painted), ...place.image);
+
+  const style = getComputedStyle(canvas);
+  place.prefix.forEach((box, i) => {
+    if (keys.prefix) {
+      const [red, green, blue, opacity] = new Uint8ClampedArray(painted.buffer, 4 * i, 4);
+      context.fillStyle = `rgb(${red} ${green} ${blue} / ${opacity / 255})`;
+      context.fillRect(...box);
+    }
+    context.strokeStyle = style.getPropertyValue("--body-text-color-subdued");
+    context.lineWidth = 0.5;
+    context.strokeRect(...box);
+    if (!prefixNames) return;
+    context.fillStyle = style.color;
+    context.font = `13px ${style.fontFamily}`;
+    context.textBaseline = "middle";
+    context.fillText(prefixNames[i], box[0] + box[2] + 7, box[1] + box[3] / 2 + 1);
+  });
+
+  const boxOf = (lattice, index) => {
+    if (index < lattice.prefix) return place.prefix[index];
+    const [left, top, right, bottom] = outline(info, lattice, index);
+    const [x, y, w, h] = place.image;
+    return [x + left * w, y + top * h, (right - left) * w, (bottom - top) * h];
+  };
+  if (hover !== null) frame(context, boxOf(keys, hover), photo ? 1.5 : 1);
+  frame(context, boxOf(queries, indexAt(info, queries, point)), photo ? 2.5 : 2);
+}
+
+// A dark line beside a light one: it shows on any picture. Drawn just inside the box, so that nothing is cut off.
+function frame(context, [x, y, w, h], width) {
+  context.lineWidth = width;
+  for (const [colour, inset] of [["#000", width / 2], ["#fff", 1.5 * width]]) {
+    context.strokeStyle = colour;
+    context.strokeRect(x + inset, y + inset, w - 2 * inset, h - 2 * inset);
+  }
+}
+
+// ---- Words
+
+const number = (value) => (value === 0 ? "0" : Math.abs(value) < 0.001 ? value.toExponential(1) : value.toPrecision(3)).replace("-", "−");
+const ordinal = (n) => n + (n % 100 > 10 && n % 100 < 14 ? "th" : (["th", "st", "nd", "rd"][n % 10] ?? "th"));
+
+// Has this attention one map, which is never negative?
+const isPlain = ({ streams }) => Math.max(...streams) < 2 && !streams[1];
+const titlesOf = (info, mode) => (isPlain(info) ? { positive: "Attention A" } : TITLES[mode]);
+const meaningOf = (info, mode) => MEANING[isPlain(info) ? "plain" : mode];
+const TITLES = {
+  effective: { positive: "Draws in", negative: "Pushes away", differential: "Effective E" },
+  stage1: { positive: "Positive A₁⁺", negative: "Negative A₁⁻", differential: "Differential D₁" },
+  stage2: { positive: "Positive A₂⁺", negative: "Negative A₂⁻", differential: "Differential D₂" },
+};
+const MEANING = {
+  effective: "What the boxed patch draws in (orange) or pushes away (blue), both stages in one: E = diag(r₂) D₂ diag(r₁) D₁, exactly.",
+  stage1: "Where the boxed contrast token looks. The box is the cell of patches whose queries were averaged into it. D₁ = A₁⁺ − λ₁ A₁⁻.",
+  stage2: "Which contrast tokens the boxed patch reads, each painted as its cell. D₂ = A₂⁺ − λ₂ A₂⁻.",
+  plain: "Where the boxed patch looks. Plain self-attention has one map, never negative, and its rows sum to 1.",
+};
