@@ -1,9 +1,32 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, and a Hub on this machine in the place of the real one."""
 
-import pytest
-import torch
+import os
+import tempfile
 
-from tests.browser import NO_BROWSER
+from tests.hub_server import HubServer
+
+HUB = HubServer()
+os.environ |= {  # huggingface_hub reads them once, when it is imported
+    "HF_ENDPOINT": HUB.url,
+    "HF_HOME": tempfile.mkdtemp(prefix="vca-hub-"),
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+    os.environ.pop(variable, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tests.browser import NO_BROWSER  # noqa: E402
+
+
+@pytest.fixture
+def hub():
+    """The Hub of this machine, empty; the client's cache keeps what earlier tests have loaded."""
+    HUB.reset()
+    yield HUB
+    HUB.reset()
 
 
 @pytest.fixture(scope="session", autouse=True)

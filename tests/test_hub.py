@@ -17,8 +17,9 @@ from timm.data import create_transform, resolve_data_config
 
 import vca
 from tests.disk import full_at
+from training.card import STATED
 from vca import CheckpointError
-from vca.hub import load_weights, write_atomically
+from vca.hub import load_weights, sha256, write_atomically
 
 NAME = "vca_vit_pico_patch4_32"
 SMALL = dict(embed_dim=16, depth=2, num_heads=2, num_classes=3, token_grid=(3, 5))
@@ -72,12 +73,12 @@ def remove(key: str) -> Callable[[dict], None]:
     return lambda config: config.pop(key)
 
 
-def assert_refused(folder: Path, file: str, message: str) -> None:
+def assert_refused(folder: Path, file: str, message: str, load_weights_too: bool = True) -> None:
     """`vca.load` names the file in full and says what is wrong; so does `load_weights`, if the weights are at fault."""
     with pytest.raises(CheckpointError, match=message) as caught:
         vca.load(folder)
     assert str(folder / file) in str(caught.value)
-    if file == "model.safetensors":
+    if file == "model.safetensors" and load_weights_too:
         model = make_model()
         before = {key: value.clone() for key, value in model.state_dict().items()}
         with pytest.raises(CheckpointError, match=message):
@@ -202,6 +203,25 @@ def test_saving_twice_replaces_the_first(folder):
     vca.save(model, folder, label_names=LABELS)
     with torch.no_grad():
         assert torch.equal(vca.load(folder)(images()), model(images()))
+
+
+def test_a_card_that_states_other_weights_does_not_outlive_them(folder):
+    card = folder / "README.md"
+    card.write_text(STATED.format(size=1, sha256=sha256(folder / "model.safetensors")))
+    model = vca.load(folder)
+    vca.save(model, folder, label_names=LABELS)
+    assert card.exists(), "the weights are still those of the card"
+    vca.save(make_model(), folder, label_names=LABELS)
+    assert not card.exists()
+    card.write_text("a card that states nothing")
+    vca.save(make_model(), folder, label_names=LABELS)
+    assert card.exists()
+    assert vca.load(folder).label_names == LABELS
+
+
+def test_other_weights_than_those_of_the_card_are_refused(folder):
+    (folder / "README.md").write_text(STATED.format(size=12345678, sha256="a" * 64))
+    assert_refused(folder, "model.safetensors", r"its sha256 is .*README\.md says aaaa", load_weights_too=False)
 
 
 def test_the_wrong_number_of_labels_is_not_saved(tmp_path):

@@ -3,7 +3,6 @@
 python -m training.card weights/NAME
 """
 
-import hashlib
 import json
 import math
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import yaml
 from safetensors import safe_open
 
-from vca.hub import write_atomically
+from vca.hub import sha256, write_atomically
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
 
@@ -20,6 +19,7 @@ SHOWN_KEYS = (
     "lr", "batch_size", "weight_decay", "warmup_epochs", "warmup_steps", "min_lr", "label_smoothing", "drop_path",
     "mixup", "cutmix", "padding", "class_dropout", "time_sampling", "clip_grad", "ema_decay", "precision",
 )  # fmt: skip
+STATED = "`model.safetensors`: {size:,} bytes, sha256 `{sha256}`."
 PREPROCESSING = "shorter side resized to {size} px ({interpolation}), centre crop, normalised"
 
 
@@ -64,7 +64,7 @@ Data: {dataset}{". " + recipe["license"] if recipe["license"] else ""}
 
 ## File
 
-`model.safetensors`: {weights.stat().st_size:,} bytes, sha256 `{hashlib.sha256(weights.read_bytes()).hexdigest()}`.
+{STATED.format(size=weights.stat().st_size, sha256=sha256(weights))}
 
 Architecture: Visual-Contrast Attention, *Linear Differential Vision Transformer: Learning Visual Contrasts via Pairwise
 Differentials*, NeurIPS 2025, arXiv 2511.00833.
@@ -183,7 +183,7 @@ def write_table(weights: str | Path) -> None:
         config, tensors = json.loads(file.read_text()), file.with_name("model.safetensors")
         last = config["training"][-1]
         task = "generation" if config["architecture"] in GENERATORS else "classification"
-        size, digest = tensors.stat().st_size / 1e6, hashlib.sha256(tensors.read_bytes()).hexdigest()[:16]
+        size, digest = tensors.stat().st_size / 1e6, sha256(tensors)[:16]
         name = f"[{file.parent.name}]({file.parent.name}/README.md)"
         row = (name, task, last["recipe"]["dataset"], _reached(last["results"]), f"{size:.1f} MB", f"`{digest}`")
         lines.append(f"| {' | '.join(row)} |")

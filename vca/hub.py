@@ -3,13 +3,23 @@
 Reading is strict. Nothing here returns a model whose weights did not all come from the file.
 """
 
+import hashlib
 import json
 import os
+import re
 import threading
 from argparse import Namespace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
@@ -35,38 +45,162 @@ PREPROCESSING_NUMBERS = {"input_size": 1, "mean": -1e9, "std": 1e-9}  # and the 
 LOADING_ARGS = {
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path", "cache_dir",
 }  # fmt: skip
+FILES = ("config.json", "model.safetensors", "README.md")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+REPO_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+STATED_SHA256 = re.compile(r"`model\.safetensors`: [\d,]+ bytes, sha256 `([0-9a-f]{64})`")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be trusted; the message names the file and what is wrong with it."""
 
 
-def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
-    """Loads a trained model, in evaluation mode, from a checkpoint folder.
+def load(
+    path_or_repo: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+) -> nn.Module:
+    """Loads a trained model, in evaluation mode, from a checkpoint folder or from the Hub.
 
     The model carries `label_names` (a list of class names) and `training_history` (what `save` was given as
     `training`); a classifier also `pretrained_cfg` (its preprocessing, for timm's `create_transform`).
 
+    Args:
+        path_or_repo: a folder, or else a repository as "user/repo" or "hf-hub:user/repo", either with "@revision".
+        device: where the model shall be.
+        revision, token, cache_dir, local_files_only: of a repository, as in huggingface_hub: a branch, tag or commit;
+            False for no token; another folder than HF_HUB_CACHE; True to look in the cache alone, as HF_HUB_OFFLINE=1.
+
     Raises:
-        CheckpointError: a file is missing or damaged, a config field is unknown, or a tensor is missing, left over, of
-            the wrong shape, NaN or infinite.
+        CheckpointError: a file is missing or damaged, a config field is unknown, a tensor is missing, left over, of the
+            wrong shape, NaN or infinite, the weights are not those of the card, or the repository cannot be had.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder.")
+    folder = fetch(path_or_repo, revision, token, cache_dir, local_files_only)
+    try:
+        return _load_folder(folder).to(device)
+    except CheckpointError as error:
+        if folder == Path(path_or_repo):
+            raise
+        message = str(error).replace(str(folder), str(path_or_repo))  # says more than a place in the cache
+        raise CheckpointError(message) from error.__cause__
+
+
+def fetch(
+    path_or_repo: str | os.PathLike,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a checkpoint, on this machine; a repository's is downloaded to the cache if it is not there.
+
+    Without a network the newest copy in the cache is taken. Arguments and errors are those of `load`.
+    """
+    name = os.fspath(path_or_repo)
+    if name and not name.startswith("hf-hub:") and Path(name).is_dir():
+        return Path(name)
+    match = REPO_ID.fullmatch(name.removeprefix("hf-hub:")) if isinstance(path_or_repo, str) else None
+    if not match:
+        raise CheckpointError(f"{name}: no such checkpoint folder, and not a repository such as user/name.")
+    repo, revision = match["repo"], revision or match["revision"]
+    if revision is not None and not _is_inside(revision):
+        raise CheckpointError(f"{name}: {revision!r} is not the name of a revision.")
+    shown = f"{repo}@{revision}" if revision else repo
+    unreachable = None
+    if not local_files_only:
+        try:
+            listing = HfApi(token=token).model_info(repo, revision=revision).siblings
+        except (HTTPError, OSError, HFValidationError) as error:
+            if reason := _refusal(error, name):
+                raise CheckpointError(f"{shown}: {reason}") from error
+            unreachable = error
+        else:
+            _check_listing(shown, [file.rfilename for file in listing])
+    try:
+        folder = snapshot_download(
+            repo, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=list(FILES),
+            local_files_only=local_files_only or unreachable is not None,
+        )  # fmt: skip
+    except LocalEntryNotFoundError as error:
+        why = f"the Hub cannot be reached ({unreachable})" if unreachable else "the network is not to be used"
+        raise CheckpointError(f"{shown}: {why}, and the cache has no complete copy.") from error
+    except (HTTPError, OSError, HFValidationError) as error:
+        raise CheckpointError(f"{shown}: the download failed ({error}).") from error
+    return Path(folder)
+
+
+def _is_inside(path: str) -> bool:
+    """Whether a relative path stays below where it starts."""
+    return not path.startswith("/") and "\\" not in path and ".." not in PurePosixPath(path).parts
+
+
+def _refusal(error: Exception, name: str) -> str | None:
+    """What the Hub's answer means, or None if there was no answer or the Hub is out of order."""
+    if isinstance(error, RevisionNotFoundError):
+        return "the repository has no such revision."
+    if isinstance(error, HFValidationError):
+        return f"not the name of a repository ({error})."
+    response = getattr(error, "response", None)
+    if response is not None and response.headers.get("X-Error-Message", "").startswith("Invalid credentials"):
+        return "the Hub does not accept the token."
+    if isinstance(error, RepositoryNotFoundError) or (response is not None and response.status_code in (401, 403)):
+        local = "" if name.startswith("hf-hub:") else "no such folder, and "
+        return (
+            f"{local}no repository on the Hub that may be read. If it is private or gated, log in with `hf auth login`,"
+            " or set HF_TOKEN or token=."
+        )
+    return None
+
+
+def _check_listing(shown: str, files: list[str]) -> None:
+    """Refuses a repository for the names of its files, before any is downloaded."""
+    if outside := [file for file in files if not _is_inside(file)]:
+        raise CheckpointError(f"{shown}: the file name {outside[0]!r} leads out of the folder; nothing was downloaded.")
+    if "model.safetensors" not in files:
+        pickles = [file for file in files if file.endswith(PICKLES)]
+        instead = f"; {pickles[0]} is a pickle, which may run code and is not read" if pickles else ""
+        raise CheckpointError(f"{shown}: the repository has no model.safetensors{instead}.")
+
+
+def stated_sha256(folder: str | os.PathLike) -> str | None:
+    """The sha256 of the weights according to the folder's card, if it has a card that states one."""
+    try:
+        found = STATED_SHA256.search((Path(folder) / "README.md").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found and found[1]
+
+
+def _load_folder(folder: Path) -> nn.Module:
     config = read_config(folder)
     try:
         model = create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
     except Exception as error:  # a wrong argument fails wherever the model first uses it
         raise CheckpointError(f"{folder / 'config.json'}: cannot build {config['architecture']}: {error}") from error
-    load_weights(model, folder / "model.safetensors")
+    weights = folder / "model.safetensors"
+    load_weights(model, weights)
+    if (stated := stated_sha256(folder)) and stated != (found := sha256(weights)):
+        raise CheckpointError(
+            f"{weights}: its sha256 is {found[:16]}..., but {folder / 'README.md'} says {stated[:16]}...: the file is "
+            "damaged, or the card is of other weights."
+        )
     if config["architecture"] in CLASSIFIERS:
         if (stated := tuple(config["pretrained_cfg"]["input_size"])) != (takes := input_size(model)):
             raise CheckpointError(f"{folder / 'config.json'}: input_size is {stated}, but the model takes {takes}.")
         model.pretrained_cfg.update(config["pretrained_cfg"])
     model.label_names = list(config["label_names"])
     model.training_history = config["training"]
-    return model.to(device).eval()
+    return model.eval()
+
+
+def sha256(file: str | os.PathLike) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load_weights(model: nn.Module, file: str | os.PathLike) -> None:
@@ -136,6 +270,8 @@ def save(
 ) -> None:
     """Writes `config.json` and `model.safetensors` into a folder, each atomically.
 
+    A card there that states the sha256 of other weights is removed; `training.card.write_card` writes the new one.
+
     Args:
         model: one of `vca.list_models()`; a classifier's `pretrained_cfg` holds the preprocessing it was trained with.
         path: the folder, made if needed.
@@ -175,7 +311,10 @@ def save(
             | dict(num_classes=model.num_classes, custom_load=False),
         )
     description = json.dumps(config, indent=2).encode()
-    write_atomically(folder / "model.safetensors", to_safetensors(tensors, metadata={"format": "pt"}))
+    weights = to_safetensors(tensors, metadata={"format": "pt"})
+    write_atomically(folder / "model.safetensors", weights)
+    if stated_sha256(folder) not in (None, hashlib.sha256(weights).hexdigest()):
+        (folder / "README.md").unlink()
     write_atomically(folder / "config.json", description)
 
 
