@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from reference import Reference, lambda_init, parameters, visual_contrast_attention
 
+from tests.reference import Reference, lambda_init, parameters, visual_contrast_attention
 from vca import VisualContrastAttention
 from vca import functional as VF
 

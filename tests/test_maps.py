@@ -9,12 +9,12 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from reference import parameters, visual_contrast_attention
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import vca
+from tests.reference import parameters, visual_contrast_attention
 from vca import VisualContrastAttention
 
 OPTIONS = [
