@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.disk import full_at
-from tests.test_training import command, environment, finish, trainer, untimed_log, write_images
+from tests.test_training import PATIENCE, command, environment, finish, trainer, untimed_log, write_images
 from training.engine import RunError
 
 MEMORY = ("--epochs", "2")
@@ -50,7 +50,7 @@ def run_patched(patch: str, arguments: list[str]) -> subprocess.CompletedProcess
     python, _, _, *rest = arguments
     program = f"{patch}\nfrom training.classify import main\nmain()"
     return subprocess.run(
-        [python, "-c", program, *rest], env=environment(), capture_output=True, text=True, timeout=120
+        [python, "-c", program, *rest], env=environment(), capture_output=True, text=True, timeout=PATIENCE
     )
 
 
