@@ -8,16 +8,21 @@ import base64
 import json
 import secrets
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
 import gradio as gr
+from PIL import Image
 
+import vca
 from app import draw, models
 from app.images import ImageError, read_image, uploaded_file
 from app.inputs import image_and_model
 
 STORE_BYTES = 512 * 2**20
+NO_GRID = "The attention of this model cannot be drawn: it works on no grid of patches."
 FILES = Path(__file__).parent
 
 
@@ -68,8 +73,57 @@ def script(*names: str) -> str:
     return "\n".join((FILES / name).read_text(encoding="utf-8") for name in names)
 
 
-def build(checkpoints: models.Checkpoints, examples: list[str]) -> tuple[gr.Image, gr.Dropdown]:
-    """Builds the tab. Returns its image and model inputs: setting them from elsewhere explores that image."""
+@dataclass(frozen=True)
+class Explorer:
+    """The tab, for other tabs.
+
+    Setting `image` and `model` from elsewhere explores that image. Setting `view` to what `opened` returns shows maps
+    that were recorded elsewhere.
+    """
+
+    image: gr.Image
+    model: gr.Dropdown
+    view: gr.HTML
+    store: MapStore
+
+    def opened(
+        self,
+        maps: list[vca.LayerMaps],
+        picture: Image.Image,
+        caption: tuple[str, str],
+        prefix_names: Sequence[str] = (),
+        sample: int = 0,
+    ) -> str:
+        """A value for `view`: these maps over this picture.
+
+        Args:
+            maps: what `vca.record` gave. Layers without a grid are left out.
+            picture: of any size; its sides are those of the patch grid.
+            caption: a term and what is to be said of it, such as ("Sample", "airplane, step 12 of 50").
+            prefix_names: a name for each prefix token of the model; `models.prefix_names` gives a classifier's.
+            sample: index of the image in the recorded batch.
+
+        Raises:
+            gr.Error: the maps are larger than the server keeps.
+        """
+        return json.dumps(_run(self.store, maps, draw.muted(picture), caption, list(prefix_names), sample))
+
+
+def _run(store: MapStore, maps, picture: Image.Image, caption, prefix_names: list[str], sample: int = 0) -> dict:
+    layers = models.pack_all(maps, sample)
+    if not layers:
+        return dict(problem=NO_GRID)
+    return dict(
+        token=store.put(layers),
+        image=draw.data_url(picture, "JPEG"),
+        caption=caption,
+        prefixNames=prefix_names,
+        blocks=[layer.facts() for layer in layers],
+    )
+
+
+def build(checkpoints: models.Checkpoints, examples: list[str]) -> Explorer:
+    """Builds the tab."""
     store = MapStore(STORE_BYTES)
 
     def explore(upload: dict | None, name: str) -> str:
@@ -80,20 +134,12 @@ def build(checkpoints: models.Checkpoints, examples: list[str]) -> tuple[gr.Imag
             image = read_image(uploaded_file(upload))
         except ImageError as error:
             return json.dumps(dict(problem=error.message))
-        probabilities, maps = models.run(model, models.preprocess(model, image))
-        if not maps:
-            return json.dumps(dict(problem=models.NO_MAPS))
-        layers = [models.pack(layer) for layer in maps]
+        probabilities, maps = models.record(model, models.preprocess(model, image))
         [(label, probability)] = models.top_labels(model, probabilities, 1).items()
-        return json.dumps(
-            dict(
-                token=store.put(layers),
-                image=draw.data_url(draw.muted(models.centre_crop(model, image)), "JPEG"),
-                answer=f"{label} {probability:.0%}",
-                prefixNames=models.prefix_names(model),
-                blocks=[layer.facts() for layer in layers],
-            )
-        )
+        crop = draw.muted(models.centre_crop(model, image))
+        says = ("The model says", f"{label} {probability:.0%}")
+        run = _run(store, maps, crop, says, models.prefix_names(model))
+        return json.dumps(run | dict(repeatable=True))
 
     def fetch_maps(request: dict) -> dict:
         """The arrays of one block of a run, for the page: name -> shape and base64 bytes. The request names both."""
@@ -102,7 +148,7 @@ def build(checkpoints: models.Checkpoints, examples: list[str]) -> tuple[gr.Imag
         except (LookupError, TypeError):  # forgotten, or not a request of our page
             return dict(expired=True)
         return {
-            name: dict(shape=array.shape, data=base64.b64encode(array.tobytes()).decode())
+            name: dict(shape=array.shape, type=array.dtype.name, data=base64.b64encode(array.tobytes()).decode())
             for name, array in layer.arrays.items()
         }
 
@@ -130,4 +176,4 @@ def build(checkpoints: models.Checkpoints, examples: list[str]) -> tuple[gr.Imag
         trigger_mode="always_last",
         api_visibility="private",
     )
-    return image, model
+    return Explorer(image, model, explorer, store)

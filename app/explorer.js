@@ -35,8 +35,8 @@ async function receive() {
     const block = layers[state.block] ? run.blocks.findIndex((_, b) => !layers[b]) : state.block;
     const arrays = await server.fetch_maps({ token: run.token, block }).catch(() => ({ lost: true }));
     if (run !== mine) return;
-    if (arrays.expired) return note("These maps are no longer kept on the server.", "vx-above", true);
-    if (arrays.lost) return note("The server does not answer.", "vx-above", true);
+    if (arrays.expired) return note("These maps are no longer kept on the server.", "vx-above", run.repeatable);
+    if (arrays.lost) return note("The server does not answer.", "vx-above", run.repeatable);
     layers[block] = prepare(run.blocks[block], arrays);
     if (block === state.block) draw();
     else drawStrip([block]);
@@ -97,7 +97,7 @@ function drawWords() {
   find(".vx-query").textContent = nameOf(queries, indexAt(block, queries, state.query), run.prefixNames);
   find(".vx-lambdas").textContent = lambdas.map(([name, value]) => `${name} = ${value.toFixed(3)}`).join(", ") || block.kind;
   find(".vx-grid").textContent = `${block.grid.join(" × ")} patches` + (block.tokens ? `, ${block.tokens.join(" × ")} contrast tokens` : "");
-  find(".vx-answer").textContent = run.answer;
+  [find(".vx-term").textContent, find(".vx-caption").textContent] = run.caption;
   for (const panel of panels) {
     const stream = panel.dataset.stream;
     const title = titles[stream];
@@ -110,7 +110,7 @@ function drawWords() {
     panel.querySelector("i").style.background = barOf(props.palette, theme(), stream);
     const marks = stream === "differential" ? [`−${number(limit)}`, "0", `+${number(limit)}`] : ["0", number(limit)];
     panel.querySelector(".vx-scale").replaceChildren(...marks.map((text) => Object.assign(document.createElement("span"), { textContent: text })));
-    const sum = current[stream].reduce((a, b) => a + b, 0);
+    const sum = total(current[stream]);
     const [name, lambda] = mode() === "stage1" ? ["λ₁", block.lambda1] : ["λ₂", block.lambda2];
     const isRest = stream === "differential" && mode() !== "effective" && Math.abs(1 - lambda - sum) < 0.002;
     panel.querySelector(".vx-sum").textContent = `row sum ${sum.toFixed(3).replace("-", "−")}${isRest ? ` = 1 − ${name}` : ""}`;

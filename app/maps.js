@@ -7,6 +7,8 @@
 // point   a place in the image, { x, y, prefix }: x and y from 0 to 1, or a prefix token's index. It means the same in
 //         blocks of different grids, and in different models
 // lattice the cells that queries or keys stand for: patches, or the coarser cells that contrast tokens were pooled from
+//         or that keys were reduced to
+// row     one value for each key: the prefix tokens, then the cells, row by row; NaN outside the query's window
 
 const MEAN = -1;
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
@@ -20,31 +22,41 @@ const HALF = Float32Array.from({ length: 65536 }, (_, bits) => {
   return sign * (exponent ? (1 + fraction / 1024) * 2 ** (exponent - 15) : fraction * 2 ** -24);
 });
 
-function decode({ shape, data }) {
+const TYPES = { float16: Uint16Array, float32: Float32Array, int32: Int32Array };
+
+function decode({ shape, type, data }) {
   const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
-  const isHalf = bytes.length === 2 * shape.reduce((a, b) => a * b);
-  const values = isHalf ? Float32Array.from(new Uint16Array(bytes.buffer), (bits) => HALF[bits]) : new Float32Array(bytes.buffer);
-  return { shape, values };
+  return { shape, values: new TYPES[type](bytes.buffer), half: type === "float16" };
 }
 
 // A layer from the facts of a block and its arrays as the server sends them.
-function prepare(info, arrays) {
+function prepare(facts, arrays) {
   const maps = Object.fromEntries(Object.entries(arrays).map(([name, array]) => [name, decode(array)]));
-  return { info, maps, first: firstStage(info, maps) };
+  const info = maps.patches ? { ...facts, ...windowsOf(facts, maps) } : facts;
+  return { info, maps, first: info.streams[1] ? firstStage(info, maps) : null };
 }
 
-const row = ({ shape, values }, head, query) =>
-  values.subarray((head * shape[1] + query) * shape[2], (head * shape[1] + query + 1) * shape[2]);
+// Of attention in windows: `slot`, where each patch stands in the maps, and `patches`, which patch stands in each slot.
+function windowsOf(facts, { patches, positive1 }) {
+  const slot = new Uint32Array(facts.grid[0] * facts.grid[1]);
+  patches.values.forEach((patch, i) => patch >= 0 && (slot[patch] = i));
+  return { slot, patches: patches.values, slots: positive1.shape[2] };
+}
+
+function row({ shape, values, half }, head, query) {
+  const part = values.subarray((head * shape[1] + query) * shape[2], (head * shape[1] + query + 1) * shape[2]);
+  return half ? Float32Array.from(part, (bits) => HALF[bits]) : part;
+}
 
 // D = A+ - lambda A-, or A+ of a stage with a single stream
-function applied(info, maps, stage, head, query) {
+function applied(info, maps, stage, head, query, lambda = info[`lambda${stage}`]) {
   const positive = row(maps[`positive${stage}`], head, query);
   if (info.streams[stage - 1] < 2) return positive;
   const negative = row(maps[`negative${stage}`], head, query);
-  return positive.map((value, i) => value - info[`lambda${stage}`] * negative[i]);
+  return positive.map((value, i) => value - lambda * negative[i]);
 }
 
-const factor = (scale, head, query) => (scale ? scale.values[head * scale.shape[1] + query] : 1);
+const scaled = (values, scale, head, query) => (scale ? values.map((value) => value * scale.values[head * scale.shape[1] + query]) : values);
 
 // diag(r1) D1 of every head, computed when the maps arrive: the part of E that all queries share
 function firstStage(info, maps) {
@@ -52,9 +64,7 @@ function firstStage(info, maps) {
   const values = new Float32Array(maps.positive1.values.length);
   for (let head = 0; head < shape[0]; head++) {
     for (let q = 0; q < shape[1]; q++) {
-      const scale = factor(maps.scale1, head, q);
-      const scaled = applied(info, maps, 1, head, q).map((value) => value * scale);
-      values.set(scaled, (head * shape[1] + q) * shape[2]);
+      values.set(scaled(applied(info, maps, 1, head, q), maps.scale1, head, q), (head * shape[1] + q) * shape[2]);
     }
   }
   return { shape, values };
@@ -62,16 +72,23 @@ function firstStage(info, maps) {
 
 // E[q, :] = r2[q] D2[q, :] diag(r1) D1, or r1[q] D1[q, :] of a single stage
 function effectiveRow({ info, maps, first }, head, query) {
-  if (!info.streams[1]) return row(first, head, query);
+  if (!first) return scaled(applied(info, maps, 1, head, query), maps.scale1, head, query);
   const [, tokens, length] = first.shape;
-  const weights = applied(info, maps, 2, head, query);
-  const scale = factor(maps.scale2, head, query);
+  const weights = scaled(applied(info, maps, 2, head, query), maps.scale2, head, query);
   const result = new Float32Array(length);
   for (let token = 0; token < tokens; token++) {
-    const weight = scale * weights[token];
     const from = (head * tokens + token) * length;
-    for (let i = 0; i < length; i++) result[i] += weight * first.values[from + i];
+    for (let i = 0; i < length; i++) result[i] += weights[token] * first.values[from + i];
   }
+  return result;
+}
+
+// A row over the slots of a window as one over all patches; NaN where the window does not reach.
+function spread(info, slot, values) {
+  if (!info.patches) return values;
+  const result = new Float32Array(info.slot.length).fill(NaN);
+  const start = slot - (slot % info.slots);
+  values.forEach((value, i) => info.patches[start + i] >= 0 && (result[info.patches[start + i]] = value));
   return result;
 }
 
@@ -81,30 +98,35 @@ function mean(rows) {
   return result;
 }
 
-// The three rows of the query at a point: { positive, negative, differential }, a value for each key.
-function rowsOf(layer, mode, head, point) {
+// The rows of the query at a point, { positive, negative, differential }, a value for each key: of the mean of all
+// heads, then of each head. `lambda` is another one than the layer's, for a stage's differential row.
+function rowsOfHeads(layer, mode, point, lambda) {
   const { info, maps } = layer;
-  const heads = head === MEAN ? [...Array(info.heads).keys()] : [head];
-  const query = indexAt(info, latticeOf(info, mode, "query"), point);
-  if (mode === "effective") {
-    const differential = mean(heads.map((h) => effectiveRow(layer, h, query)));
-    return { positive: differential.map((v) => Math.max(v, 0)), negative: differential.map((v) => Math.max(-v, 0)), differential };
-  }
-  const stage = mode === "stage1" ? 1 : 2;
-  const positive = mean(heads.map((h) => row(maps[`positive${stage}`], h, query)));
-  if (info.streams[stage - 1] < 2) return { positive, negative: positive.map(() => 0), differential: positive };
-  return {
-    positive,
-    negative: mean(heads.map((h) => row(maps[`negative${stage}`], h, query))),
-    differential: mean(heads.map((h) => applied(info, maps, stage, h, query))),
-  };
+  const at = indexAt(info, latticeOf(info, mode, "query"), point);
+  const query = info.patches ? info.slot[at] : at;
+  const stage = mode === "stage2" ? 2 : 1;
+  const heads = Array.from({ length: info.heads }, (_, head) => {
+    if (mode === "effective") return signs(spread(info, query, effectiveRow(layer, head, query)));
+    const positive = row(maps[`positive${stage}`], head, query);
+    if (info.streams[stage - 1] < 2) return { positive, negative: positive.map(() => 0), differential: positive };
+    const differential = applied(info, maps, stage, head, query, lambda);
+    return { positive, negative: row(maps[`negative${stage}`], head, query), differential };
+  });
+  const averaged = (stream) => mean(heads.map((rows) => rows[stream]));
+  const all = mode === "effective" ? signs(averaged("differential")) : Object.fromEntries(STREAMS.map((s) => [s, averaged(s)]));
+  return [all, ...heads];
 }
+
+const STREAMS = ["positive", "negative", "differential"];
+const signs = (row) => ({ positive: row.map((v) => Math.max(v, 0)), negative: row.map((v) => Math.max(-v, 0)), differential: row });
+const rowsOf = (layer, mode, head, point) => rowsOfHeads(layer, mode, point)[head + 1];
 
 const modesOf = (info) => (info.streams[1] ? ["effective", "stage1", "stage2"] : info.streams[0] === 2 ? ["effective", "stage1"] : ["effective"]);
 const modeOf = (info, wanted) => (modesOf(info).includes(wanted) ? wanted : "effective");
 // Has this map a negative part? If not, one picture says it all.
 const isSigned = ({ streams }, mode) => ({ effective: Math.max(...streams), stage1: streams[0], stage2: streams[1] })[mode] === 2;
-const largest = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+const largest = (values) => values.reduce((most, value) => (Math.abs(value) > most ? Math.abs(value) : most), 0);
+const total = (values) => values.reduce((sum, value) => (Number.isNaN(value) ? sum : sum + value), 0);
 const limitOf = (rows, stream) =>
   stream === "differential" ? largest(rows.differential) : Math.max(largest(rows.positive), largest(rows.negative));
 
@@ -113,7 +135,9 @@ const limitOf = (rows, stream) =>
 // What the queries or the keys (`side`) of a map stand for: the prefix tokens, then cells that share the image.
 function latticeOf(info, mode, side) {
   const ofTokens = side === "query" ? mode === "stage1" && info.tokens : mode === "stage2";
-  return ofTokens ? { what: "contrast token", size: info.tokens, prefix: 0 } : { what: "patch", size: info.grid, prefix: info.prefix };
+  if (ofTokens) return { what: "contrast token", size: info.tokens, prefix: 0 };
+  if (side === "key" && info.keys) return { what: "reduced key", size: info.keys, prefix: 0 };
+  return { what: "patch", size: info.grid, prefix: info.prefix };
 }
 
 // The patches [start, end) that adaptive pooling of `size` patches to `count` cells averages into cell i.
@@ -188,11 +212,13 @@ function shade(stops, part) {
   return stops[i].map((from, channel) => from + (stops[i + 1][channel] - from) * (at - i));
 }
 
-// Colours of the values from -limit to +limit as 513 pixels, strongest negative first.
+// Colours of the values from -limit to +limit as 513 pixels, strongest negative first; then the colour of no value.
 const STEPS = 256;
-function pixels(colourOf) {
-  const bytes = new Uint8ClampedArray(4 * (2 * STEPS + 1));
+const NO_VALUE = 2 * STEPS + 1;
+function pixels(colourOf, none) {
+  const bytes = new Uint8ClampedArray(4 * (NO_VALUE + 1));
   for (let i = -STEPS; i <= STEPS; i++) bytes.set(colourOf(i < 0 ? "negative" : "positive", Math.abs(i) / STEPS), 4 * (i + STEPS));
+  bytes.set(none, 4 * NO_VALUE);
   return new Uint32Array(bytes.buffer);
 }
 
@@ -200,10 +226,10 @@ function pixels(colourOf) {
 function colourTables(palette) {
   const solid = (theme) => {
     const ramps = { positive: palette[theme].positive.map(parse), negative: palette[theme].negative.map(parse) };
-    return pixels((side, part) => [...shade(ramps[side], part), 255]);
+    return pixels((side, part) => [...shade(ramps[side], part), 255], [0, 0, 0, 0]);
   };
   const over = { positive: parse(palette.overlay.positive), negative: parse(palette.overlay.negative) };
-  return { light: solid("light"), dark: solid("dark"), veil: pixels((side, part) => [...over[side], 230 * part]) };
+  return { light: solid("light"), dark: solid("dark"), veil: pixels((side, part) => [...over[side], 230 * part], [128, 128, 128, 150]) };
 }
 
 // The colour bar of a stream as a CSS background.
@@ -216,7 +242,7 @@ function barOf(palette, theme, stream) {
 // The values of a stream as pixels; the negative stream is positive in number and blue in colour.
 function paint(values, stream, limit, colours) {
   const scale = limit ? (stream === "negative" ? -STEPS : STEPS) / limit : 0;
-  return Uint32Array.from(values, (value) => colours[STEPS + Math.round(value * scale)]);
+  return Uint32Array.from(values, (value) => colours[Number.isNaN(value) ? NO_VALUE : STEPS + Math.round(clamp(value * scale, -STEPS, STEPS))]);
 }
 
 // ---- Drawing
@@ -267,6 +293,8 @@ function drawMap(canvas, { info, mode, aspect, painted, photo = null, prefixName
   context.imageSmoothingEnabled = false;
   context.drawImage(raster(document.createElement("canvas"), info, mode, painted), ...place.image);
 
+  if (info.patches) drawWindows(context, info, place.image);
+
   const style = getComputedStyle(canvas);
   place.prefix.forEach((box, i) => {
     if (keys.prefix) {
@@ -294,6 +322,25 @@ function drawMap(canvas, { info, mode, aspect, painted, photo = null, prefixName
   frame(context, boxOf(queries, indexAt(info, queries, point)), photo ? 2.5 : 2);
 }
 
+// Lines between patches that do not share a window, dark beside light.
+function drawWindows(context, { grid: [rows, cols], slot, slots }, [left, top, width, height]) {
+  const windowOf = (r, c) => Math.floor(slot[r * cols + c] / slots);
+  const lines = new Path2D();
+  const [w, h] = [width / cols, height / rows];
+  for (let r = 0; r < rows; r++) {
+    for (let c = 0; c < cols; c++) {
+      const [x, y] = [left + c * w, top + r * h];
+      if (c && windowOf(r, c) !== windowOf(r, c - 1)) lines.rect(x, y, 0, h);
+      if (r && windowOf(r, c) !== windowOf(r - 1, c)) lines.rect(x, y, w, 0);
+    }
+  }
+  for (const [colour, wide] of [["rgb(255 255 255 / 0.75)", 2], ["rgb(0 0 0 / 0.75)", 1]]) {
+    context.strokeStyle = colour;
+    context.lineWidth = wide;
+    context.stroke(lines);
+  }
+}
+
 // A dark line beside a light one: it shows on any picture. Drawn just inside the box, so that nothing is cut off.
 function frame(context, [x, y, w, h], width) {
   context.lineWidth = width;
@@ -308,18 +355,39 @@ function frame(context, [x, y, w, h], width) {
 const number = (value) => (value === 0 ? "0" : Math.abs(value) < 0.001 ? value.toExponential(1) : value.toPrecision(3)).replace("-", "−");
 const ordinal = (n) => n + (n % 100 > 10 && n % 100 < 14 ? "th" : (["th", "st", "nd", "rd"][n % 10] ?? "th"));
 
-// Has this attention one map, which is never negative?
-const isPlain = ({ streams }) => Math.max(...streams) < 2 && !streams[1];
-const titlesOf = (info, mode) => (isPlain(info) ? { positive: "Attention A" } : TITLES[mode]);
-const meaningOf = (info, mode) => MEANING[isPlain(info) ? "plain" : mode];
+// What the streams of a map are called; a map without a negative part has one name.
+function titlesOf(info, mode) {
+  if (isSigned(info, mode)) return TITLES[mode];
+  return { positive: info.streams[1] ? { effective: "Effective E", stage1: "Attention A₁", stage2: "Attention A₂" }[mode] : "Attention A" };
+}
+
 const TITLES = {
   effective: { positive: "Draws in", negative: "Pushes away", differential: "Effective E" },
   stage1: { positive: "Positive A₁⁺", negative: "Negative A₁⁻", differential: "Differential D₁" },
   stage2: { positive: "Positive A₂⁺", negative: "Negative A₂⁻", differential: "Differential D₂" },
 };
-const MEANING = {
-  effective: "What the boxed patch draws in (orange) or pushes away (blue), both stages in one: E = diag(r₂) D₂ diag(r₁) D₁, exactly.",
-  stage1: "Where the boxed contrast token looks. The box is the cell of patches whose queries were averaged into it. D₁ = A₁⁺ − λ₁ A₁⁻.",
-  stage2: "Which contrast tokens the boxed patch reads, each painted as its cell. D₂ = A₂⁺ − λ₂ A₂⁻.",
-  plain: "Where the boxed patch looks. Plain self-attention has one map, never negative, and its rows sum to 1.",
+
+// What a map says, in a sentence or two.
+function meaningOf({ kind, streams, tokens }, mode) {
+  const [first, second] = streams.map((count, i) => (count === 2 ? ["D₁", "D₂"] : ["A₁", "A₂"])[i]);
+  if (mode === "effective" && Math.max(...streams) === 2) {
+    const formula = streams[1] ? `diag(r₂) ${second} diag(r₁) ${first}` : `diag(r₁) ${first}`;
+    return `What the boxed patch draws in (orange) or pushes away (blue)${streams[1] ? ", both stages in one" : ""}: E = ${formula}, exactly.`;
+  }
+  if (mode === "effective" && streams[1]) return `What the boxed patch draws in, both stages in one: E = ${second} ${first}, exactly.`;
+  if (mode === "effective") return PLAIN[kind] ?? PLAIN.mhsa;
+  if (mode === "stage2") {
+    return `Which contrast tokens the boxed patch reads, each painted as its cell.${streams[1] === 2 ? " D₂ = A₂⁺ − λ₂ A₂⁻." : ""}`;
+  }
+  const whose = tokens
+    ? "Where the boxed contrast token looks. The box is the cell of patches whose queries were averaged into it."
+    : "Where the boxed patch looks.";
+  return whose + (streams[0] === 2 ? " D₁ = A₁⁺ − λ₁ A₁⁻." : "");
+}
+
+const PLAIN = {
+  mhsa: "Where the boxed patch looks. Plain self-attention has one map, never negative, and its rows sum to 1.",
+  sr: "Where the boxed patch looks. A key is a cell of patches that a convolution reduced to one; the rows sum to 1.",
+  window: "Where the boxed patch looks: nowhere but in its window, whose borders are drawn. A shifted window goes on at the opposite edge.",
+  stripes: "Where the boxed patch looks: nowhere but in its stripe, whose borders are drawn. Half the heads look up and down, half sideways.",
 };

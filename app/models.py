@@ -17,6 +17,7 @@ from vca.hub import read_config
 from vca.models import CLASSIFIERS
 
 CROP_SIDE = 640
+TOKEN_PARAMETERS = {"class": "cls_token", "distillation": "dist_token"}
 NO_MAPS = "The attention of this model cannot be drawn: none of it spans the whole image."
 
 
@@ -87,14 +88,20 @@ def input_picture(model: nn.Module, x: torch.Tensor) -> Image.Image:
 
 
 @torch.inference_mode()
-def run(model: nn.Module, x: torch.Tensor) -> tuple[np.ndarray, list[vca.LayerMaps]]:
-    """Classifies one input (1, 3, H, W): its probabilities (classes,), and the maps of its attention layers.
-
-    Left out are layers whose maps do not join every two places of one grid: windows, stripes, reduced keys.
-    """
+def record(model: nn.Module, x: torch.Tensor) -> tuple[np.ndarray, list[vca.LayerMaps]]:
+    """Classifies one input (1, 3, H, W): its probabilities (classes,), and the maps of all its attention layers."""
     with vca.record(model) as maps:
         logits = model(x)
-    return logits[0].softmax(0).numpy(), [m for m in maps if m.window_size is None and m.key_grid is None]
+    return logits[0].softmax(0).numpy(), maps
+
+
+def run(model: nn.Module, x: torch.Tensor) -> tuple[np.ndarray, list[vca.LayerMaps]]:
+    """As `record`, without the layers whose maps do not join every two places of one grid.
+
+    Left out are windows, stripes and reduced keys.
+    """
+    probabilities, maps = record(model, x)
+    return probabilities, [m for m in maps if m.window_size is None and m.key_grid is None]
 
 
 def top_labels(model: nn.Module, probabilities: np.ndarray, count: int) -> dict[str, float]:
@@ -104,11 +111,15 @@ def top_labels(model: nn.Module, probabilities: np.ndarray, count: int) -> dict[
 
 @dataclass(frozen=True)
 class Layer:
-    """The attention of one block for one image, as the explorer draws it: H heads, T = P + N tokens, n contrast tokens.
+    """The attention of one layer for one image, as the explorer draws it: H heads, T = P + N tokens, n contrast tokens.
 
     `arrays` holds the float16 maps `positive1`, `negative1` (H, n, T), `positive2`, `negative2` (H, T, n) and the
     float32 row factors `scale1` (H, n), `scale2` (H, T), as far as this kind of attention has them. Attention of a
-    single stage has maps (H, T, T) and no `tokens`. `streams` is the number of streams in each stage: 0, 1 or 2.
+    single stage has one query for each token, and no `tokens`: maps (H, T, T); (H, N, h * w) where the `keys` are the
+    cells of a coarser grid (h, w); and (H, windows * M, M) where there are windows of M slots, whose patches the int32
+    `patches` (windows * M) names, -1 for padding. `streams` is the number of streams in each stage: 0, 1 or 2.
+
+    `block` is the index of the layer in the model, `label` the number of its block, counted from 1.
     """
 
     kind: str
@@ -121,14 +132,17 @@ class Layer:
     lambda2: float | None
     streams: tuple[int, int]
     arrays: dict[str, np.ndarray]
+    label: str = ""
+    keys: tuple[int, int] | None = None
+    window: tuple[int, int] | None = None
 
     def facts(self) -> dict:
         """All but the arrays, as JSON values."""
         return {key: value for key, value in vars(self).items() if key != "arrays"}
 
 
-def pack(maps: vca.LayerMaps) -> Layer:
-    """What the explorer needs of a recorded layer, for the first image of the batch."""
+def pack(maps: vca.LayerMaps, sample: int = 0, label: str = "") -> Layer:
+    """What the explorer needs of a recorded layer, for one image of the batch."""
     stages = (maps.stage1, maps.stage2)
     tensors = {}
     for number, stage, scale in ((1, maps.stage1, maps.row_scale1), (2, maps.stage2, maps.row_scale2)):
@@ -136,14 +150,18 @@ def pack(maps: vca.LayerMaps) -> Layer:
         tensors[f"negative{number}"] = stage and stage.negative
         tensors[f"scale{number}"] = None if scale is None else scale[..., 0]
     arrays = {
-        name: tensor[0].numpy().astype(np.float32 if name.startswith("scale") else np.float16)
+        name: tensor[sample].float().cpu().numpy().astype(np.float32 if name.startswith("scale") else np.float16)
         for name, tensor in tensors.items()
         if tensor is not None
     }
+    if maps.window_size is not None:
+        windows, heads, slots, _ = arrays["positive1"].shape
+        arrays["positive1"] = arrays["positive1"].swapaxes(0, 1).reshape(heads, windows * slots, slots)
+        arrays["patches"] = maps.window_patches.flatten().numpy().astype(np.int32)
     return Layer(
         kind=maps.kind,
         block=maps.block,
-        heads=maps.stage1.positive.shape[1],
+        heads=arrays["positive1"].shape[0],
         grid=maps.grid_size,
         tokens=maps.token_grid,
         prefix=maps.num_prefix_tokens,
@@ -151,12 +169,30 @@ def pack(maps: vca.LayerMaps) -> Layer:
         lambda2=None if maps.lambda2 is None else float(maps.lambda2),
         streams=tuple(0 if stage is None else 1 if stage.negative is None else 2 for stage in stages),
         arrays=arrays,
+        label=label or str(maps.block + 1),
+        keys=maps.key_grid,
+        window=maps.window_size,
     )
 
 
+def pack_all(maps: list[vca.LayerMaps], sample: int = 0) -> list[Layer]:
+    """All recorded layers for one image of the batch; the two branches of cross-shaped attention share a block."""
+    owners = [layer.name.partition(".branches.")[0] for layer in maps]
+    numbers = {owner: number + 1 for number, owner in enumerate(dict.fromkeys(owners))}
+    return [
+        pack(layer, sample, f"{numbers[owner]}{_direction(layer) if owners.count(owner) > 1 else ''}")
+        for layer, owner in zip(maps, owners, strict=True)
+        if layer.grid_size is not None
+    ]
+
+
+def _direction(layer: vca.LayerMaps) -> str:
+    return "↕" if layer.window_size[0] == layer.grid_size[0] else "↔"
+
+
 def prefix_names(model: nn.Module) -> list[str]:
-    """What each prefix token is: the class token first, then the registers."""
-    names = ["class"] if getattr(model, "cls_token", None) is not None else []
+    """What each prefix token is: the class token first, then the distillation token, then the registers."""
+    names = [name for name in ("class", "distillation") if getattr(model, TOKEN_PARAMETERS[name], None) is not None]
     return names + [f"register {i + 1}" for i in range(getattr(model, "num_prefix_tokens", 0) - len(names))]
 
 

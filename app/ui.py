@@ -53,13 +53,13 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
             with gr.Tab("Classify", id="classify"):
                 explore_button, image, model = classify.build(checkpoints, examples)
             with gr.Tab("Explore", id="explore"):
-                explored_image, explored_model = explore.build(checkpoints, examples)
+                explorer = explore.build(checkpoints, examples)
             with gr.Tab("About", id="about"):
                 about.build(checkpoints)
         explore_button.click(
             lambda upload, name: (uploaded_file(upload), name, gr.Tabs(selected="explore")),
             [image, model],
-            [explored_image, explored_model, tabs],
+            [explorer.image, explorer.model, tabs],
             preprocess=False,
             show_progress="hidden",
             api_visibility="private",

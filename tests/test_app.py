@@ -1,19 +1,22 @@
 """The app through its endpoints: what it answers, what it refuses, and that it never falls over."""
 
 import base64
+import json
 import shutil
 import time
 
+import gradio as gr
 import httpx
 import numpy as np
 import pytest
+import timm
 import torch
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
 import vca
-from app import models
+from app import explore, models
 from app.classify import decision_rows
 from app.explore import MapStore
 from app.images import MAX_PIXELS, WORKING_SIDE, read_image
@@ -285,3 +288,78 @@ def test_a_damaged_checkpoint_is_named_and_the_others_served(weights, tmp_path):
     words = "".join(str(block.value) for block in demo.blocks.values() if hasattr(block, "value"))
     assert "damaged/config.json: not a readable JSON file" in words
     assert Checkpoints(tmp_path).names == [PLAIN]
+
+
+# ---- Layers as the explorer draws them
+
+
+SMALL_PYRAMID = dict(img_size=32, num_classes=4, embed_dims=(8, 16, 16, 16), depths=(1, 1, 1, 1))
+KINDS = {
+    "swin": lambda: timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=36, window_size=3, embed_dim=12, depths=(2, 1), num_heads=(2, 4)
+    ),
+    "pvt": lambda: vca.create_model("pvt_tiny", **SMALL_PYRAMID, num_heads=(1, 2, 2, 2)),
+    "cswin": lambda: vca.create_model(
+        "cswin_tiny", **SMALL_PYRAMID, num_heads=(2, 2, 2, 4), split_sizes=(2, 1, 1, None)
+    ),
+}
+
+
+def packed(name: str):
+    """The layers of a small untrained model for a random image: what was recorded, and what the explorer gets."""
+    model = KINDS[name]().eval()
+    side = model.patch_embed.img_size[0]
+    _, maps = models.record(model, torch.randn(1, 3, side, side))
+    return maps, models.pack_all(maps)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_layer_of_a_pyramid_is_drawn_on_its_own_grid(name):
+    maps, layers = packed(name)
+    assert [layer.block for layer in layers] == [layer.block for layer in maps]
+    assert [layer.grid for layer in layers] == [layer.grid_size for layer in maps]
+    assert len({layer.grid for layer in layers}) > 1
+
+
+@pytest.mark.parametrize("name", ["swin", "cswin"])
+def test_windows_keep_their_rows_and_patches(name):
+    maps, layers = packed(name)
+    shifted = 0
+    for recorded, layer in zip(maps, layers, strict=True):
+        patches, slots = layer.arrays["patches"], recorded.stage1.positive.shape[-1]
+        assert sorted(patches[patches >= 0]) == list(range(layer.grid[0] * layer.grid[1]))
+        shifted += recorded.shift_size != (0, 0)
+        for window, head, slot in ((0, 0, 0), (-1, -1, slots - 1)):
+            rows = layer.arrays["positive1"][head].reshape(-1, slots, slots)
+            np.testing.assert_allclose(rows[window, slot], recorded.stage1.positive[0, window, head, slot], atol=5e-4)
+            assert patches.reshape(-1, slots)[window, slot] == recorded.window_patches[window, slot]
+    assert shifted == (1 if name == "swin" else 0)
+
+
+def test_reduced_keys_have_a_grid():
+    _, layers = packed("pvt")
+    assert [layer.keys for layer in layers] == [(1, 1)] * 4
+    assert layers[0].arrays["positive1"].shape == (1, 64, 1)
+
+
+def test_the_branches_of_cross_shaped_attention_share_a_block():
+    _, layers = packed("cswin")
+    assert [layer.label for layer in layers] == ["1↕", "1↔", "2↕", "2↔", "3↕", "3↔", "4"]
+
+
+def test_prefix_tokens_have_names():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, embed_dim=24, depth=1)
+    assert models.prefix_names(model) == ["class", "distillation"]
+
+
+def test_maps_recorded_elsewhere_can_be_opened(weights):
+    with gr.Blocks():
+        explorer = explore.build(Checkpoints(weights), [])
+    generator = vca.create_model("vca_dit_s_2", input_size=8, dim=24, depth=2, num_heads=3, num_classes=4)
+    with torch.no_grad(), vca.record(generator) as maps:
+        generator(torch.randn(2, 4, 8, 8), torch.tensor([3, 3]), torch.tensor([0, 1]))
+    run = json.loads(explorer.opened(maps, photo(8, 8), ("Sample", "left, step 3"), sample=1))
+    assert run["caption"] == ["Sample", "left, step 3"]
+    assert [block["grid"] for block in run["blocks"]] == [[4, 4], [4, 4]]
+    kept = explorer.store.get(run["token"])[1].arrays["positive2"]
+    np.testing.assert_allclose(kept, maps[1].stage2.positive[1], atol=5e-4)

@@ -135,7 +135,7 @@ def test_upload_is_classified(page, weights, picture):
     assert page.locator(".vca-classes li").all_inner_texts() == model.label_names
     page.get_by_role("button", name="Explore this").click()
     page.wait_for_selector(".vx[data-state=complete]")
-    assert page.locator(".vx-answer").inner_text().startswith(best)
+    assert page.locator(".vx-caption").inner_text().startswith(best)
 
 
 def test_a_broken_file_is_met_with_a_sentence_and_the_app_goes_on(page, tmp_path, picture):
