@@ -1,5 +1,6 @@
-"""The checkpoints of a folder, and what they make of an image."""
+"""The checkpoints of a folder and of the Hub, and what they make of an image."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import vca
-from vca.hub import read_config
+from vca.hub import fetch, read_config
 from vca.models import CLASSIFIERS
 
 CROP_SIDE = 640
@@ -22,22 +23,31 @@ NO_MAPS = "The attention of this model cannot be drawn: none of it spans the who
 
 
 class Checkpoints:
-    """The classifiers in `folder`, those with VCA first. Each model is loaded when it is first asked for, and kept.
+    """The classifiers in `folder` and those of Hub repositories, those with VCA first.
 
-    `problems` says what is wrong with each checkpoint that cannot be used.
+    Each model is loaded when it is first asked for, and kept. `problems` says what is wrong with each checkpoint that
+    cannot be used.
+
+    Args:
+        repositories: Hub ids; downloaded now, unless the cache has them.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, repositories: Sequence[str] = ()):
+        self.folders = {file.parent.name: file.parent for file in folder.glob("*/config.json")}
         self.configs: dict[str, dict] = {}
         self.problems: list[str] = []
-        for file in folder.glob("*/config.json"):
+        for repository in repositories:
             try:
-                self.configs[file.parent.name] = read_config(file.parent)
+                self.folders[repository] = fetch(f"hf-hub:{repository}")
+            except vca.CheckpointError as error:
+                self.problems.append(str(error))
+        for name, place in self.folders.items():
+            try:
+                self.configs[name] = read_config(place)
             except vca.CheckpointError as error:
                 self.problems.append(str(error))
         names = [name for name, config in self.configs.items() if config["architecture"] in CLASSIFIERS]
-        self.names = sorted(names, key=lambda name: (not name.startswith("vca"), name))
+        self.names = sorted(names, key=lambda name: (not name.split("/")[-1].startswith("vca"), name))
         self._models: dict[str, nn.Module] = {}
         self._lock = Lock()
 
@@ -53,7 +63,7 @@ class Checkpoints:
         with self._lock:
             if name not in self._models:
                 try:
-                    self._models[name] = vca.load(self.folder / name)
+                    self._models[name] = vca.load(self.folders[name])
                 except vca.CheckpointError as error:
                     raise gr.Error(str(error), print_exception=False) from error
             return self._models[name]

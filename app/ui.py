@@ -5,7 +5,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from app import about, api, classify, explore
+from app import about, api, classify, explore, public
 from app.images import uploaded_file
 from app.inputs import write_examples
 from app.models import Checkpoints
@@ -31,7 +31,7 @@ LAUNCH = dict(
     css_paths=Path(__file__).parent / "style.css",
     run_history=False,
     ssr_mode=False,
-    max_file_size="64mb",
+    max_file_size=public.UPLOAD if public.is_public() else "64mb",
     footer_links=["api", "settings"],
 )
 HEADER = """<header class="vca-header"><h1>Visual-Contrast Attention</h1>
@@ -42,10 +42,11 @@ NO_WEIGHTS = """<p class="vca-problem">There is no trained model yet. Train one 
 
 
 def build(weights: Path = WEIGHTS) -> gr.Blocks:
-    """The whole app for the checkpoints in a folder. Launch it with `**LAUNCH`."""
-    checkpoints = Checkpoints(Path(weights))
+    """The whole app for the checkpoints in a folder and those of VCA_MODELS. Launch it with `**LAUNCH`."""
+    checkpoints = Checkpoints(Path(weights), public.served())
+    cleanup = public.CACHE if public.is_public() else (3600, 86400)
     examples = write_examples()
-    with gr.Blocks(title="Visual-Contrast Attention", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
+    with gr.Blocks(title="Visual-Contrast Attention", analytics_enabled=False, delete_cache=cleanup) as demo:
         api.build(checkpoints)  # first, so that no event of a tab takes one of its names
         problems = [f"<p class='vca-problem'>{escape(problem)}</p>" for problem in checkpoints.problems]
         gr.HTML(HEADER + "".join(problems) + ("" if checkpoints.names else NO_WEIGHTS))
@@ -64,4 +65,4 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
             show_progress="hidden",
             api_visibility="private",
         )
-    return demo
+    return demo.queue(max_size=public.QUEUE if public.is_public() else None)
