@@ -3,6 +3,8 @@
 import gradio as gr
 
 from app.models import Checkpoints
+from vca.models import GENERATORS
+from vca.vae import STRIDE
 
 MAPS = r"""
 ## What the maps mean
@@ -49,27 +51,43 @@ def build(checkpoints: Checkpoints) -> None:
     """Builds the tab."""
     with gr.Column(elem_classes="vca-about"):
         gr.Markdown(MAPS, latex_delimiters=MATH)
-        gr.Markdown(_table(checkpoints))
+        gr.Markdown(table(checkpoints))
         gr.Markdown(PAPER)
 
 
-def _table(checkpoints: Checkpoints) -> str:
+def table(checkpoints: Checkpoints) -> str:
+    """The models as a Markdown table, classifiers first."""
     lines = [
         "## Models served here",
         "",
-        "| model | architecture | classes | input | trained on | top-1 |",
-        "|---|---|---|---|---|---|",
+        "| model | task | architecture | classes | image | trained on | top-1 |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name in checkpoints.names:
+    for name in checkpoints.classifiers + checkpoints.generators:
         config = checkpoints.configs[name]
-        rows, cols = config["pretrained_cfg"]["input_size"][1:]
+        task = "classifies" if name in checkpoints.classifiers else "generates"
         last = config["training"][-1] if config["training"] else {}
         data = _entry(last, "recipe", "dataset") or "-"
         top1 = _entry(last, "results", "top1")
         top1 = f"{top1:.2f} %" if isinstance(top1, int | float) else "-"
-        cells = [name, config["architecture"], config["num_classes"], f"{cols}×{rows}", data, top1]
+        cells = [name, task, config["architecture"], config["num_classes"], _size(config), data, top1]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def _size(config: dict) -> str:
+    """Width and height of the images that go in, or, of a generator, come out."""
+    if "pretrained_cfg" in config:
+        rows, cols = config["pretrained_cfg"]["input_size"][1:]
+        return f"{cols}×{rows}"
+    arguments = GENERATORS[config["architecture"]] | config["model_args"]
+    scale = STRIDE if arguments["vae"] else 1
+    match arguments.get("input_size", 32):
+        case [int(rows), int(cols)]:
+            return f"{scale * cols}×{scale * rows}"
+        case int(side):
+            return f"{scale * side}×{scale * side}"
+    return "-"
 
 
 def _entry(run: dict, *keys: str):

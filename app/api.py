@@ -28,7 +28,7 @@ def build(checkpoints: models.Checkpoints) -> None:
     """Registers /models, /classify and /attention."""
 
     def list_models() -> list[dict]:
-        return [describe(name) for name in checkpoints.names]
+        return [describe(name) for name in checkpoints.classifiers]
 
     def describe(name: str) -> dict:
         try:

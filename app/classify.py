@@ -110,7 +110,7 @@ def decision_rows(layer: vca.LayerMaps, by_class_token: bool) -> np.ndarray:
 
 
 def _classes(checkpoints: models.Checkpoints, name: str | None) -> str:
-    if name not in checkpoints.names:
+    if name not in checkpoints.classifiers:
         return ""
     labels = checkpoints.configs[name]["label_names"]
     chips = "".join(f"<li>{escape(label)}</li>" for label in labels)

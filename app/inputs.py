@@ -44,7 +44,7 @@ def image_and_model(checkpoints: Checkpoints, examples: list[str], height: int) 
         buttons=[],
         height=height,
     )
-    first = checkpoints.names[0] if checkpoints.names else None
-    model = gr.Dropdown(checkpoints.names, label="Model", value=first, elem_classes="vca-model")
+    first = checkpoints.classifiers[0] if checkpoints.classifiers else None
+    model = gr.Dropdown(checkpoints.classifiers, label="Model", value=first, elem_classes="vca-model")
     gr.Examples(examples, image, label="Examples", api_visibility="private")
     return image, model

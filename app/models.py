@@ -1,6 +1,6 @@
 """The checkpoints of a folder and of the Hub, and what they make of an image."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from math import floor
 from pathlib import Path
@@ -15,7 +15,8 @@ from torch import nn
 
 import vca
 from vca.hub import fetch, read_config
-from vca.models import CLASSIFIERS
+from vca.models import CLASSIFIERS, GENERATORS
+from vca.models.dit import DiffusionTransformer
 
 CROP_SIDE = 640
 TOKEN_PARAMETERS = {"class": "cls_token", "distillation": "dist_token"}
@@ -23,13 +24,15 @@ NO_MAPS = "The attention of this model cannot be drawn: none of it spans the who
 
 
 class Checkpoints:
-    """The classifiers in `folder` and those of Hub repositories, those with VCA first.
-
-    Each model is loaded when it is first asked for, and kept. `problems` says what is wrong with each checkpoint that
-    cannot be used.
+    """The models in `folder` and those of Hub repositories. Each is loaded when it is first asked for, and kept.
 
     Args:
         repositories: Hub ids; downloaded now, unless the cache has them.
+
+    Attributes:
+        classifiers, generators: their names, those with VCA first.
+        configs: the `config.json` of each.
+        problems: what is wrong with each checkpoint that cannot be used.
     """
 
     def __init__(self, folder: Path, repositories: Sequence[str] = ()):
@@ -46,20 +49,30 @@ class Checkpoints:
                 self.configs[name] = read_config(place)
             except vca.CheckpointError as error:
                 self.problems.append(str(error))
-        names = [name for name, config in self.configs.items() if config["architecture"] in CLASSIFIERS]
-        self.names = sorted(names, key=lambda name: (not name.split("/")[-1].startswith("vca"), name))
+        self.classifiers = self._names_of(CLASSIFIERS)
+        self.generators = self._names_of(GENERATORS)
         self._models: dict[str, nn.Module] = {}
         self._lock = Lock()
 
+    def _names_of(self, architectures: Container[str]) -> list[str]:
+        names = [name for name, config in self.configs.items() if config["architecture"] in architectures]
+        return sorted(names, key=lambda name: (not name.split("/")[-1].startswith("vca"), name))
+
     def load(self, name: str) -> nn.Module:
-        """The model of a checkpoint, in evaluation mode.
+        """The classifier of a checkpoint, in evaluation mode.
 
         Raises:
-            gr.Error: there is no such checkpoint, or it is damaged; the message says which there are, or what is wrong.
+            gr.Error: there is no such classifier, or it is damaged; the message says which there are, or what is wrong.
         """
-        if name not in self.names:
-            known = ", ".join(self.names) or "none yet"
-            raise gr.Error(f"model must be one of: {known}.", print_exception=False)
+        return self._load(name, self.classifiers)
+
+    def load_generator(self, name: str) -> DiffusionTransformer:
+        """The generator of a checkpoint; as `load`."""
+        return self._load(name, self.generators)
+
+    def _load(self, name: str, known: list[str]) -> nn.Module:
+        if name not in known:
+            raise gr.Error(f"model must be one of: {', '.join(known) or 'none yet'}.", print_exception=False)
         with self._lock:
             if name not in self._models:
                 try:

@@ -49,7 +49,7 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
     with gr.Blocks(title="Visual-Contrast Attention", analytics_enabled=False, delete_cache=cleanup) as demo:
         api.build(checkpoints)  # first, so that no event of a tab takes one of its names
         problems = [f"<p class='vca-problem'>{escape(problem)}</p>" for problem in checkpoints.problems]
-        gr.HTML(HEADER + "".join(problems) + ("" if checkpoints.names else NO_WEIGHTS))
+        gr.HTML(HEADER + "".join(problems) + ("" if checkpoints.classifiers else NO_WEIGHTS))
         with gr.Tabs() as tabs:
             with gr.Tab("Classify", id="classify"):
                 explore_button, image, model = classify.build(checkpoints, examples)

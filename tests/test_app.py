@@ -16,7 +16,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 import vca
-from app import explore, models
+from app import about, explore, models
 from app.classify import decision_rows
 from app.explore import MapStore
 from app.images import MAX_PIXELS, WORKING_SIDE, read_image
@@ -287,7 +287,7 @@ def test_a_damaged_checkpoint_is_named_and_the_others_served(weights, tmp_path):
     demo = build(tmp_path)
     words = "".join(str(block.value) for block in demo.blocks.values() if hasattr(block, "value"))
     assert "damaged/config.json: not a readable JSON file" in words
-    assert Checkpoints(tmp_path).names == [PLAIN]
+    assert Checkpoints(tmp_path).classifiers == [PLAIN]
 
 
 # ---- Layers as the explorer draws them
@@ -363,3 +363,22 @@ def test_maps_recorded_elsewhere_can_be_opened(weights):
     assert [block["grid"] for block in run["blocks"]] == [[4, 4], [4, 4]]
     kept = explorer.store.get(run["token"])[1].arrays["positive2"]
     np.testing.assert_allclose(kept, maps[1].stage2.positive[1], atol=5e-4)
+
+
+def test_classifiers_and_generators_are_told_apart(weights, tmp_path):
+    shutil.copytree(weights / PLAIN, tmp_path / PLAIN)
+    for name, architecture, options in (
+        ("pixels", "vca_sit_xs_4", dict(input_size=(16, 32))),
+        ("vca_latents", "vca_dit_s_8", dict(dim=24, depth=1, num_heads=2)),
+    ):
+        generator = vca.create_model(architecture, num_classes=len(LABELS), **options)
+        vca.save(generator, tmp_path / name, label_names=LABELS)
+    checkpoints = Checkpoints(tmp_path)
+    assert (checkpoints.classifiers, checkpoints.generators) == ([PLAIN], ["vca_latents", "pixels"])
+    assert checkpoints.load_generator("pixels").label_names == LABELS
+    for load, name, known in ((checkpoints.load, "pixels", PLAIN), (checkpoints.load_generator, PLAIN, "vca_latents")):
+        with pytest.raises(gr.Error, match=f"model must be one of: {known}"):
+            load(name)
+    table = about.table(checkpoints)
+    assert "| pixels | generates | vca_sit_xs_4 | 4 | 32×16 |" in table
+    assert "| vca_latents | generates | vca_dit_s_8 | 4 | 256×256 |" in table

@@ -319,8 +319,8 @@ def test_checkpoints(client, weights, goes_on, good, monkeypatch, capsys, name):
     with pytest.raises(AppError) as caught:
         classified(client, good, name)
     known = models.Checkpoints(weights)
-    assert_one_line(str(caught.value), words if name in known.names else "model must be one of")
-    assert name in known.names or any(words in problem for problem in known.problems)
+    assert_one_line(str(caught.value), words if name in known.classifiers else "model must be one of")
+    assert name in known.classifiers or any(words in problem for problem in known.problems)
 
     monkeypatch.setattr(sys, "argv", ["evaluate", str(weights / name), "--data", "nowhere"])
     with pytest.raises(SystemExit) as caught:

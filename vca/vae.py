@@ -5,6 +5,7 @@ from torch import Tensor
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 SCALE = 0.18215
+STRIDE = 8  # pixels to a latent, in each direction
 
 
 class DecoderError(RuntimeError):
