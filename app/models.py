@@ -30,7 +30,7 @@ class Checkpoints:
         repositories: Hub ids; downloaded now, unless the cache has them.
 
     Attributes:
-        classifiers, generators: their names, those with VCA first.
+        classifiers, generators: their names, those with VCA first, then by number of classes; the first is the default.
         configs: the `config.json` of each.
         problems: what is wrong with each checkpoint that cannot be used.
     """
@@ -56,7 +56,11 @@ class Checkpoints:
 
     def _names_of(self, architectures: Container[str]) -> list[str]:
         names = [name for name, config in self.configs.items() if config["architecture"] in architectures]
-        return sorted(names, key=lambda name: (not name.split("/")[-1].startswith("vca"), name))
+
+        def rank(name: str) -> tuple:
+            return not name.split("/")[-1].startswith("vca"), -self.configs[name]["num_classes"], name
+
+        return sorted(names, key=rank)
 
     def load(self, name: str) -> nn.Module:
         """The classifier of a checkpoint, in evaluation mode.

@@ -347,6 +347,14 @@ def test_the_branches_of_cross_shaped_attention_share_a_block():
     assert [layer.label for layer in layers] == ["1↕", "1↔", "2↕", "2↔", "3↕", "3↔", "4"]
 
 
+def test_the_default_is_the_vca_model_with_most_classes(tmp_path):
+    small = dict(embed_dim=24, depth=1, num_heads=3)
+    for name, attention, count in (("vca_a", "vca", 2), ("vca_b", "vca", 9), ("mhsa", "mhsa", 99)):
+        model = vca.create_model(f"{attention}_vit_pico_patch4_32", num_classes=count, **small)
+        vca.save(model, tmp_path / name, label_names=[str(i) for i in range(count)])
+    assert Checkpoints(tmp_path).classifiers == ["vca_b", "vca_a", "mhsa"]
+
+
 def test_prefix_tokens_have_names():
     model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, embed_dim=24, depth=1)
     assert models.prefix_names(model) == ["class", "distillation"]
