@@ -206,7 +206,8 @@ def model():
 
 
 def settings(**more):
-    return dict(seed=3, steps=2, sampler="sde", guidance_scale=1.0, guided_channels=None) | more
+    base = dict(seed=3, steps=2, sampler="sde", guidance_scale=1.0, guided_channels=None, precision="fp32")
+    return base | more
 
 
 def test_sampling_to_files_resumes_and_grows(model, tmp_path):

@@ -112,7 +112,9 @@ def _generator(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
 
 Validation loss {results["val_loss"]:.4f} on {results["images"]:,} images that were not trained on: uniform times, fixed
 noise, float32, the weights of the last step{_average(recipe)}. No FID is claimed here."""
-    if (folder / "samples.png").exists():
+    if "quality" in results:
+        about += _quality(results["quality"])
+    elif (folder / "samples.png").exists():
         about += f"""
 
 ![Samples](samples.png)
@@ -127,6 +129,51 @@ One column for each of the first classes, from the noise of seed 0, indices 0, 1
 `images` is (3, 3, height, width) in [0, 1]; `python -m training.sample` writes PNG files or an `.npz`."""
     metrics = [dict(type="loss", name="validation loss", value=results["val_loss"])]
     return "unconditional-image-generation", metrics, about, use
+
+
+def _quality(quality: dict) -> str:
+    """What `training.quality` measured."""
+    names = ("recognised", "diversity", "least_diversity", "copies")
+    rows = [dict(row, images=f"guidance {row['guidance']:g}") for row in quality["guidance"]]
+    real = quality["held_out"]
+    rows.append(real | dict(images=f"{real['images']:,} held-out images"))
+    lines = [
+        f"| {row['images']} | {' | '.join(f'{row[name]:.1f} %' for name in names)} | {row['nearest_pixels']:.1f} "
+        f"| {row['nearest_features']:.2f} | {row['frechet_distance']:.2f} |"
+        for row in rows
+    ]
+    return f"""
+
+![Samples](quality.png)
+
+One column for each of the first classes at guidance {quality["best_guidance"]:g}: its first images, none was selected.
+
+{quality["count"]:,} images at each guidance scale, looked at by the classifier `{quality["judge"]}`:
+
+| images | recognised | diversity | least | copies | nearest (pixels) | nearest (features) | Fréchet |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(lines)}
+
+- *recognised*: the classifier's first answer is the class that was asked for;
+- *diversity*: mean distance of two images of a class on the {quality["features"]} features before the classifier's
+  head, in percent of that of held-out images; mean over the classes, and *least* of all classes. Guidance buys
+  recognition with it;
+- *nearest*: median distance to the nearest of {quality["train_images"]:,} training images and their mirror images,
+  as root mean square in grey levels of 0 to 255 (blurred images lie nearer to all others), and on the features;
+- *copies*: the nearest training image is less than half as far, in pixels, as the 50 nearest are on average;
+- *Fréchet*: distance between normal distributions fitted to these and to the training images' features of this
+  classifier. It is not FID and compares with no other judge or number of images.
+
+The images most like a copy, and the nearest training image below each:
+
+![Nearest training images](nearest.png)
+
+Protocol: {quality["sampler"]}, {quality["steps"]} steps, guidance on all channels, classes in turn, seed {
+        quality["seed"]
+    }, {quality["precision"]},
+8-bit images in the classifier's own preprocessing; {quality["device"]}, torch {quality["torch"]}:
+
+    {quality["command"]}"""
 
 
 def _twins(folder: Path, config: dict) -> str:
@@ -173,7 +220,13 @@ def _describe_run(run: dict) -> str:
 
 
 def _reached(results: dict) -> str:
-    return f"top-1 {results['top1']:.2f} %" if "top1" in results else f"validation loss {results['val_loss']:.4f}"
+    if "top1" in results:
+        return f"top-1 {results['top1']:.2f} %"
+    reached = f"validation loss {results['val_loss']:.4f}"
+    if "quality" in results:
+        best = max(results["quality"]["guidance"], key=lambda row: row["recognised"])
+        reached += f", {best['recognised']:.1f} % of images recognised at guidance {best['guidance']:g}"
+    return reached
 
 
 def write_table(weights: str | Path) -> None:

@@ -1,0 +1,275 @@
+"""How good a generator's images are: in the eyes of a classifier, and beside real images that nobody trained on.
+
+    python -m training.quality weights/GENERATOR --judge weights/CLASSIFIER --data FOLDER
+    python -m training.quality weights/GENERATOR --judge weights/CLASSIFIER --data FOLDER --guidance 1 2 --steps 50
+
+FOLDER holds train/CLASS/IMAGE, which the generator was trained on, and val/CLASS/IMAGE, which it was not. For each
+guidance scale: the share of images that the judge takes for the class they were asked for; how much they differ within
+a class; how near they lie to training images, since guidance raises the first number at the cost of variety and copying
+raises it at no cost; and the Fréchet distance to the training images on the judge's features, which is not FID. The
+same numbers of as many held-out images are the yardstick.
+
+The numbers go into the checkpoint's `config.json` and its card, two pictures beside them. The images stay in --out; the
+same command goes on where it was interrupted. 1,000 images of a 4 M model at 25 steps and five scales take 9 minutes of
+one core of two.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import vca
+from training.card import write_card
+from training.data import DataError, Images, decode, eval_transform, generator_cfg, normalize
+from training.engine import RunError, open_device
+from training.sample import SampleError, grid_png, sample_files
+from vca.hub import write_atomically
+from vca.models.dit import DiffusionTransformer
+from vca.vae import DecoderError
+
+MAX_TRAIN = 50_000
+NEIGHBOURS = 50
+COPY = 0.5
+GRID_ROWS, GRID_COLUMNS = 8, 10
+
+
+@torch.inference_mode()
+def judged(judge: nn.Module, pixels: Tensor, batch_size: int = 250) -> tuple[Tensor, Tensor]:
+    """What a classifier sees in images (N, 3, H, W), uint8: features (N, D) before its head, and logits (N, K)."""
+    transform = eval_transform(judge.pretrained_cfg, as_bytes=True)
+    device = next(judge.parameters()).device
+    features, logits = [], []
+    for part in pixels.split(batch_size):
+        images = [Image.fromarray(image) for image in part.permute(0, 2, 3, 1).numpy()]
+        x = torch.stack([transform(image) for image in images]).permute(0, 3, 1, 2)
+        tokens = judge.forward_features(normalize(x.to(device), judge.pretrained_cfg))
+        features.append(judge.forward_head(tokens, pre_logits=True).cpu())
+        logits.append(judge.forward_head(tokens).cpu())
+    return torch.cat(features), torch.cat(logits)
+
+
+def nearest(queries: Tensor, references: Tensor, count: int, chunk: int = 5000) -> tuple[Tensor, Tensor]:
+    """Euclidean distances (N, count) from each query (N, D) to its nearest references (M, D), rising; their indices."""
+    best = torch.full((len(queries), 0), 0.0), torch.full((len(queries), 0), 0)
+    for start in range(0, len(references), chunk):
+        far = torch.cdist(queries, references[start : start + chunk].float())
+        indices = torch.arange(start, start + far.shape[1]).expand_as(far)
+        far, indices = torch.cat([best[0], far], dim=1), torch.cat([best[1], indices], dim=1)
+        values, order = far.topk(min(count, far.shape[1]), largest=False)
+        best = values, indices.gather(1, order)
+    return best
+
+
+def nearest_pixels(pixels: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """`nearest` of uint8 images (N, 3, H, W), or of their mirror images, in root mean square grey levels."""
+    flat = references.flatten(1)
+    both = [nearest(view.flatten(1).float(), flat, NEIGHBOURS) for view in (pixels, pixels.flip(-1))]
+    distances, indices = (torch.cat(pair, dim=1) for pair in zip(*both, strict=True))
+    values, order = distances.topk(min(NEIGHBOURS, len(flat)), largest=False)
+    return values / flat.shape[1] ** 0.5, indices.gather(1, order)
+
+
+def spread(features: Tensor, labels: Tensor, num_classes: int) -> list[float]:
+    """Mean distance of two different images of each class, on features (N, D)."""
+    return [nn.functional.pdist(features[labels == label]).mean().item() for label in range(num_classes)]
+
+
+def statistics(features: Tensor) -> dict[str, np.ndarray]:
+    """Mean and covariance of features (N, D), float64."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    return fid_features_to_statistics(features.double())
+
+
+def frechet_distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    """Between the normal distributions of two `statistics`."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    return fid_statistics_to_metric(ours, theirs, verbose=False)[KEY_METRIC_FID]
+
+
+class Yardstick:
+    """The judge, the training images and as many held-out images as are generated.
+
+    Args:
+        images, held_out: uint8 (N, 3, H, W) at the generator's size.
+        labels: of held_out.
+        judge: classifier whose class k is the generator's class k.
+    """
+
+    def __init__(self, judge: nn.Module, images: Tensor, held_out: Tensor, labels: Tensor):
+        self.judge, self.images = judge, images
+        self.features = judged(judge, images)[0]
+        self.statistics = statistics(self.features)
+        self.spread = spread(judged(judge, held_out)[0], labels, judge.num_classes)
+        self.held_out = self.measure(held_out, labels)[0]
+
+    def measure(self, pixels: Tensor, labels: Tensor) -> tuple[dict, tuple[Tensor, Tensor]]:
+        """The numbers of images (N, 3, H, W), uint8, asked for as `labels`; and `nearest_pixels` of them.
+
+        recognised, recognised_by_class: percent. diversity, least_diversity: distance within a class in percent of
+        that of held-out images, mean over the classes and smallest. nearest_pixels (grey levels), nearest_features:
+        median distance to the nearest training image. copies: percent whose nearest training image is less than half
+        as far as their 50 nearest on average. frechet_distance: on the judge's features.
+        """
+        features, logits = judged(self.judge, pixels)
+        hits = (logits.argmax(1) == labels).double()
+        classes = range(self.judge.num_classes)
+        shares = [100 * hits[labels == label].mean().item() for label in classes]
+        ours = spread(features, labels, self.judge.num_classes)
+        diversity = [100 * mine / real for mine, real in zip(ours, self.spread, strict=True)]
+        near = nearest_pixels(pixels, self.images)
+        result = dict(
+            recognised=100 * hits.mean().item(),
+            recognised_by_class=[round(share, 1) for share in shares],
+            diversity=sum(diversity) / len(diversity),
+            least_diversity=min(diversity),
+            nearest_pixels=near[0][:, 0].median().item(),
+            nearest_features=nearest(features, self.features, 1)[0].median().item(),
+            copies=100 * (near[0][:, 0] < COPY * near[0].mean(1)).double().mean().item(),
+            frechet_distance=frechet_distance(statistics(features), self.statistics),
+        )
+        return {key: round(value, 2) if isinstance(value, float) else value for key, value in result.items()}, near
+
+
+def read_images(files: list[Path]) -> Tensor:
+    """PNG files of one size as uint8 (N, 3, H, W)."""
+    pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def class_grid(pixels: Tensor, labels: Tensor) -> bytes:
+    """A PNG with a column for each of the first classes: its first images."""
+    columns = min(GRID_COLUMNS, int(labels.max()) + 1)
+    chosen = [pixels[labels == label][:GRID_ROWS] for label in range(columns)]
+    rows = min(map(len, chosen))
+    return grid_png(torch.stack([images[:rows] for images in chosen], dim=1).flatten(0, 1) / 255, columns)
+
+
+def nearest_grid(pixels: Tensor, near: tuple[Tensor, Tensor], images: Tensor) -> bytes:
+    """A PNG: above, the images most like a copy, measured as `copies` is; below each, its nearest training image."""
+    distances, indices = near
+    order = (distances[:, 0] / distances.mean(1)).argsort()[:GRID_COLUMNS]
+    return grid_png(torch.cat([pixels[order], images[indices[order, 0]]]) / 255, len(order))
+
+
+def open_split(folder: str, split: str, label_names: list[str]) -> Images:
+    """The images of a split.
+
+    Raises:
+        DataError: there are none, or their classes are not those of the generator.
+    """
+    images = Images(folder, split)
+    if images.class_names != label_names:
+        raise DataError(f"the classes of {folder}/{split} are not those of the generator, in its order.")
+    return images
+
+
+def read_split(images: Images, side: int, count: int) -> tuple[Tensor, Tensor]:
+    """`count` images, evenly spread over a split, as the generator sees them: uint8 (N, 3, H, W) and labels (N,)."""
+    chosen = torch.linspace(0, len(images) - 1, min(count, len(images))).long().tolist()
+    images.reader.samples = [images.reader.samples[index] for index in chosen]
+    return decode(images, generator_cfg(side))
+
+
+def measure_generator(generator: DiffusionTransformer, judge: nn.Module, args: argparse.Namespace) -> dict:
+    """Runs the command: images, numbers and pictures; returns what the config and the card say."""
+    settings = dict(steps=args.steps, sampler=args.sampler, seed=args.seed, precision=args.precision)
+    train_images, held_out_images = (open_split(args.data, split, generator.label_names) for split in ("train", "val"))
+    made = {
+        guidance: sample_files(
+            generator, args.out / f"guidance-{guidance:g}", args.count, args.batch_size, flat=True, balanced=True,
+            settings=settings | dict(guidance_scale=guidance, guided_channels=None),
+        )
+        for guidance in args.guidance
+    }  # fmt: skip
+    side = Image.open(made[args.guidance[0]][0]).height
+    held_out, held_out_labels = read_split(held_out_images, side, args.count)
+    if held_out_labels.bincount(minlength=generator.num_classes).min() < 2:
+        raise DataError(f"{args.data}/val must hold at least two images of each class.")
+    train = read_split(train_images, side, MAX_TRAIN)[0]
+    print(f"the judge looks at {len(train)} training images", file=sys.stderr)
+    yardstick = Yardstick(judge, train, held_out, held_out_labels)
+    labels = torch.arange(args.count) % generator.num_classes
+    rows, pictures = [], {}
+    for guidance, files in made.items():
+        pixels = read_images(files)
+        numbers, near = yardstick.measure(pixels, labels)
+        rows.append(dict(guidance=guidance, **numbers))
+        pictures[guidance] = class_grid(pixels, labels), nearest_grid(pixels, near, train)
+        print(json.dumps(rows[-1]))
+    print(json.dumps(dict(held_out=yardstick.held_out)))
+    best = max(rows, key=lambda row: row["recognised"])["guidance"]
+    for name, picture in zip(("quality.png", "nearest.png"), pictures[best], strict=True):
+        write_atomically(args.checkpoint / name, picture)
+    return dict(
+        judge=Path(args.judge).name, count=args.count, sampler=args.sampler or next(iter(generator.objective.SAMPLERS)),
+        steps=args.steps, seed=args.seed, precision=args.precision, train_images=len(train), best_guidance=best,
+        guidance=rows, held_out=yardstick.held_out | dict(images=len(held_out)), features=yardstick.features.shape[1],
+        torch=torch.__version__, device=args.device,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="checkpoint folder of a generator; the result is written into it")
+    parser.add_argument("--judge", required=True, help="checkpoint of a classifier of the same classes")
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="images, as above")
+    parser.add_argument("--count", type=int, default=1000, help="images at each guidance scale")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0])
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--sampler", help="ddpm or ddim for DiT; euler, heun or sde for SiT; default the first")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="bf16", help="of the sampling; bf16 by autocast"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--out", type=Path, help="folder of the images; default runs/quality/CHECKPOINT")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.out = args.out or Path("runs/quality") / args.checkpoint.resolve().name
+    hidden = {args.data: "DATA"}
+    command = "python -m training.quality " + shlex.join(hidden.get(arg, arg) for arg in sys.argv[1:])
+    try:
+        if not args.checkpoint.is_dir():
+            raise vca.CheckpointError(f"{args.checkpoint}: no such checkpoint folder.")
+        device = open_device(args.device)
+        generator, judge = vca.load(args.checkpoint, device=device), vca.load(args.judge, device=device)
+        check(generator, judge, args)
+        result = measure_generator(generator, judge, args) | dict(command=command)
+    except (vca.CheckpointError, DataError, DecoderError, RunError, SampleError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    file = args.checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    config["training"][-1]["results"]["quality"] = result
+    write_atomically(file, json.dumps(config, indent=2).encode())
+    write_card(args.checkpoint)
+
+
+def check(generator: nn.Module, judge: nn.Module, args: argparse.Namespace) -> None:
+    """Refuses what cannot be measured, before anything is generated.
+
+    Raises:
+        SampleError: the message says why.
+    """
+    if not isinstance(generator, DiffusionTransformer):
+        raise SampleError(f"{args.checkpoint} is a classifier; only a generator makes images.")
+    if isinstance(judge, DiffusionTransformer):
+        raise SampleError(f"--judge {args.judge} is a generator; a classifier is needed.")
+    if judge.label_names != generator.label_names:
+        raise SampleError(f"the classes of {args.judge} are not those of {args.checkpoint}, in its order.")
+    if not generator.training_history:
+        raise SampleError(f"{args.checkpoint} tells nothing of its training, to which the result could be added.")
+    if args.count < 2 * generator.num_classes:
+        raise SampleError(f"--count {args.count} is too few: diversity takes two images of each class.")
+
+
+if __name__ == "__main__":
+    main()
