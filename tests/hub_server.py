@@ -10,7 +10,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -42,8 +42,8 @@ class Repo:
 class HubServer:
     """The Hub. `requests` lists what was asked, as "METHOD path"; `faults` makes what matches a pattern fail.
 
-    A fault is "drop" (the connection breaks, an upload half way), "truncate" (half the file, then the end) or a status;
-    with it stands how often it still happens.
+    A fault is "stall" (half an upload is read, then no more), "truncate" (half the file is sent, then the end) or a
+    status; with it stands how often it still happens. `stalled` is set when an upload hangs.
     """
 
     def __init__(self):
@@ -52,14 +52,17 @@ class HubServer:
         self.requests: list[str] = []
         self.faults: dict[str, list] = {}
         self.lock = Lock()
+        self.stalled, self.released = Event(), Event()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         Thread(target=self.http.serve_forever, daemon=True).start()
 
     def reset(self) -> None:
+        self.released.set()
         for state in (self.repos, self.objects, self.requests, self.faults):
             state.clear()
+        self.stalled, self.released = Event(), Event()
 
     def put(self, repo_id: str, files: dict[str, bytes], private: bool = False, kind: str = "model") -> str:
         """A repository that is already there, or its next commit; returns the commit."""
@@ -101,7 +104,7 @@ def blob_id(path: str, content: bytes) -> str:
 
 
 class Refused(Exception):
-    """An answer that is an error: its status, the Hub's code for it, and what to say."""
+    """An answer that is an error: its status, the Hub's code for it, what to say, and further fields."""
 
 
 REPO = r"(?P<kind>models|spaces)/(?P<repo>[^/]+/[^/]+)"
@@ -137,10 +140,11 @@ class Handler(BaseHTTPRequestHandler):
         self.fault = self.hub.fault(f"{self.command} {path}")
         length = int(self.headers.get("Content-Length") or 0)
         try:
-            if self.fault == "drop":
+            if self.fault == "stall":
                 self.rfile.read(length // 2)
+                self.hub.stalled.set()
                 self.close_connection = True
-                return self.connection.close()
+                return self.hub.released.wait()
             self.body = self.rfile.read(length) if length else self.chunks()
             if isinstance(self.fault, int):
                 raise Refused(self.fault, None, "the test wants it so")
@@ -150,9 +154,9 @@ class Handler(BaseHTTPRequestHandler):
                     return None if answer is None else self.answer(200, answer)
             raise Refused(404, None, f"no route {self.command} {path}")
         except Refused as error:
-            status, code, message = error.args
+            status, code, message, *more = error.args
             headers = {"X-Error-Code": code} if code else {}
-            self.answer(status, dict(error=message), headers | {"X-Error-Message": message})
+            self.answer(status, dict(error=message, **dict(*more)), headers | {"X-Error-Message": message})
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
@@ -219,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
         kind = asked.get("type") or "model"
         url = f"{self.hub.url}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
         if f"{kind}s/{repo_id}" in self.hub.repos:
-            raise Refused(409, None, "You already created this repo")
+            raise Refused(409, None, "You already created this repo", dict(url=url))
         if kind == "space" and asked.get("sdk") not in ("gradio", "docker", "static"):
             raise Refused(400, None, "a Space needs an sdk")
         private = asked.get("private") or asked.get("visibility") == "private"

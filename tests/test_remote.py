@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load, save
 
 import vca
-from tests.test_dit import tiny
 from tests.test_hub import LABELS, images, make_model
 from training.card import STATED
 from vca import CheckpointError
@@ -31,13 +30,6 @@ def read(folder: Path) -> dict[str, bytes]:
 def classifier(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("classifier") / "checkpoint"
     vca.save(make_model(), folder, label_names=LABELS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("generator") / "checkpoint"
-    vca.save(tiny(), folder, label_names=LABELS)
     return folder
 
 
@@ -83,27 +75,6 @@ def test_a_classifier_loads_by_id(hub, cache, classifier, name):
     model = vca.load(name)
     assert not model.training and model.label_names == LABELS
     assert_same_outputs(model, vca.load(classifier))
-
-
-def test_a_fresh_process_with_a_cold_cache_gives_the_same_bits(hub, tmp_path, classifier, generator):
-    hub.put("user/classifier", read(classifier))
-    hub.put("user/generator", read(generator))
-    program = """
-import sys, timm, torch, vca
-from tests.test_hub import images
-with torch.no_grad():
-    logits = vca.load("user/classifier")(images())
-    through_timm = timm.create_model("hf-hub:user/classifier", pretrained=True).eval()(images())
-samples = vca.load("hf-hub:user/generator").sample([0, 2], steps=2, seed=5)
-torch.save((logits, through_timm, samples), sys.argv[1])
-"""
-    done = fresh_process(program, tmp_path / "outputs.pt", HF_HOME=str(tmp_path / "home"))
-    assert done.returncode == 0, done.stderr
-    logits, through_timm, samples = torch.load(tmp_path / "outputs.pt", weights_only=True)
-    with torch.no_grad():
-        assert torch.equal(logits, vca.load(classifier)(images()))
-    assert torch.equal(through_timm, logits)
-    assert torch.equal(samples, vca.load(generator).sample([0, 2], steps=2, seed=5))
 
 
 def test_only_the_three_files_of_a_checkpoint_are_downloaded(hub, cache, classifier):

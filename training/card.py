@@ -1,6 +1,6 @@
-"""Model cards, written from a checkpoint's `config.json` and never by hand.
+"""Model cards, written from a checkpoint's `config.json` and weights, and never by hand.
 
-python -m training.card weights/NAME
+python -m training.card weights
 """
 
 import json
@@ -11,7 +11,8 @@ from pathlib import Path
 import yaml
 from safetensors import safe_open
 
-from vca.hub import sha256, write_atomically
+from training.picture import maps_png
+from vca.hub import load_unverified, place, sha256, write_atomically
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
 
@@ -20,11 +21,15 @@ SHOWN_KEYS = (
     "mixup", "cutmix", "padding", "class_dropout", "time_sampling", "clip_grad", "ema_decay", "precision",
 )  # fmt: skip
 STATED = "`model.safetensors`: {size:,} bytes, sha256 `{sha256}`."
+HUB_DATASETS = {"CIFAR-10": "uoft-cs/cifar10", "ImageNet-1K": "ILSVRC/imagenet-1k"}  # the same data on the Hub
 PREPROCESSING = "shorter side resized to {size} px ({interpolation}), centre crop, normalised"
 
 
 def write_card(checkpoint: str | Path) -> None:
-    """Writes `README.md` of a checkpoint folder: data, recipe, command, seed, results with protocol, use, metadata."""
+    """Writes `README.md` of a checkpoint folder: data, recipe, command, seed, results with protocol, use, metadata.
+
+    A classifier's card gets a picture, `maps.png`; a generator's shows `samples.png`, if that is there.
+    """
     folder = Path(checkpoint)
     config = json.loads((folder / "config.json").read_text())
     weights = folder / "model.safetensors"
@@ -37,10 +42,15 @@ def write_card(checkpoint: str | Path) -> None:
         pipeline_tag=task,
         license="apache-2.0",
         tags=[task, "visual-contrast-attention"] + (["timm"] if task == "image-classification" else []),
-        datasets=[dataset],
         metrics=[metric["type"] for metric in metrics[:1]],
     )
-    tested = dict(task=dict(type=task), dataset=dict(name=dataset, type=dataset.lower(), split="test"), metrics=metrics)
+    if dataset in HUB_DATASETS:
+        metadata["datasets"] = [HUB_DATASETS[dataset]]
+    tested = dict(
+        task=dict(type=task),
+        dataset=dict(name=dataset, type=HUB_DATASETS.get(dataset, dataset.lower().replace(" ", "-")), split="test"),
+        metrics=metrics,
+    )
     metadata["model-index"] = [dict(name=config["architecture"], results=[tested])]
     runs = "\n".join(_describe_run(run) for run in config["training"])
     twins = _twins(folder, config)
@@ -89,12 +99,22 @@ def _classifier(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
         _average(recipe)
     }, chosen before the accuracy was looked at. The number is what this prints:
 
-    python -m training.evaluate {"/".join(folder.resolve().parts[-2:])} --data DATA"""
-    use = """    import timm, vca
+    python -m training.evaluate {place(folder)} --data DATA"""
+    if picture := maps_png(load_unverified(folder)):
+        write_atomically(folder / "maps.png", picture)
+        about += """
+
+![Where every head looks](maps.png)
+
+What the model sees of a photo, and what each head (row) of each block (column) draws in (orange) and pushes away
+(blue): the effective map of the class token, or of the average patch; each map on a scale of its own."""
+    use = f"""    import timm, vca
     from PIL import Image
-    model = vca.load("PATH OF THIS FOLDER")
+    model = vca.load("{place(folder)}")
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    print(model.label_names[model(transform(Image.open("photo.jpg").convert("RGB"))[None]).argmax()])"""
+    print(model.label_names[model(transform(Image.open("photo.jpg").convert("RGB"))[None]).argmax()])
+
+The same model through timm, after `import vca`: `timm.create_model("local-dir:{place(folder)}", pretrained=True)`."""
     return "image-classification", metrics, about, use
 
 
@@ -122,7 +142,7 @@ noise, float32, the weights of the last step{_average(recipe)}. No FID is claime
 One column for each of the first classes, from the noise of seed 0, indices 0, 1, ...; nothing was selected. Protocol:
 {sampler}, {recipe["sample_steps"]} steps, guidance {recipe["sample_guidance"]:g} on all channels, float32."""
     use = f"""    import vca
-    model = vca.load("PATH OF THIS FOLDER")
+    model = vca.load("{place(folder)}")
     settings = dict(steps={recipe["sample_steps"]}, guidance_scale={recipe["sample_guidance"]:g}, seed=0)
     images = model.sample([0, 1, 2], **settings)
 

@@ -2,7 +2,7 @@
 
 from vca.attention import VisualContrastAttention
 from vca.controls import create_attention
-from vca.hub import CheckpointError, load, save
+from vca.hub import CheckpointError, PushError, load, push, save
 from vca.maps import LayerMaps, StageMaps, record
 from vca.models import create_model, list_models
 from vca.replace import replace_attention
@@ -12,12 +12,14 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "LayerMaps",
+    "PushError",
     "StageMaps",
     "VisualContrastAttention",
     "create_attention",
     "create_model",
     "list_models",
     "load",
+    "push",
     "record",
     "replace_attention",
     "save",

@@ -12,7 +12,7 @@ from argparse import Namespace
 from pathlib import Path, PurePosixPath
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
@@ -46,6 +46,7 @@ LOADING_ARGS = {
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path", "cache_dir",
 }  # fmt: skip
 FILES = ("config.json", "model.safetensors", "README.md")
+NO_TOKEN = "no token for the Hub: log in with `hf auth login`, or set HF_TOKEN or token=. Nothing was sent."
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 REPO_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 STATED_SHA256 = re.compile(r"`model\.safetensors`: [\d,]+ bytes, sha256 `([0-9a-f]{64})`")
@@ -53,6 +54,10 @@ STATED_SHA256 = re.compile(r"`model\.safetensors`: [\d,]+ bytes, sha256 `([0-9a-
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be trusted; the message names the file and what is wrong with it."""
+
+
+class PushError(RuntimeError):
+    """A repository that cannot be written; the message says why. What was there before is still there."""
 
 
 def load(
@@ -81,7 +86,9 @@ def load(
     """
     folder = fetch(path_or_repo, revision, token, cache_dir, local_files_only)
     try:
-        return _load_folder(folder).to(device)
+        model = load_unverified(folder)
+        check_card(folder)
+        return model.to(device)
     except CheckpointError as error:
         if folder == Path(path_or_repo):
             raise
@@ -175,19 +182,24 @@ def stated_sha256(folder: str | os.PathLike) -> str | None:
     return found and found[1]
 
 
-def _load_folder(folder: Path) -> nn.Module:
-    config = read_config(folder)
-    try:
-        model = create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
-    except Exception as error:  # a wrong argument fails wherever the model first uses it
-        raise CheckpointError(f"{folder / 'config.json'}: cannot build {config['architecture']}: {error}") from error
+def check_card(folder: Path) -> None:
+    """Refuses weights that are not those of the folder's card. A folder without a card, or a card without, passes."""
     weights = folder / "model.safetensors"
-    load_weights(model, weights)
     if (stated := stated_sha256(folder)) and stated != (found := sha256(weights)):
         raise CheckpointError(
             f"{weights}: its sha256 is {found[:16]}..., but {folder / 'README.md'} says {stated[:16]}...: the file is "
             "damaged, or the card is of other weights."
         )
+
+
+def load_unverified(folder: Path) -> nn.Module:
+    """`load` from a folder, but for the card."""
+    config = read_config(folder)
+    try:
+        model = create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
+    except Exception as error:  # a wrong argument fails wherever the model first uses it
+        raise CheckpointError(f"{folder / 'config.json'}: cannot build {config['architecture']}: {error}") from error
+    load_weights(model, folder / "model.safetensors")
     if config["architecture"] in CLASSIFIERS:
         if (stated := tuple(config["pretrained_cfg"]["input_size"])) != (takes := input_size(model)):
             raise CheckpointError(f"{folder / 'config.json'}: input_size is {stated}, but the model takes {takes}.")
@@ -316,6 +328,120 @@ def save(
     if stated_sha256(folder) not in (None, hashlib.sha256(weights).hexdigest()):
         (folder / "README.md").unlink()
     write_atomically(folder / "config.json", description)
+
+
+def place(folder: str | os.PathLike) -> str:
+    """What a checkpoint folder is called on its own card, such as `weights/NAME`."""
+    return "/".join(Path(folder).resolve().parts[-2:])
+
+
+def push(
+    path: str | os.PathLike,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """Publishes a checkpoint folder as a repository of the Hub, in one commit.
+
+    Only what has changed is sent, so that an interrupted push goes on where it was. On the card, the repository's name
+    takes the place of the folder's.
+
+    Args:
+        path: a folder that `load` accepts, with a card.
+        repo: "user/name"; made if it is not there.
+        private: make it private; one that is there and public is refused.
+        revision: a branch; made if it is not there.
+        token: as in `load`.
+
+    Returns:
+        The address of the commit, which is the one before if nothing has changed.
+
+    Raises:
+        CheckpointError: the folder must not be published.
+        PushError: there is no token, the Hub refuses it, or the connection breaks.
+    """
+    files = published_files(path, repo)
+    return upload(files, repo, private=private, revision=revision, token=token)
+
+
+def published_files(path: str | os.PathLike, repo: str) -> dict[str, Path | bytes]:
+    """What `push` would send, by name in the repository.
+
+    Raises:
+        CheckpointError: `load` does not accept the folder, it has no card, or it holds a pickle or a link to elsewhere.
+    """
+    folder = Path(path)
+    load(folder)
+    if not (folder / "README.md").is_file():
+        raise CheckpointError(f"{folder}: no README.md; `python -m training.card` writes the card.")
+    files: dict[str, Path | bytes] = {}
+    for file in sorted(file for file in folder.rglob("*") if not file.is_dir() and not file.name.startswith(".")):
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{file}: is a link that leads out of the folder; nothing was sent.")
+        if file.name.endswith(PICKLES):
+            raise CheckpointError(f"{file}: is a pickle; a repository holds safetensors alone. Nothing was sent.")
+        files[file.relative_to(folder).as_posix()] = file
+    card = files["README.md"].read_text(encoding="utf-8")
+    local = re.escape(place(folder)) + r"(?![\w.-])"
+    files["README.md"] = re.sub(local, repo, re.sub(f"local-dir:{local}", f"hf-hub:{repo}", card)).encode()
+    return files
+
+
+def upload(
+    files: dict[str, Path | bytes],
+    repo: str,
+    *,
+    kind: str = "model",
+    private: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    owned: tuple[str, ...] = (),
+) -> str:
+    """Sends files to a repository of the Hub in one commit; arguments, result and errors are those of `push`.
+
+    Args:
+        files: content, or the file that holds it, by name in the repository.
+        kind: "model" or "space".
+        owned: folders of the repository, such as "app/", of which nothing but `files` shall stay.
+    """
+    if token is False or not (token or get_token()):
+        raise PushError(NO_TOKEN)
+    api = HfApi(token=token)
+    try:
+        api.create_repo(
+            repo,
+            repo_type=kind,
+            private=private or None,
+            exist_ok=True,
+            space_sdk="gradio" if kind == "space" else None,
+        )
+        if private and not api.repo_info(repo, repo_type=kind).private:
+            raise PushError(
+                f"{repo}: is there already and public; make it private on its page first. Nothing was sent."
+            )
+        if revision is not None:
+            api.create_branch(repo, repo_type=kind, branch=revision, exist_ok=True)
+        changes = [CommitOperationAdd(name, content) for name, content in files.items()]
+        if owned:
+            there = api.list_repo_files(repo, repo_type=kind, revision=revision)
+            stale = [name for name in there if name.startswith(owned) and name not in files]
+            changes += [CommitOperationDelete(name, is_folder=False) for name in stale]
+        return api.create_commit(
+            repo, changes, commit_message=f"Publish {kind}", repo_type=kind, revision=revision
+        ).commit_url
+    except PushError:
+        raise
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            reason = "the Hub does not accept the token" if status == 401 else "the token may not write there"
+        elif isinstance(error, ValueError):
+            reason = f"the Hub refuses it: {error}"
+        else:
+            reason = f"the upload was interrupted; repeat it to go on ({error.__cause__ or error})"
+        raise PushError(f"{repo}: {reason}.") from error
 
 
 def write_atomically(file: Path, content: bytes) -> None:

@@ -1,0 +1,136 @@
+"""Publishes a checkpoint as a repository of the Hugging Face Hub, and the app as a Space that serves it.
+
+    python -m training.publish weights/NAME --repo user/repo
+    python -m training.publish weights/NAME --repo user/repo --space user/space
+    python -m training.publish weights/NAME user/repo user/other --space user/space
+
+A Space downloads the repositories when it is built, and carries along the folders that --repo does not publish. Log
+in first with `hf auth login`, or set HF_TOKEN. What has not changed is not sent again; --dry-run prints every file with
+its size and sends nothing.
+"""
+
+import argparse
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+import vca
+from vca.hub import FILES, REPO_ID, published_files, upload
+
+ROOT = Path(__file__).parent.parent
+TITLE = "Visual-Contrast Attention"
+SHORT = "Where every head of a vision transformer looks"  # at most 60 characters
+TRAINING_LINE = "# What training and the tests need besides."
+BODY = f"""
+# {TITLE}
+
+See where every head of a vision transformer looks: what it draws in, and what it pushes away. Classify a photo, explore
+the positive, negative and effective attention maps of every head, and generate images.
+
+*Linear Differential Vision Transformer: Learning Visual Contrasts via Pairwise Differentials*, NeurIPS 2025,
+[arXiv 2511.00833](https://arxiv.org/abs/2511.00833). This is an independent implementation.
+"""
+SERVE = """import os
+
+os.environ.setdefault("VCA_MODELS", "{models}")
+
+"""
+
+
+def space_files(folders: list[Path], repositories: list[str]) -> dict[str, Path | bytes]:
+    """The files of a Space that serves checkpoint folders, which it carries, and repositories, which it preloads.
+
+    Args:
+        repositories: Hub ids, either with "@revision".
+
+    Raises:
+        CheckpointError: a folder must not be published.
+    """
+    code = [file for name in ("app", "vca") for file in sorted((ROOT / name).rglob("*")) if _is_code(file)]
+    files: dict[str, Path | bytes] = {file.relative_to(ROOT).as_posix(): file for file in [*code, ROOT / "LICENSE"]}
+    start = (ROOT / "app.py").read_text(encoding="utf-8")
+    if repositories:
+        head, separator, rest = start.partition("from app")
+        start = head + SERVE.format(models=",".join(repositories)) + separator + rest
+    files["app.py"] = start.encode()
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").split(TRAINING_LINE)[0].splitlines()
+    files["requirements.txt"] = "".join(f"{line}\n" for line in requirements if not line.startswith("gradio")).encode()
+    files["README.md"] = f"---\n{yaml.safe_dump(front_matter(repositories), sort_keys=False)}---\n{BODY}".encode()
+    for folder in folders:
+        carried = published_files(folder, vca.hub.place(folder))
+        files |= {f"weights/{folder.resolve().name}/{name}": content for name, content in carried.items()}
+    return files
+
+
+def _is_code(file: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(ROOT).parts)
+    return file.is_file() and not hidden and "__pycache__" not in file.parts
+
+
+def front_matter(repositories: list[str]) -> dict:
+    """What a Space says about itself: how it is built, and which models it uses."""
+    names = [REPO_ID.fullmatch(name) for name in repositories]
+    return dict(
+        title=TITLE,
+        emoji="🔍",
+        colorFrom="indigo",
+        colorTo="gray",
+        sdk="gradio",
+        sdk_version=version("gradio"),
+        python_version="3.12",
+        app_file="app.py",
+        license="apache-2.0",
+        short_description=SHORT,
+        models=[name["repo"] for name in names],
+        preload_from_hub=[" ".join(filter(None, (n["repo"], ",".join(FILES), n["revision"]))) for n in names],
+    )
+
+
+def report(title: str, files: dict[str, Path | bytes]) -> None:
+    """Prints every file with its size."""
+    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
+    print(f"{title}: {len(sizes)} files, {sum(sizes.values()):,} bytes")
+    for name in sorted(sizes):
+        print(f"{sizes[name]:>13,}  {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="folder, or for a Space also a Hub id")
+    parser.add_argument("--repo", metavar="USER/REPO", help="publish the folder here")
+    parser.add_argument("--space", metavar="USER/SPACE", help="publish the app here")
+    parser.add_argument("--private", action="store_true", help="only for you; a Space then needs the secret HF_TOKEN")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch of --repo; default main")
+    parser.add_argument("--dry-run", action="store_true", help="print every file with its size, send nothing")
+    args = parser.parse_args()
+    if not (args.repo or args.space):
+        parser.error("give --repo, --space, or both.")
+    folders = [Path(name) for name in args.checkpoints if Path(name).is_dir()]
+    repositories = [name for name in args.checkpoints if not Path(name).is_dir()]
+    for name in [*filter(None, (args.repo, args.space)), *repositories]:
+        if not REPO_ID.fullmatch(name):
+            parser.error(f"{name!r} is neither a folder nor a name such as user/repo.")
+    if args.repo and (len(folders) != 1 or (repositories and not args.space)):
+        parser.error("--repo publishes exactly one folder.")
+    try:
+        targets = []
+        if args.repo:
+            targets.append(("model", args.repo, published_files(folders.pop(), args.repo)))
+            repositories.insert(0, f"{args.repo}@{args.revision}" if args.revision else args.repo)
+        if args.space:
+            targets.append(("space", args.space, space_files(folders, repositories)))
+        for kind, repo, files in targets:
+            if args.dry_run:
+                report(f"{repo} ({kind})", files)
+                continue
+            own = dict(revision=args.revision) if kind == "model" else dict(owned=("app/", "vca/", "weights/"))
+            print(f"{repo}: {upload(files, repo, kind=kind, private=args.private, **own)}")
+    except (vca.CheckpointError, vca.PushError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
