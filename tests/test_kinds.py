@@ -122,6 +122,8 @@ def assert_records_are_exact(model: nn.Module, x: torch.Tensor) -> list[vca.Laye
         for record in maps:
             layer, layer_input, output = seen[record.name]
             assert (rebuilt(record, layer, layer_input) - output).abs().max() < 1e-9, record.name
+            if record.window_size is None:
+                assert (record.effective @ record.values - record.gathered).abs().max() < 1e-9, record.name
         assert not any({"forward", "_attn"} & set(vars(module)) for module in model.modules())
     return maps
 

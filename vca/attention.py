@@ -194,7 +194,8 @@ class VisualContrastAttention(OnGrid, nn.Module):
 
         Returns:
             The output (B, P + N, C), and fields of `vca.LayerMaps`: `stage1` with maps (B, H, n, P + N), `stage2` with
-            maps (B, H, P + N, n), their row factors `row_scale1`, `row_scale2` and the scalars `lambda1`, `lambda2`.
+            maps (B, H, P + N, n), their row factors `row_scale1`, `row_scale2`, the scalars `lambda1`, `lambda2`, and
+            `values` and `gathered`, (B, H, P + N, d).
         """
         return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True)
 
@@ -234,7 +235,8 @@ class VisualContrastAttention(OnGrid, nn.Module):
         row_scale2 = VF.rms_scale(out, gain)
 
         factor, gain2 = row_scale2.to(out.dtype), self.stage2.norm.weight.to(out.dtype)
-        out = (out.mul_(factor) if in_place else out * factor).transpose(1, 2)
+        gathered = out.mul_(factor) if in_place else out * factor
+        out = gathered.transpose(1, 2)
         if self.dwc is None:
             out = out * gain2
         else:
@@ -252,6 +254,8 @@ class VisualContrastAttention(OnGrid, nn.Module):
             num_prefix_tokens=prefix,
             stage1=_stage_maps(streams1, d1, lambda1),
             stage2=_stage_maps(streams2.transpose(-2, -1), d2, lambda2),
+            values=v * self.stage1.norm.weight,
+            gathered=gathered,
             row_scale1=row_scale1,
             row_scale2=row_scale2,
             lambda1=lambda1,

@@ -73,7 +73,7 @@ class AgentAttention(OnGrid, nn.Module):
         if keep_maps:
             first, second = VF.softmax_map(agents, k), VF.softmax_map(q, agents)
             out = second.to(v.dtype) @ (first.to(v.dtype) @ v)
-            fields = dict(stage1=StageMaps(first), stage2=StageMaps(second))
+            fields = dict(stage1=StageMaps(first), stage2=StageMaps(second), values=v, gathered=out)
         else:
             out = F.scaled_dot_product_attention(q, agents, F.scaled_dot_product_attention(agents, k, v))
             fields = {}
@@ -119,7 +119,8 @@ class DepthwiseConvAttention(OnGrid, Attention):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if keep_maps:
             attention = VF.softmax_map(q, k)
-            out, fields = attention.to(v.dtype) @ v, dict(stage1=StageMaps(attention))
+            out = attention.to(v.dtype) @ v
+            fields = dict(stage1=StageMaps(attention), values=v, gathered=out)
         else:
             out, fields = F.scaled_dot_product_attention(q, k, v), {}
         out = add_local(out.transpose(1, 2).flatten(2), self.dwc, v, grid_size, self.num_prefix_tokens)

@@ -25,6 +25,10 @@ class LayerMaps:
     - "diff": `stage1` (B, H, T, T), three maps; "mhsa", "mhsa_dwc": the same, one map;
     - "sr": one map (B, H, N, N / r^2) to keys on the coarser `key_grid`;
     - "window", "stripes": one map (B, windows, H, M, M); `window_patches` says which patches a window holds.
+
+    All but windows and stripes have `values` (B, H, keys, d), which are v, times g1 for the VCA kinds, and `gathered`,
+    `effective` times `values` (B, H, queries, d), a part of the graph of the forward pass: the gradient of a score with
+    respect to the effective map is its gradient with respect to `gathered`, times `values` transposed.
     """
 
     kind: str
@@ -39,6 +43,8 @@ class LayerMaps:
     row_scale2: Tensor | None = None
     lambda1: Tensor | None = None
     lambda2: Tensor | None = None
+    values: Tensor | None = None
+    gathered: Tensor | None = None
     key_grid: tuple[int, int] | None = None
     window_size: tuple[int, int] | None = None
     shift_size: tuple[int, int] | None = None
@@ -71,11 +77,12 @@ def _mhsa_maps(layer: Attention, x: Tensor, attn_mask=None, is_causal=False) -> 
     q, k, v = qkv.unbind(0)
     q, k = layer.q_norm(q) * layer.scale, layer.k_norm(k)
     attention = VF.softmax(q @ k.transpose(-2, -1), -1, in_place=False)
-    out = layer.attn_drop(attention).to(v.dtype) @ v
-    out = layer.norm(out.transpose(1, 2).reshape(batch, length, layer.attn_dim))
+    gathered = layer.attn_drop(attention).to(v.dtype) @ v
+    out = layer.norm(gathered.transpose(1, 2).reshape(batch, length, layer.attn_dim))
     if layer.gate is not None:
         out = out * layer.gate(x).sigmoid()
-    return layer.proj_drop(layer.proj(out)), dict(kind="mhsa", stage1=StageMaps(attention))
+    fields = dict(kind="mhsa", stage1=StageMaps(attention), values=v, gathered=gathered)
+    return layer.proj_drop(layer.proj(out)), fields
 
 
 def _diff_maps(layer: DiffAttention, x: Tensor, attn_mask=None, is_causal=False) -> tuple[Tensor, dict]:
@@ -90,10 +97,12 @@ def _diff_maps(layer: DiffAttention, x: Tensor, attn_mask=None, is_causal=False)
     difference = VF.subtract_streams(streams, lam)
     out = layer.attn_drop(difference).to(v.dtype) @ v
     row_scale = VF.rms_scale(out, 1 - layer.lambda_init, layer.sub_norm.eps)
-    out = (out * (row_scale * layer.sub_norm.weight)).to(v.dtype)
+    gathered = out * row_scale
+    out = (gathered * layer.sub_norm.weight).to(v.dtype)
     y = layer.proj_drop(layer.proj(layer.norm(out.transpose(1, 2).flatten(2))))
     stage1 = StageMaps(streams[:, :, 0], streams[:, :, 1], difference)
-    return y, dict(kind="diff", stage1=stage1, row_scale1=row_scale, lambda1=lam)
+    fields = dict(kind="diff", stage1=stage1, row_scale1=row_scale, lambda1=lam, values=v, gathered=gathered)
+    return y, fields
 
 
 def _window_maps(layer: WindowAttention, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict]:

@@ -60,7 +60,8 @@ class SpatialReductionAttention(OnGrid, nn.Module):
         fields = dict(kind="sr", grid_size=grid_size, key_grid=key_grid)
         if keep_maps:
             attention = VF.softmax_map(q, k)
-            out, fields["stage1"] = attention.to(v.dtype) @ v, StageMaps(attention)
+            out = attention.to(v.dtype) @ v
+            fields |= dict(stage1=StageMaps(attention), values=v, gathered=out)
         else:
             out = F.scaled_dot_product_attention(q, k, v)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2))), fields
