@@ -1,0 +1,172 @@
+"""Attributions: what in an image speaks for a class, and what against it.
+
+    classes = model(images).argmax(-1)
+    attribution = vca.attribution.METHODS["integrated gradients"](model, images, classes)  # (B, H, W)
+
+Every method takes a classifier in evaluation mode, normalised images (B, 3, H, W) and the index of a class for each,
+any class, and returns a signed map (B, H, W): positive where the image speaks for the class. What a method finds for a
+patch is spread evenly over the patch's pixels. The score that is explained is the logit of the class. A method that is
+not defined for a model raises a ValueError that says why.
+"""
+
+from collections.abc import Callable, Sequence
+from math import ceil
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vca.maps import LayerMaps, record
+
+CELLS = 16
+BATCH = 64
+IG_STEPS = 32
+
+
+def cell_size(model: nn.Module, images: Tensor) -> tuple[int, int]:
+    """Rows and columns of pixels of a cell: a patch of the model, or several, so that there are at most 16x16 cells."""
+    patch = model.patch_embed.proj.stride
+    merged = max(ceil(ceil(side / p) / CELLS) for side, p in zip(images.shape[-2:], patch, strict=True))
+    return patch[0] * merged, patch[1] * merged
+
+
+def spread(values: Tensor, size: Sequence[int]) -> Tensor:
+    """Values of the patches of a grid, (B, Hg, Wg), spread over the pixels of an image: (B, H, W) with the same sum."""
+    pixels = F.interpolate(values[:, None], tuple(size), mode="nearest-exact")[:, 0]
+    return pixels * (values[0].numel() / pixels[0].numel())
+
+
+def rollout(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """Effective-map rollout: attention rollout (arXiv 2005.00928) with the signed effective maps E of all blocks.
+
+        R = M_L ... M_1,    M_l = (I + A_l) / 2,    A_l = mean of E_l over the heads, each row divided by its sum of |.|
+
+    The attribution is the row of R that the classifier reads: the class token's, or the mean over the patches. For
+    self-attention, whose rows sum to 1, this is the published method; with a negative E, paths that push away twice
+    count as drawing in. Dropped are the values and gains, the depthwise convolution, the MLPs and the prefix tokens'
+    columns. It is the same for every class.
+    """
+    maps = _whole_grid_maps(model, images)
+    result = None
+    for layer in maps:
+        mean = layer.effective.mean(1)
+        rows = mean / mean.abs().sum(-1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
+        step = (torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device) + rows) / 2
+        result = step if result is None else step @ result
+    return spread(_decision(model, maps[-1], result), images.shape[-2:])
+
+
+def head_map(model: nn.Module, images: Tensor, classes: Tensor, *, block: int, head: int) -> Tensor:
+    """The effective map of one head, from what the classifier reads to the patches; it is the same for every class."""
+    (layer,) = _whole_grid_maps(model, images, [block])
+    return spread(_decision(model, layer, layer.effective[:, head]), images.shape[-2:])
+
+
+def gradient_weighted(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """Gradient-weighted effective map: the attention to each patch where more of it would raise the logit.
+
+        sum over blocks, heads and queries i of  E_ij max(0, d logit / d E_ij)      for every patch j
+
+    This is Grad-SAM (arXiv 2204.11073) with the effective map E in the place of a softmax. The derivative takes E as
+    the variable and the values as given: with o = E v it is (d logit / d o) v^T. To first order each term is what it
+    adds to the logit; negative is what E pushes away although it speaks for the class. Each block counts on its own
+    grid. The depthwise convolutions and MLPs are left out, except that the gradient passes through them.
+    """
+    images = images.detach().requires_grad_()
+    with torch.enable_grad(), record(model) as maps:
+        logits = model(images)
+        _refuse_windows(maps)
+        gathered = [layer.gathered for layer in maps]
+        gradients = torch.autograd.grad(_scores(logits, classes).sum(), gathered)
+    total = 0
+    for layer, gradient in zip(maps, gradients, strict=True):
+        products = layer.effective * (gradient @ layer.values.transpose(-2, -1)).clamp(min=0)
+        patches = products.sum((1, 2))[:, layer.num_prefix_tokens :]
+        total = total + spread(patches.unflatten(-1, layer.key_grid or layer.grid_size), images.shape[-2:])
+    return total.detach()
+
+
+def integrated_gradients(model: nn.Module, images: Tensor, classes: Tensor, *, steps: int = IG_STEPS) -> Tensor:
+    """Captum's integrated gradients (arXiv 1703.01365) along the line from a plain image of value 0.
+
+    Zero is the mean colour that the checkpoint's normalisation subtracts. The integral is taken at `steps`
+    Gauss-Legendre points; the more there are, the nearer the sum over a map comes to logit(image) - logit(plain image).
+    """
+    from captum.attr import IntegratedGradients
+
+    method = IntegratedGradients(model)
+    batch = max(BATCH, len(images))
+    values = method.attribute(images, target=classes, n_steps=steps, internal_batch_size=batch)
+    return values.sum(1).detach()
+
+
+def gradient_x_input(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """Captum's gradient x input: the gradient of the logit times the normalised pixel, summed over the colours."""
+    from captum.attr import InputXGradient
+
+    return InputXGradient(model).attribute(images.detach().clone().requires_grad_(), target=classes).sum(1).detach()
+
+
+@torch.no_grad()
+def occlusion(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """Captum's occlusion (arXiv 1311.2901): how far the logit falls when a window has the value 0.
+
+    Zero is the mean colour, as in `integrated_gradients`. The window is 2x2 cells of `cell_size` and moves by one cell;
+    a pixel takes the mean over the windows on it.
+    """
+    from captum.attr import Occlusion
+
+    rows, cols = cell_size(model, images)
+    channels = images.shape[1]
+    values = Occlusion(model).attribute(
+        images,
+        target=classes,
+        sliding_window_shapes=(channels, 2 * rows, 2 * cols),
+        strides=(channels, rows, cols),
+        perturbations_per_eval=max(1, BATCH // len(images)),
+    )
+    return values.mean(1)
+
+
+Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
+METHODS: dict[str, Method] = {
+    "gradient-weighted effective map": gradient_weighted,
+    "effective-map rollout": rollout,
+    "integrated gradients": integrated_gradients,
+    "gradient x input": gradient_x_input,
+    "occlusion": occlusion,
+}
+
+
+def _scores(logits: Tensor, classes: Tensor) -> Tensor:
+    return logits.gather(1, classes[:, None])[:, 0]
+
+
+@torch.no_grad()
+def _whole_grid_maps(model: nn.Module, images: Tensor, blocks: Sequence[int] | None = None) -> list[LayerMaps]:
+    """The maps of the chosen blocks, if each joins every two patches of the one grid that all blocks share."""
+    with record(model, blocks) as maps:
+        model(images)
+    _refuse_windows(maps)
+    if any(layer.key_grid for layer in maps):
+        raise ValueError("this model's keys lie on a coarser grid than its queries: its maps cannot be multiplied.")
+    if len({layer.grid_size for layer in maps}) > 1:
+        raise ValueError("this model's blocks work on grids of different sizes: their maps cannot be multiplied.")
+    return maps
+
+
+def _refuse_windows(maps: list[LayerMaps]) -> None:
+    if any(layer.window_size for layer in maps):
+        raise ValueError("this model attends within windows: it has no effective map over the whole image.")
+
+
+def _decision(model: nn.Module, layer: LayerMaps, effective: Tensor) -> Tensor:
+    """What the classifier reads of maps (B, T, T), over the patches: the class token's row or the mean, (B, Hg, Wg)."""
+    prefix, pool = layer.num_prefix_tokens, getattr(model, "global_pool", None)
+    if pool == "token":
+        rows = effective[:, 0]
+    elif pool == "avg":
+        rows = effective[:, prefix:].mean(1)
+    else:
+        raise ValueError(f"what this model's classifier reads is no row of a map: it pools with {pool!r}.")
+    return rows[:, prefix:].unflatten(-1, layer.grid_size)

@@ -1,0 +1,243 @@
+"""Faithfulness: does the model rely on what an attribution says? Curves and measures for any map over the image.
+
+Deletion replaces the cells of an image one after another, those of the largest attribution first, by the image's mean
+colour; insertion starts from the blurred image and puts the cells back in that order (Petsiuk et al., arXiv
+1806.07421). A faithful map makes the probability of the class fall fast and rise fast: small area under the first
+curve, large area under the second. Both mean little without the same for a random order, a centre prior and an edge
+map. Cells are the model's patches, `vca.attribution.cell_size`; the value of a cell is its mean over pixels.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vca.attribution import BATCH, Method, cell_size
+
+STEPS = 32
+BLUR = 1 / 8  # standard deviation of the blur, as a part of the image's shorter side
+RADIUS = 0.02  # of the noise for `sensitivity`, in normalised pixels
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Probabilities of the class along both curves, (B, S + 1); `fractions` (S + 1) of the cells are exchanged."""
+
+    fractions: Tensor
+    deletion: Tensor
+    insertion: Tensor
+
+    @property
+    def deletion_area(self) -> Tensor:
+        """Area under each deletion curve (B,), from 0 to 1; smaller is more faithful."""
+        return torch.trapezoid(self.deletion, self.fractions)
+
+    @property
+    def insertion_area(self) -> Tensor:
+        """Area under each insertion curve (B,), from 0 to 1; larger is more faithful."""
+        return torch.trapezoid(self.insertion, self.fractions)
+
+
+def mean_colour(images: Tensor) -> Tensor:
+    """Each image's mean colour, (B, C, 1, 1)."""
+    return images.mean((2, 3), keepdim=True)
+
+
+def blurred(images: Tensor) -> Tensor:
+    """The images under a Gaussian of standard deviation 1/8 of the shorter side, edges repeated."""
+    sigma = BLUR * min(images.shape[-2:])
+    reach = int(3 * sigma)
+    offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
+    kernel = torch.softmax(-(offsets**2) / (2 * sigma**2), 0).expand(images.shape[1], 1, -1)
+    padded = F.pad(images, [reach] * 4, mode="replicate")
+    rows = F.conv2d(padded, kernel[..., None, :], groups=images.shape[1])
+    return F.conv2d(rows, kernel[..., None], groups=images.shape[1])
+
+
+def in_cells(values: Tensor, cell: tuple[int, int]) -> Tensor:
+    """Means over cells of pixels: (B, H, W) -> (B, rows, cols). The last row and column may be cut."""
+    return F.avg_pool2d(values[:, None], cell, ceil_mode=True, count_include_pad=False)[:, 0]
+
+
+def over_pixels(cells: Tensor, cell: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Every cell's value at each of its pixels: (..., rows, cols) -> (..., H, W)."""
+    pixels = cells.repeat_interleave(cell[0], -2).repeat_interleave(cell[1], -1)
+    return pixels[..., : size[0], : size[1]]
+
+
+def ranks(cells: Tensor) -> Tensor:
+    """The place of every cell, 0 for the largest value: (B, rows, cols). Equal cells go row by row."""
+    order = cells.flatten(1).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places).view(cells.shape)
+
+
+def random_map(images: Tensor, seed: int) -> Tensor:
+    """A random order of the pixels, the same for the same seed and number of images: (B, H, W)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(len(images), *images.shape[-2:], generator=generator).to(images.device)
+
+
+def centre_prior(images: Tensor) -> Tensor:
+    """Minus the squared distance from the centre, in half sides: (B, H, W)."""
+    rows, cols = (torch.linspace(-1, 1, side, device=images.device) ** 2 for side in images.shape[-2:])
+    return -(rows[:, None] + cols).expand(len(images), -1, -1)
+
+
+def edge_map(images: Tensor) -> Tensor:
+    """The magnitude of the Sobel gradient of the mean over the colours: (B, H, W)."""
+    grey = F.pad(images.mean(1, keepdim=True), [1] * 4, mode="replicate")
+    sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]).to(images)
+    gradient = F.conv2d(grey, torch.stack([sobel, sobel.T])[:, None])
+    return torch.linalg.vector_norm(gradient, dim=1)
+
+
+BASELINES: dict[str, Callable[[Tensor], Tensor]] = {"centre prior": centre_prior, "edge map": edge_map}
+
+
+def exchange_curve(
+    model: nn.Module,
+    before: Tensor,
+    after: Tensor,
+    places: Tensor,
+    cell: tuple[int, int],
+    classes: Tensor,
+    steps: int,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Probability of the class while the cells of one image are exchanged for those of another: (B, S + 1).
+
+    Args:
+        before, after: the images at the start and at the end, (B, C, H, W) or broadcastable to it.
+        places: the place of every cell in the order, (B, rows, cols).
+        cell: rows and columns of pixels of a cell.
+        classes: (B,).
+        steps: S; after step s, round(s / S * cells) are exchanged.
+        progress: called with the number of images of every forward pass.
+    """
+    size = torch.broadcast_shapes(before.shape, after.shape)[-2:]
+    counts = _counts(places, steps)
+    places = over_pixels(places, cell, size)
+    picks = [(image, step) for image in range(len(places)) for step in range(steps + 1)]
+    before, after = (images.expand(-1, -1, *size) for images in (before, after))
+    result = []
+    with torch.inference_mode():
+        for batch in torch.tensor(picks).split(BATCH):
+            image, step = batch.unbind(1)
+            exchanged = (places[image] < counts[step, None, None])[:, None]
+            logits = model(torch.where(exchanged, after[image], before[image]))
+            result.append(logits.softmax(-1).gather(1, classes[image, None])[:, 0])
+            if progress:
+                progress(len(batch))
+    return torch.cat(result).view(len(places), steps + 1).clone()
+
+
+def _counts(places: Tensor, steps: int) -> Tensor:
+    cells = places[0].numel()
+    return (torch.arange(steps + 1, device=places.device) * (cells / steps)).round().long()
+
+
+def curves(
+    model: nn.Module,
+    images: Tensor,
+    classes: Tensor,
+    attributions: Mapping[str, Tensor],
+    steps: int = STEPS,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Curves]:
+    """Deletion and insertion for several attributions of the same images.
+
+    Args:
+        model: a classifier in evaluation mode.
+        images: normalised, (B, 3, H, W).
+        classes: (B,).
+        attributions: name -> (B, H, W), or any other map over the image.
+        steps: S, of each curve; no more than there are cells are taken.
+        progress: called with the finished part, from 0 to 1, after every forward pass.
+    """
+    cell = cell_size(model, images)
+    done, result = 0, {}
+
+    def count(forwards: int) -> None:
+        nonlocal done
+        done += forwards
+        if progress:
+            progress(done / (2 * len(attributions) * len(images) * (steps + 1)))
+
+    colour, blur = mean_colour(images), blurred(images)
+    for name, attribution in attributions.items():
+        places = ranks(in_cells(attribution, cell))
+        steps = min(steps, places[0].numel())
+        deletion, insertion = (
+            exchange_curve(model, before, after, places, cell, classes, steps, count)
+            for before, after in ((images, colour), (blur, images))
+        )
+        result[name] = Curves(_counts(places, steps) / places[0].numel(), deletion, insertion)
+    return result
+
+
+def infidelity(
+    model: nn.Module, images: Tensor, classes: Tensor, attribution: Tensor, samples: int = 32, seed: int = 0
+) -> Tensor:
+    """Captum's infidelity (arXiv 1901.09392) of a map (B, H, W): (B,), in squared logits; smaller is more faithful.
+
+    Half of the cells, drawn at random, are replaced by the image's mean colour, `samples` times; infidelity is the mean
+    squared difference between the attribution of the removed cells and the fall of the logit. The attribution is first
+    scaled by the factor that fits best, so that maps in any unit compare; the same seed draws the same cells.
+    """
+    from captum.metrics import infidelity as measure
+
+    cell = cell_size(model, images)
+    values = in_cells(attribution, cell)
+    generator = torch.Generator().manual_seed(seed)
+
+    def remove(kept: Tensor) -> tuple[Tensor, Tensor]:
+        removed = (torch.rand(kept.shape, generator=generator) < 0.5).to(kept)
+        return removed, kept - removed
+
+    def logits(kept: Tensor, images: Tensor) -> Tensor:
+        colour = mean_colour(images)
+        return model(colour + over_pixels(kept, cell, images.shape[-2:])[:, None] * (images - colour))
+
+    return measure(
+        logits,
+        remove,
+        torch.ones_like(values),
+        values,
+        additional_forward_args=images,
+        target=classes,
+        n_perturb_samples=samples,
+        max_examples_per_batch=min(max(BATCH, len(images)), samples * len(images)),
+        normalize=True,
+    )
+
+
+def sensitivity(
+    model: nn.Module, images: Tensor, classes: Tensor, method: Method, samples: int = 10, seed: int = 0
+) -> Tensor:
+    """Captum's maximum sensitivity (arXiv 1901.09392) of a method: (B,); smaller is more stable.
+
+    The largest relative change of the map, in Euclidean norm, under `samples` draws of uniform noise of +-0.02 in every
+    normalised pixel.
+    """
+    from captum.metrics import sensitivity_max
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def noisy(images: Tensor) -> Tensor:
+        noise = torch.rand(images.shape, generator=generator).to(images)
+        return images + RADIUS * (2 * noise - 1)
+
+    def explain(images: Tensor | tuple[Tensor], target: Tensor) -> tuple[Tensor]:
+        return (method(model, images[0] if isinstance(images, tuple) else images, target),)
+
+    return sensitivity_max(
+        explain,
+        images,
+        noisy,
+        n_perturb_samples=samples,
+        max_examples_per_batch=min(max(BATCH, len(images)), samples * len(images)),
+        target=classes,
+    )
