@@ -131,7 +131,8 @@ def _generator(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
     } classes: {", ".join(config["label_names"])}.
 
 Validation loss {results["val_loss"]:.4f} on {results["images"]:,} images that were not trained on: uniform times, fixed
-noise, float32, the weights of the last step{_average(recipe)}. No FID is claimed here."""
+noise, float32, the weights of the last step{_average(recipe)}."""
+    about += _fid(results["fid"]) if "fid" in results else " No FID is claimed here."
     if "quality" in results:
         about += _quality(results["quality"])
     elif (folder / "samples.png").exists():
@@ -149,6 +150,26 @@ One column for each of the first classes, from the noise of seed 0, indices 0, 1
 `images` is (3, 3, height, width) in [0, 1]; `python -m training.sample` writes PNG files or an `.npz`."""
     metrics = [dict(type="loss", name="validation loss", value=results["val_loss"])]
     return "unconditional-image-generation", metrics, about, use
+
+
+def _fid(measured: list[dict]) -> str:
+    """What `training.fid` measured, each with its whole protocol."""
+    lines = []
+    for result in measured:
+        sampling = result["sampling"]
+        manifold = f", precision {result['precision']:.3f}, recall {result['recall']:.3f}" if "recall" in result else ""
+        channels = "all" if sampling["guided_channels"] is None else f"the first {sampling['guided_channels']}"
+        reference = f"{result['reference']} ({result['statistics']}"
+        reference += f"; {result['reference_images']:,} images)" if result["reference_images"] else ")"
+        lines.append(
+            f"- **FID {result['fid']:.2f}**, Inception score {result['inception_score']:.2f} ± "
+            f"{result['inception_std']:.2f}{manifold}. {result['images']:,} images; {sampling['sampler']}, "
+            f"{sampling['steps']} steps, guidance {sampling['guidance_scale']:g} on {channels} channels, labels "
+            f"{'in turn' if sampling['balanced'] else 'drawn uniformly'}, seed {sampling['seed']}, "
+            f"{sampling['precision']}, decoder {sampling['decoder'] or 'none'}; reference {reference}; "
+            f"{result['evaluator']}."
+        )
+    return "\n\n" + "\n".join(lines)
 
 
 def _quality(quality: dict) -> str:
