@@ -12,6 +12,7 @@ import yaml
 from safetensors import safe_open
 
 from training.picture import maps_png
+from training.recipe import defaults
 from vca.hub import load_unverified, place, sha256, write_atomically
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
@@ -233,8 +234,11 @@ def _twins(folder: Path, config: dict) -> str:
 
 def _protocol(config: dict) -> list[dict]:
     """What decides a comparison: every run's recipe but for the model, and how much of it was trained."""
+    from training import classify, generate  # which write cards
+
+    kind = (generate if config["architecture"] in GENERATORS else classify).Recipe
     return [
-        {key: value for key, value in run["recipe"].items() if key not in ("model", "attention")}
+        {k: v for k, v in (defaults(kind) | run["recipe"]).items() if k not in ("model", "attention")}
         | {key: run[key] for key in ("init", "steps", "train_images")}
         for run in config["training"]
     ]
