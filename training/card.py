@@ -11,7 +11,6 @@ from pathlib import Path
 import yaml
 from safetensors import safe_open
 
-from training.picture import maps_png
 from training.recipe import defaults
 from vca.hub import load_unverified, place, sha256, write_atomically
 from vca.models import GENERATORS
@@ -101,7 +100,7 @@ def _classifier(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
     }, chosen before the accuracy was looked at. The number is what this prints:
 
     python -m training.evaluate {place(folder)} --data DATA"""
-    if picture := maps_png(load_unverified(folder)):
+    if picture := _picture(folder):
         write_atomically(folder / "maps.png", picture)
         about += """
 
@@ -117,6 +116,14 @@ What the model sees of a photo, and what each head (row) of each block (column) 
 
 The same model through timm, after `import vca`: `timm.create_model("local-dir:{place(folder)}", pretrained=True)`."""
     return "image-classification", metrics, about, use
+
+
+def _picture(folder: Path) -> bytes | None:
+    try:
+        from training.picture import maps_png
+    except ImportError:  # a machine that only trains has no scikit-image
+        return None
+    return maps_png(load_unverified(folder))
 
 
 def _generator(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
