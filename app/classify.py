@@ -10,37 +10,39 @@ from torch import nn
 import vca
 from app import draw, models
 from app.images import ImageError, read_image, uploaded_file
-from app.inputs import image_and_model
+from app.inputs import ModelChoice, image_and_model
 
 EMPTY = "<p class='vca-empty'>Drop an image, take a photo or pick an example: it is classified right away.</p>"
 
 
-def build(checkpoints: models.Checkpoints, examples: list[str]) -> tuple[gr.Button, gr.Image, gr.Dropdown]:
+def build(choice: ModelChoice, examples: list[str]) -> tuple[gr.Button, gr.Image, gr.Dropdown]:
     """Builds the tab. Returns its "Explore this" button, and the image and the model that it should carry along."""
+    checkpoints = choice.checkpoints
 
     def classify(upload: dict | None, name: str):
         explore_button = gr.Button(interactive=False)
         if upload is None:
-            return None, None, EMPTY, _classes(checkpoints, name), explore_button
+            labels = checkpoints.load(name).label_names if name else []
+            return None, None, EMPTY, _classes(labels), explore_button
         model = checkpoints.load(name)
         try:
             image = read_image(uploaded_file(upload))
         except ImageError as error:
             problem = f"<p class='vca-problem' role='alert'>{escape(error.message)}</p>"
-            return None, None, problem, _classes(checkpoints, name), explore_button
+            return None, None, problem, _classes(model.label_names), explore_button
         x = models.preprocess(model, image)
         probabilities, maps = models.run(model, x)
         return (
             models.top_labels(model, probabilities, 5),
             models.input_picture(model, x).resize((256 * x.shape[3] // x.shape[2], 256), Image.Resampling.NEAREST),
             strip(model, maps, models.centre_crop(model, image)),
-            _classes(checkpoints, name),
+            _classes(model.label_names),
             gr.Button(interactive=True),
         )
 
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
-            image, model = image_and_model(checkpoints, examples, height=320)
+            image, model = image_and_model(choice, examples, height=320)
             explore_button = gr.Button("Explore this", variant="primary", interactive=False)
         with gr.Column(scale=7, min_width=320):
             with gr.Row(equal_height=True):
@@ -56,7 +58,7 @@ def build(checkpoints: models.Checkpoints, examples: list[str]) -> tuple[gr.Butt
                     elem_classes="vca-pixels",
                 )
             maps = gr.HTML(EMPTY)
-            classes = gr.HTML(_classes(checkpoints, model.value))
+            classes = gr.HTML(_classes(checkpoints.configs[model.value]["label_names"] if model.value else []))
     gr.on(
         [image.change, model.change],
         classify,
@@ -109,10 +111,11 @@ def decision_rows(layer: vca.LayerMaps, by_class_token: bool) -> np.ndarray:
     return rows.unflatten(-1, layer.grid_size).numpy()
 
 
-def _classes(checkpoints: models.Checkpoints, name: str | None) -> str:
-    if name not in checkpoints.classifiers:
+def _classes(labels: list[str]) -> str:
+    if not labels:
         return ""
-    labels = checkpoints.configs[name]["label_names"]
-    chips = "".join(f"<li>{escape(label)}</li>" for label in labels)
-    return f"""<section class='vca-classes'><h3>The {len(labels)} classes this model knows</h3><ul>{chips}</ul>
+    chips = "<ul>" + "".join(f"<li>{escape(label)}</li>" for label in labels) + "</ul>"
+    if len(labels) > 100:
+        chips = f"<details><summary>Show them all</summary>{chips}</details>"
+    return f"""<section class='vca-classes'><h3>The {len(labels):,} classes this model knows</h3>{chips}
         <p>A photo of anything else is still given one of these labels.</p></section>"""

@@ -19,7 +19,7 @@ from PIL import Image
 import vca
 from app import draw, models
 from app.images import ImageError, read_image, uploaded_file
-from app.inputs import image_and_model
+from app.inputs import ModelChoice, image_and_model
 
 STORE_BYTES = 512 * 2**20
 NO_GRID = "The attention of this model cannot be drawn: it works on no grid of patches."
@@ -122,14 +122,14 @@ def _run(store: MapStore, maps, picture: Image.Image, caption, prefix_names: lis
     )
 
 
-def build(checkpoints: models.Checkpoints, examples: list[str]) -> Explorer:
+def build(choice: ModelChoice, examples: list[str]) -> Explorer:
     """Builds the tab."""
     store = MapStore(STORE_BYTES)
 
     def explore(upload: dict | None, name: str) -> str:
         if upload is None:
             return ""
-        model = checkpoints.load(name)
+        model = choice.checkpoints.load(name)
         try:
             image = read_image(uploaded_file(upload))
         except ImageError as error:
@@ -154,7 +154,7 @@ def build(checkpoints: models.Checkpoints, examples: list[str]) -> Explorer:
 
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            image, model = image_and_model(checkpoints, examples, height=240)
+            image, model = image_and_model(choice, examples, height=240)
         with gr.Column(scale=7, min_width=320):
             explorer = gr.HTML(
                 "",

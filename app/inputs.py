@@ -1,13 +1,21 @@
-"""The inputs that tabs have in common: an image with examples, and a choice of checkpoint."""
+"""The inputs that tabs have in common: an image with examples, and a choice of model that any other may join."""
 
 import tempfile
+from functools import partial
+from html import escape
 from pathlib import Path
 
 import gradio as gr
 import skimage.data
 from PIL import Image
 
+import vca
+from app import opening, public
 from app.models import Checkpoints
+
+FILE_TYPES = [".json", ".safetensors", ".zip"]
+HINT = """<p class='vca-hint'>One of ours, or any ViT, DeiT or Swin of timm: by its id on the Hub, or as config.json and
+model.safetensors, or a zip file of these, up to {limit}. Nobody else sees what you upload.</p>"""
 
 EXAMPLES = {
     "cat": skimage.data.cat,
@@ -30,8 +38,80 @@ def write_examples() -> list[str]:
     return paths
 
 
-def image_and_model(checkpoints: Checkpoints, examples: list[str], height: int) -> tuple[gr.Image, gr.Dropdown]:
-    """An image with examples, and a choice of checkpoint.
+class ModelChoice:
+    """The choice of a model, in every tab that has one, and the control that adds another model to all of them.
+
+    `connect` joins them, after the last tab was built.
+    """
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+        self._dropdowns: list[gr.Dropdown] = []
+        self._loaders: list[tuple] = []
+
+    def dropdown(self, label: str = "Model", first: int = 0) -> gr.Dropdown:
+        """A choice of model; `first` is the index of the one chosen at the start."""
+        names = self.checkpoints.classifiers
+        chosen = names[min(first, len(names) - 1)] if names else None
+        self._dropdowns.append(gr.Dropdown(names, label=label, value=chosen, elem_classes="vca-model"))
+        return self._dropdowns[-1]
+
+    def loader(self, chosen_in: gr.Dropdown) -> None:
+        """The control "Load another model"; what it loads is then chosen in the given dropdown."""
+        with gr.Accordion("Load another model", open=False, elem_classes="vca-loader"):
+            reference = gr.Textbox(
+                label="Hub id, or a folder on this machine",
+                placeholder="timm/deit_tiny_patch16_224.fb_in1k",
+                max_lines=1,
+            )
+            button = gr.Button("Load", size="sm")
+            files = gr.File(label="Or your own", file_count="multiple", file_types=FILE_TYPES, height=110)
+            said = gr.HTML(HINT.format(limit=public.upload_limit()))
+        self._loaders.append((chosen_in, reference, button, files, said))
+
+    def connect(self) -> None:
+        """Joins all choices and all controls: a loaded model appears in every choice of this visitor's page."""
+        others = gr.State([])
+
+        def add(tab: int, label: str, value: str, known: list):
+            known = [entry for entry in known if entry[1] != value] + [(label, value)]
+            choices = [*self.checkpoints.classifiers, *known]
+            here = self._loaders[tab][0]
+            dropdowns = [
+                gr.Dropdown(choices=choices, value=value) if dropdown is here else gr.Dropdown(choices=choices)
+                for dropdown in self._dropdowns
+            ]
+            return [note(f"{label} is loaded, and chosen above."), known, *dropdowns]
+
+        def note(text: str, kind: str = "vca-hint", role: str = "status") -> str:
+            return f"<p class='{kind}' role='{role}'>{escape(text)}</p>"
+
+        def nothing(text: str) -> list:
+            return [note(text, "vca-problem", "alert"), gr.skip(), *[gr.skip()] * len(self._dropdowns)]
+
+        def by_reference(tab: int, reference: str, known: list):
+            reference = reference.strip()
+            try:
+                self.checkpoints.load(reference)
+            except gr.Error as error:
+                return nothing(error.message)
+            return add(tab, reference, reference, known)
+
+        def by_files(tab: int, files: list[str], known: list):
+            try:
+                name, model = opening.open_upload(list(map(Path, files)))
+            except vca.CheckpointError as error:
+                return nothing(str(error))
+            return add(tab, f"{name} (uploaded)", self.checkpoints.keep(model), known)
+
+        for tab, (_, reference, button, files, said) in enumerate(self._loaders):
+            shared = dict(outputs=[said, others, *self._dropdowns], show_progress_on=said, api_visibility="private")
+            gr.on([button.click, reference.submit], partial(by_reference, tab), [reference, others], **shared)
+            files.upload(partial(by_files, tab), [files, others], **shared)
+
+
+def image_and_model(choice: ModelChoice, examples: list[str], height: int) -> tuple[gr.Image, gr.Dropdown]:
+    """An image with examples, and a choice of model.
 
     Functions that take the image should be registered with `preprocess=False`, so that they get the uploaded file and
     gradio does not decode it first; `images.uploaded_file` and `images.read_image` read it.
@@ -44,7 +124,7 @@ def image_and_model(checkpoints: Checkpoints, examples: list[str], height: int) 
         buttons=[],
         height=height,
     )
-    first = checkpoints.classifiers[0] if checkpoints.classifiers else None
-    model = gr.Dropdown(checkpoints.classifiers, label="Model", value=first, elem_classes="vca-model")
+    model = choice.dropdown()
+    choice.loader(model)
     gr.Examples(examples, image, label="Examples", api_visibility="private")
     return image, model

@@ -1,6 +1,8 @@
-"""The checkpoints of a folder and of the Hub, and what they make of an image."""
+"""The models that the app serves, and what they make of an image."""
 
-from collections.abc import Container, Sequence
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from math import floor
 from pathlib import Path
@@ -14,20 +16,60 @@ from PIL import Image
 from torch import nn
 
 import vca
+from app import opening
 from vca.hub import fetch, read_config
 from vca.models import CLASSIFIERS, GENERATORS
 from vca.models.dit import DiffusionTransformer
 
 CROP_SIDE = 640
+CACHE_BYTES = 4 * 2**30
 TOKEN_PARAMETERS = {"class": "cls_token", "distillation": "dist_token"}
 NO_MAPS = "The attention of this model cannot be drawn: none of it spans the whole image."
 
 
+class ModelCache:
+    """The models used last, at most `limit` bytes of parameters in all; each is opened once, however many ask."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._models: OrderedDict[str, nn.Module] = OrderedDict()
+        self._opening = Lock()
+        self._lock = Lock()
+
+    def get(self, key: str, open_model: Callable[[], nn.Module]) -> nn.Module:
+        """The model under `key`; opened if it is not there."""
+        if (model := self._find(key)) is None:
+            with self._opening:
+                if (model := self._find(key)) is None:
+                    self.put(key, model := open_model())
+        return model
+
+    def put(self, key: str, model: nn.Module) -> None:
+        """Keeps a model, and forgets the longest unused others as needed."""
+        with self._lock:
+            self._models[key] = model
+            while self.size() > self.limit and len(self._models) > 1:
+                self._models.popitem(last=False)
+
+    def _find(self, key: str) -> nn.Module | None:
+        with self._lock:
+            if key in self._models:
+                self._models.move_to_end(key)
+            return self._models.get(key)
+
+    def size(self) -> int:
+        """Bytes held."""
+        return sum(p.numel() * p.element_size() for model in self._models.values() for p in model.parameters())
+
+
 class Checkpoints:
-    """The models in `folder` and those of Hub repositories. Each is loaded when it is first asked for, and kept.
+    """The models in `folder`, those of Hub repositories, and whatever else a visitor asks for.
+
+    Each is loaded when it is first asked for.
 
     Args:
         repositories: Hub ids; downloaded now, unless the cache has them.
+        limit: bytes of models that are kept loaded.
 
     Attributes:
         classifiers, generators: their names, those with VCA first, then by number of classes; the first is the default.
@@ -35,7 +77,7 @@ class Checkpoints:
         problems: what is wrong with each checkpoint that cannot be used.
     """
 
-    def __init__(self, folder: Path, repositories: Sequence[str] = ()):
+    def __init__(self, folder: Path, repositories: Sequence[str] = (), limit: int = CACHE_BYTES):
         self.folders = {file.parent.name: file.parent for file in folder.glob("*/config.json")}
         self.configs: dict[str, dict] = {}
         self.problems: list[str] = []
@@ -51,8 +93,7 @@ class Checkpoints:
                 self.problems.append(str(error))
         self.classifiers = self._names_of(CLASSIFIERS)
         self.generators = self._names_of(GENERATORS)
-        self._models: dict[str, nn.Module] = {}
-        self._lock = Lock()
+        self._models = ModelCache(limit)
 
     def _names_of(self, architectures: Container[str]) -> list[str]:
         names = [name for name, config in self.configs.items() if config["architecture"] in architectures]
@@ -63,27 +104,41 @@ class Checkpoints:
         return sorted(names, key=rank)
 
     def load(self, name: str) -> nn.Module:
-        """The classifier of a checkpoint, in evaluation mode.
+        """A classifier in evaluation mode: by its name here, by a folder or Hub id, or by what `keep` returned.
 
         Raises:
-            gr.Error: there is no such classifier, or it is damaged; the message says which there are, or what is wrong.
+            gr.Error: there is none, or it is damaged; the message says which there are, or what is wrong.
         """
-        return self._load(name, self.classifiers)
+        if name in self.classifiers:
+            folder = self.folders[name]
+            return self._get(name, lambda: opening.open_folder(folder, str(folder)))
+        if not isinstance(name, str) or "/" not in name:
+            known = ", ".join(self.classifiers) or "none yet"
+            raise gr.Error(f"model must be one of: {known}; or a Hub id such as user/name.", print_exception=False)
+        return self._get(name, lambda: opening.open_model(name))
 
     def load_generator(self, name: str) -> DiffusionTransformer:
-        """The generator of a checkpoint; as `load`."""
-        return self._load(name, self.generators)
+        """The generator of a checkpoint, in evaluation mode.
 
-    def _load(self, name: str, known: list[str]) -> nn.Module:
-        if name not in known:
-            raise gr.Error(f"model must be one of: {', '.join(known) or 'none yet'}.", print_exception=False)
-        with self._lock:
-            if name not in self._models:
-                try:
-                    self._models[name] = vca.load(self.folders[name])
-                except vca.CheckpointError as error:
-                    raise gr.Error(str(error), print_exception=False) from error
-            return self._models[name]
+        Raises:
+            gr.Error: as `load`.
+        """
+        if name not in self.generators:
+            known = ", ".join(self.generators) or "none yet"
+            raise gr.Error(f"model must be one of: {known}.", print_exception=False)
+        return self._get(name, lambda: vca.load(self.folders[name]))
+
+    def keep(self, model: nn.Module) -> str:
+        """Keeps a visitor's own model for a while; `load` finds it by what this returns, which nobody can guess."""
+        name = opening.UPLOADED + secrets.token_urlsafe(24)
+        self._models.put(name, model)
+        return name
+
+    def _get(self, name: str, open_model: Callable[[], nn.Module]) -> nn.Module:
+        try:
+            return self._models.get(name, open_model)
+        except vca.CheckpointError as error:
+            raise gr.Error(str(error), print_exception=False) from error
 
 
 def preprocess(model: nn.Module, image: Image.Image) -> torch.Tensor:
@@ -91,20 +146,34 @@ def preprocess(model: nn.Module, image: Image.Image) -> torch.Tensor:
     config = timm.data.resolve_data_config(model=model)
     width, height = image.size
     limit = 4 * min(width, height)  # what the centre crop drops of a panorama need not be resized first
-    left, top = max(0, width - limit) // 2, max(0, height - limit) // 2
-    image = image.crop((left, top, width - left, height - top))
+    if config["crop_mode"] == "center":
+        left, top = max(0, width - limit) // 2, max(0, height - limit) // 2
+        image = image.crop((left, top, width - left, height - top))
     return timm.data.create_transform(**config)(image)[None]
 
 
 def centre_crop(model: nn.Module, image: Image.Image) -> Image.Image:
     """The part of `image` that reaches the model, in the image's own resolution, at most 640 px a side."""
-    config = timm.data.resolve_data_config(model=model)
-    rows, cols = config["input_size"][1:]
-    scale = min(image.width / floor(cols / config["crop_pct"]), image.height / floor(rows / config["crop_pct"]))
-    left, top = (image.width - cols * scale) / 2, (image.height - rows * scale) / 2
+    left, top, right, bottom = crop_box(model, image)
+    rows, cols = timm.data.resolve_data_config(model=model)["input_size"][1:]
+    scale = max((right - left) / cols, (bottom - top) / rows)
     shrink = min(1, CROP_SIDE / (max(rows, cols) * scale))
     size = (max(1, round(cols * scale * shrink)), max(1, round(rows * scale * shrink)))
-    return image.resize(size, Image.Resampling.BICUBIC, (left, top, left + cols * scale, top + rows * scale))
+    if left < -1 or top < -1:  # padded
+        return image.crop(tuple(map(round, (left, top, right, bottom)))).resize(size, Image.Resampling.BICUBIC)
+    box = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
+    return image.resize(size, Image.Resampling.BICUBIC, box)
+
+
+def crop_box(model: nn.Module, image: Image.Image) -> tuple[float, float, float, float]:
+    """The part of `image` that reaches the model, in its pixels: left, top, right, bottom; outside it where padded."""
+    config = timm.data.resolve_data_config(model=model)
+    rows, cols = config["input_size"][1:]
+    across, down = image.width / floor(cols / config["crop_pct"]), image.height / floor(rows / config["crop_pct"])
+    if config["crop_mode"] != "squash":
+        across = down = max(across, down) if config["crop_mode"] == "border" else min(across, down)
+    left, top = (image.width - cols * across) / 2, (image.height - rows * down) / 2
+    return left, top, left + cols * across, top + rows * down
 
 
 def input_picture(model: nn.Module, x: torch.Tensor) -> Image.Image:

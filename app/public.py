@@ -12,13 +12,18 @@ import os
 from fnmatch import fnmatchcase
 
 QUEUE = 24  # visitors who may wait for one kind of work, before the next is told to come back later
-UPLOAD = "16mb"
+UPLOADS = {True: "16mb", False: "64mb"}  # the largest file, on a public page and elsewhere
 CACHE = (600, 3600)  # how often, in seconds, files of visitors are looked through, and how old they may get
 
 
 def is_public() -> bool:
     """Whether the app runs as a Space, where anybody can reach it."""
     return "SPACE_ID" in os.environ
+
+
+def upload_limit() -> str:
+    """The largest file that a visitor may upload."""
+    return UPLOADS[is_public()]
 
 
 def served() -> list[str]:

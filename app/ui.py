@@ -7,7 +7,7 @@ import gradio as gr
 
 from app import about, api, classify, explore, public
 from app.images import uploaded_file
-from app.inputs import write_examples
+from app.inputs import ModelChoice, write_examples
 from app.models import Checkpoints
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -31,7 +31,7 @@ LAUNCH = dict(
     css_paths=Path(__file__).parent / "style.css",
     run_history=False,
     ssr_mode=False,
-    max_file_size=public.UPLOAD if public.is_public() else "64mb",
+    max_file_size=public.upload_limit(),
     footer_links=["api", "settings"],
 )
 HEADER = """<header class="vca-header"><h1>Visual-Contrast Attention</h1>
@@ -45,6 +45,7 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
     """The whole app for the checkpoints in a folder and those of VCA_MODELS. Launch it with `**LAUNCH`."""
     checkpoints = Checkpoints(Path(weights), public.served())
     cleanup = public.CACHE if public.is_public() else (3600, 86400)
+    choice = ModelChoice(checkpoints)
     examples = write_examples()
     with gr.Blocks(title="Visual-Contrast Attention", analytics_enabled=False, delete_cache=cleanup) as demo:
         api.build(checkpoints)  # first, so that no event of a tab takes one of its names
@@ -52,11 +53,12 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
         gr.HTML(HEADER + "".join(problems) + ("" if checkpoints.classifiers else NO_WEIGHTS))
         with gr.Tabs() as tabs:
             with gr.Tab("Classify", id="classify"):
-                explore_button, image, model = classify.build(checkpoints, examples)
+                explore_button, image, model = classify.build(choice, examples)
             with gr.Tab("Explore", id="explore"):
-                explorer = explore.build(checkpoints, examples)
+                explorer = explore.build(choice, examples)
             with gr.Tab("About", id="about"):
                 about.build(checkpoints)
+        choice.connect()
         explore_button.click(
             lambda upload, name: (uploaded_file(upload), name, gr.Tabs(selected="explore")),
             [image, model],

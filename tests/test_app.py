@@ -20,6 +20,7 @@ from app import about, explore, models
 from app.classify import decision_rows
 from app.explore import MapStore
 from app.images import MAX_PIXELS, WORKING_SIDE, read_image
+from app.inputs import ModelChoice
 from app.models import Checkpoints
 from app.ui import LAUNCH, build
 
@@ -362,7 +363,7 @@ def test_prefix_tokens_have_names():
 
 def test_maps_recorded_elsewhere_can_be_opened(weights):
     with gr.Blocks():
-        explorer = explore.build(Checkpoints(weights), [])
+        explorer = explore.build(ModelChoice(Checkpoints(weights)), [])
     generator = vca.create_model("vca_dit_s_2", input_size=8, dim=24, depth=2, num_heads=3, num_classes=4)
     with torch.no_grad(), vca.record(generator) as maps:
         generator(torch.randn(2, 4, 8, 8), torch.tensor([3, 3]), torch.tensor([0, 1]))

@@ -9,6 +9,7 @@ import os
 import re
 import threading
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -215,8 +216,15 @@ def sha256(file: str | os.PathLike) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def load_weights(model: nn.Module, file: str | os.PathLike) -> None:
+def load_weights(
+    model: nn.Module, file: str | os.PathLike, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+) -> None:
     """Fills `model` with the tensors of a safetensors file; every key and shape must match, every value be finite.
+
+    Args:
+        model: the model.
+        file: the file.
+        convert: if the file's keys are not the model's, turns its tensors into those of the model.
 
     Raises:
         CheckpointError: as `load`. The model is then unchanged.
@@ -229,6 +237,11 @@ def load_weights(model: nn.Module, file: str | os.PathLike) -> None:
         raise CheckpointError(f"{file}: file not found; a checkpoint needs safetensors weights.") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}).") from error
+    if convert and tensors.keys() != model.state_dict().keys():
+        try:
+            tensors = convert(tensors)
+        except Exception as error:  # written for other models, it fails wherever these differ
+            raise CheckpointError(f"{file}: holds no tensors of this model ({error!r}).") from error
     _fill(model, tensors, file)
 
 
