@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import gradio as gr
-import numpy as np
 from gradio.utils import get_upload_folder
-from PIL import Image, ImageOps
+from PIL import Image
+
+from vca.images import upright_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 100_000_000
@@ -59,27 +60,7 @@ def read_image(path: Path) -> Image.Image:
             if shrink < 1:  # a JPEG is then decoded at a half, a quarter or an eighth of its size
                 file.draft(None, (round(file.width * shrink), round(file.height * shrink)))
             file.load()
-            image = _to_rgb(_upright(file))
+            image = upright_rgb(file)
         except Exception:
             raise ImageError("This image file is damaged or incomplete.") from None
     return image.reduce(max(1, min(image.size) // WORKING_SIDE))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged metadata is no reason to refuse a picture
-        return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):  # no agreed white: the brightest pixel is white
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        values -= values.min()
-        image = Image.fromarray((values * (255 / max(values.max(), 1e-12))).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")

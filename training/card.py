@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from safetensors import safe_open
 
-from training.picture import maps_png
+from training.recipe import defaults
 from vca.hub import load_unverified, place, sha256, write_atomically
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
@@ -100,7 +100,7 @@ def _classifier(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
     }, chosen before the accuracy was looked at. The number is what this prints:
 
     python -m training.evaluate {place(folder)} --data DATA"""
-    if picture := maps_png(load_unverified(folder)):
+    if picture := _picture(folder):
         write_atomically(folder / "maps.png", picture)
         about += """
 
@@ -116,6 +116,14 @@ What the model sees of a photo, and what each head (row) of each block (column) 
 
 The same model through timm, after `import vca`: `timm.create_model("local-dir:{place(folder)}", pretrained=True)`."""
     return "image-classification", metrics, about, use
+
+
+def _picture(folder: Path) -> bytes | None:
+    try:
+        from training.picture import maps_png
+    except ImportError:  # a machine that only trains has no scikit-image
+        return None
+    return maps_png(load_unverified(folder))
 
 
 def _generator(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
@@ -233,8 +241,11 @@ def _twins(folder: Path, config: dict) -> str:
 
 def _protocol(config: dict) -> list[dict]:
     """What decides a comparison: every run's recipe but for the model, and how much of it was trained."""
+    from training import classify, generate  # which write cards
+
+    kind = (generate if config["architecture"] in GENERATORS else classify).Recipe
     return [
-        {key: value for key, value in run["recipe"].items() if key not in ("model", "attention")}
+        {k: v for k, v in (defaults(kind) | run["recipe"]).items() if k not in ("model", "attention")}
         | {key: run[key] for key in ("init", "steps", "train_images")}
         for run in config["training"]
     ]

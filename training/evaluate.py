@@ -6,37 +6,41 @@ python -m training.evaluate weights/NAME --data FOLDER
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vca
-from training.data import DataError, Images, decode, normalize
+from training.data import DataError, FolderEvaluation, Images, normalize
 from training.engine import RunError, open_device
+from training.world import ALONE, World
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor, batch_size: int = 500) -> dict:
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World = ALONE) -> dict:
     """Accuracy in percent and mean cross-entropy, in float32, of a model in evaluation mode.
 
     Args:
-        pixels: decoded images, uint8 (N, 3, H, W), on any device.
-        labels: (N,).
+        batches: decoded images, uint8 (B, 3, H, W), and labels (B,); of several processes, this one's share.
     """
+    model.eval()
     device = next(model.parameters()).device
-    top1 = top5 = loss = 0.0
-    for x, y in zip(pixels.split(batch_size), labels.split(batch_size), strict=True):
+    top1 = top5 = loss = count = 0.0
+    for x, y in batches:
         y = y.to(device)
         logits = model(normalize(x.to(device), model.pretrained_cfg))
         ranked = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
         top1 += ranked[:, 0].sum().item()
         top5 += ranked.sum().item()
         loss += F.cross_entropy(logits, y, reduction="sum").item()
-    count = len(labels)
+        count += len(y)
+    top1, top5, loss, count = world.sum([top1, top5, loss, count], device)
     return dict(
-        top1=round(100 * top1 / count, 2), top5=round(100 * top5 / count, 2), loss=round(loss / count, 4), images=count
-    )
+        top1=round(100 * top1 / count, 2), top5=round(100 * top5 / count, 2), loss=round(loss / count, 4),
+        images=int(count),
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -53,7 +57,7 @@ def main() -> None:
             raise DataError(f"{args.data} has {len(images.class_names)} classes, the model {model.num_classes}.")
         if images.class_names != model.label_names:
             raise DataError(f"the classes of {args.data} are not those of the model, in its order.")
-        result = accuracy(model, *decode(images, model.pretrained_cfg, workers=os.cpu_count()))
+        result = accuracy(model, FolderEvaluation(images, model.pretrained_cfg, os.cpu_count()))
     except (vca.CheckpointError, DataError, RunError) as error:
         sys.exit(f"error: {error}")
     top1, top5, loss, count = (result[key] for key in ("top1", "top5", "loss", "images"))

@@ -4,15 +4,14 @@
     python -m training.generate cifar10_sit_vca --data FOLDER --out runs/mine --steps 2000 --lr 1e-4
     python -m training.generate cifar10_sit_vca --data FOLDER --init weights/NAME
 
-FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE, or what `python -m training.latents` makes of such a folder if the
-model works on latents. The same command resumes an interrupted run.
+    torchrun --nproc-per-node 8 -m training.generate imagenet_vca_dit_s_2 --data LATENTS
+
+FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE (for shards and Hugging Face data sets see training/data.py), or what
+`python -m training.latents` makes of such images if the model works on latents. The same command resumes an interrupted
+run. --plan says what a run costs, --smoke tries it for a few steps on noise.
 """
 
-import argparse
-import shlex
-import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,18 +19,20 @@ from timm.scheduler import StepLRScheduler
 from torch import Tensor
 
 import vca
+from training import command as command_line
 from training import recipe as recipes
 from training.card import write_card
-from training.data import DataError, Images, MemoryBatches, decode, derive_seed, generator_cfg, normalize
-from training.engine import RunError, RunFolder, Trainer, open_device, plot_curve, progress
-from training.latents import LatentBatches, Latents
+from training.data import DataError, MemoryBatches, decode, derive_seed, generator_cfg, normalize, open_splits
+from training.engine import RunFolder, Trainer, plot_curve, progress, set_tf32
+from training.latents import LatentBatches, open_latents
 from training.recipe import key
 from training.sample import grid_png
+from training.start import build_model
+from training.world import ALONE, World, join
 from vca import diffusion, flow
 from vca.hub import write_atomically
 from vca.models import GENERATORS
 from vca.models.dit import DiffusionTransformer
-from vca.vae import DecoderError
 
 TIME_SAMPLING = ("uniform", "logit_normal")
 VAL_SAMPLES = 1000
@@ -39,61 +40,38 @@ GRID_ROWS, GRID_COLUMNS = 8, 10
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(recipes.Shared):
     """Every key that a generation recipe may set."""
 
     model: str
     steps: int
     batch_size: int
     lr: float
-    dataset: str = key("", "name of the data set, for the card")
-    license: str = key("", "licence of the data set, for the card")
-    attention: str = key("", "attention kind, if not the model's own")
     input_size: int = key(32, "side of the images or latents")
     warmup_steps: int = key(0, "steps of linear warm-up to the constant learning rate")
-    clip_grad: float = key(0.0, "largest gradient norm; 0 for none")
-    micro_batch: int = key(0, "samples in one forward pass, accumulated to batch_size; 0 for all")
     class_dropout: float = key(0.1, "share of labels replaced by the null class")
     time_sampling: str = key("uniform", "SiT: uniform, or logit_normal for more times in the middle")
     ema_decay: float = key(0.9999, "decay of the EMA of the weights; 0 for none")
     ema_warmup: bool = key(False, "let the decay rise with the steps")
-    precision: str = key("bf16", "bf16 or fp32")
-    compile: bool = key(False, "torch.compile the model")
-    workers: int = key(2, "processes that decode the images")
-    seed: int = key(0, "seed of everything random")
     val_every: int = key(2000, "steps between validation losses")
     sample_every: int = key(2000, "steps between sample grids; 0 for none, where a latent model has no VAE")
     sample_steps: int = key(50, "steps of the default sampler in a sample grid")
     sample_guidance: float = key(1.0, "guidance scale of a sample grid")
-    save_every: int = key(200, "steps between saved states")
 
     def __post_init__(self):
+        self.check_shared()
         recipes.check_ranges(
             self,
-            positive=("steps", "batch_size", "lr", "input_size", "val_every", "sample_steps", "save_every"),
-            not_negative=("warmup_steps", "clip_grad", "micro_batch", "workers", "seed", "sample_every"),
-            shares=("class_dropout", "ema_decay"),
+            positive=("steps", "input_size", "val_every", "sample_steps"),
+            not_negative=("warmup_steps", "sample_every"),
+            shares=("class_dropout",),
         )
         if self.model not in GENERATORS:
             raise ValueError(f"model = {self.model!r} is no generator; vca.list_models() names them.")
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision = {self.precision!r} must be bf16 or fp32.")
         if self.time_sampling not in TIME_SAMPLING:
             raise ValueError(f"time_sampling = {self.time_sampling!r} must be one of {', '.join(TIME_SAMPLING)}.")
         if self.time_sampling != "uniform" and GENERATORS[self.model]["family"] == "dit":
             raise ValueError(f"time_sampling = {self.time_sampling!r} is for SiT; DiT draws its times uniformly.")
-
-
-def build_model(recipe: Recipe, class_names: list[str], init: str | None) -> DiffusionTransformer:
-    """The model of a recipe, drawn from its seed or loaded from the checkpoint `init`."""
-    torch.manual_seed(recipe.seed)
-    args = dict(attention=recipe.attention) if recipe.attention else {}
-    model = vca.create_model(recipe.model, num_classes=len(class_names), input_size=recipe.input_size, **args)
-    if init:
-        if vca.load(init).label_names != list(class_names):
-            raise vca.CheckpointError(f"{init}: its classes are not those of the data.")
-        vca.hub.load_weights(model, Path(init) / "model.safetensors")
-    return model
 
 
 class Data(NamedTuple):
@@ -106,19 +84,17 @@ class Data(NamedTuple):
     train_images: int
 
 
-def open_data(recipe: Recipe, folder: str, device: torch.device) -> Data:
-    """Images held in memory, or latents read from disk, flipped half of the time."""
+def open_data(recipe: Recipe, data: str, device: torch.device, world: World = ALONE) -> Data:
+    """Images held in memory, or latents on disk, flipped half of the time; of each batch this process's rows."""
     latent = GENERATORS[recipe.model]["vae"] is not None
-    train, val = ((Latents if latent else Images)(folder, split) for split in ("train", "val"))
-    if val.class_folders != train.class_folders:
-        raise DataError(f"{folder}: train and val do not hold the same class folders.")
+    train, val = (open_latents if latent else open_splits)(data)
     if len(train) < recipe.batch_size:
         raise DataError(f"{len(train)} training images are fewer than one batch of {recipe.batch_size}.")
     chosen = torch.linspace(0, len(val) - 1, min(VAL_SAMPLES, len(val))).long()
-    shared = dict(batch_size=recipe.batch_size, seed=recipe.seed, device=device)
+    shared = dict(batch_size=recipe.batch_size, seed=recipe.seed, device=device, rows=world.rows(recipe.batch_size))
     if latent:
         if (side := train.shape[-1]) != recipe.input_size:
-            raise DataError(f"{folder} holds latents of side {side}; the recipe has input_size = {recipe.input_size}.")
+            raise DataError(f"{data} holds latents of side {side}; the recipe has input_size = {recipe.input_size}.")
         batches, samples, labels = LatentBatches(train, **shared), val.means(chosen), val.labels
     else:
         cfg = generator_cfg(recipe.input_size)
@@ -156,11 +132,16 @@ def sample_grid(model: DiffusionTransformer, recipe: Recipe) -> bytes:
     return grid_png(images, columns)
 
 
-def train(recipe: Recipe, data: str, out: str, device: torch.device, init: str | None, command: str) -> dict:
+def train(
+    recipe: Recipe, data: str, out: str, device: torch.device, init: str | None, command: str, tensorboard: bool = False
+) -> dict:
     """Runs a recipe to its end and writes `out/checkpoint`; returns the validation loss of the shipped weights."""
-    run = RunFolder(out, recipe, init=init)
-    batches, val_samples, val_labels, class_names, train_images = open_data(recipe, data, device)
-    model = build_model(recipe, class_names, init).to(device)
+    world = join(device)
+    run = RunFolder(out, recipe, world, tensorboard=tensorboard, init=init)
+    set_tf32(recipe.tf32)
+    batches, val_samples, val_labels, class_names, train_images = open_data(recipe, data, device, world)
+    model, history = build_model(recipe, class_names, init, input_size=recipe.input_size)
+    model.to(device).set_grad_checkpointing(recipe.checkpointing)
     if recipe.sample_every and model.latent_decoder:
         model.latent_decoder.load(device)
 
@@ -169,39 +150,42 @@ def train(recipe: Recipe, data: str, out: str, device: torch.device, init: str |
     scheduler = StepLRScheduler(
         optimizer, decay_t=recipe.steps + 1, decay_rate=1.0, warmup_t=recipe.warmup_steps, t_in_epochs=False
     )
-    trainer = Trainer(
-        run, model, optimizer, scheduler, seed=recipe.seed, device=device, precision=recipe.precision,
-        ema_decay=recipe.ema_decay, ema_warmup=recipe.ema_warmup, clip_grad=recipe.clip_grad,
-        micro_batch=recipe.micro_batch, compile=recipe.compile, save_every=recipe.save_every,
-    )  # fmt: skip
 
     def loss_fn(model, x, y, noise, t):
         return model.loss(x, y, noise, t).mean()
 
-    per_epoch, total = batches.steps_per_epoch, recipe.steps
+    trainer = Trainer(
+        run, model, loss_fn, optimizer, scheduler, seed=recipe.seed, device=device, precision=recipe.precision,
+        ema_decay=recipe.ema_decay, ema_warmup=recipe.ema_warmup, clip_grad=recipe.clip_grad,
+        micro_batch=recipe.micro_batch, compile=recipe.compile, save_every=recipe.save_every, world=world,
+    )  # fmt: skip
+
+    per_epoch, total, rows = batches.steps_per_epoch, recipe.steps, world.rows(recipe.batch_size)
     grid_file = run.path / "samples" / f"step-{total:08d}.png"
-    grid_file.parent.mkdir(exist_ok=True)
-    with progress(total, trainer.step) as bar:
+    with progress(total, trainer.step, world) as bar:
         while trainer.step < total:
             epoch, first = divmod(trainer.step, per_epoch)
-            for x, y in batches.epoch(epoch, first):
+            for x, y in trainer.waiting_for(batches.epoch(epoch, first)):
                 trainer.seed_step()
-                noise = torch.randn_like(x)
-                t = draw_times(model.family, recipe.time_sampling, len(x), device)
-                y = torch.where(torch.rand(len(y), device=device) < recipe.class_dropout, model.num_classes, y)
-                metrics = trainer.train_step((x, y, noise, t), loss_fn)
+                whole = (recipe.batch_size, *x.shape[1:])
+                noise = torch.randn(whole, device=device)[rows]
+                t = draw_times(model.family, recipe.time_sampling, recipe.batch_size, device)[rows]
+                dropped = torch.rand(recipe.batch_size, device=device)[rows] < recipe.class_dropout
+                y = torch.where(dropped, model.num_classes, y)
+                metrics = trainer.train_step((x, y, noise, t))
                 bar.update()
                 last = trainer.step == total
-                if trainer.step % 20 == 0 or last:
+                if trainer.step % recipe.log_every == 0 or last:
                     rate = trainer.step * recipe.batch_size / trainer.seconds
                     bar.set_postfix_str(f"loss {metrics['loss']:.3f} lr {metrics['lr']:.1e} {rate:.0f} img/s", False)
-                    run.log(step=trainer.step, epoch=epoch, seconds=round(trainer.seconds, 1), **metrics)
-                if trainer.step % recipe.val_every == 0 or last:
+                    run.log(step=trainer.step, epoch=epoch, **trainer.clock(), **metrics)
+                if world.first and (trainer.step % recipe.val_every == 0 or last):
                     val_loss = validation_loss(trainer.eval_model, val_samples, val_labels)
                     run.log(step=trainer.step, val_loss=round(val_loss, 5))
                     plot_curve(run, "val_loss", "validation loss")
-                if recipe.sample_every and (trainer.step % recipe.sample_every == 0 or last):
+                if world.first and recipe.sample_every and (trainer.step % recipe.sample_every == 0 or last):
                     file = grid_file.with_name(f"step-{trainer.step:08d}.png")
+                    file.parent.mkdir(exist_ok=True)
                     write_atomically(file, sample_grid(trainer.eval_model, recipe))
                 trainer.checkpoint(force=last)
                 if last:
@@ -215,32 +199,21 @@ def train(recipe: Recipe, data: str, out: str, device: torch.device, init: str |
         train_images=train_images, skipped_steps=trainer.skipped, torch=torch.__version__, device=device.type,
         results=result,
     )  # fmt: skip
-    history = (vca.load(init).training_history if init else []) + [this_run]
-    checkpoint = run.path / "checkpoint"
-    vca.save(trainer.eval_model, checkpoint, label_names=class_names, training=history)
-    if recipe.sample_every:
-        write_atomically(checkpoint / "samples.png", grid_file.read_bytes())
-    write_card(checkpoint)
+    if world.first:
+        checkpoint = run.path / "checkpoint"
+        vca.save(trainer.eval_model, checkpoint, label_names=class_names, training=[*history, this_run])
+        if recipe.sample_every:
+            write_atomically(checkpoint / "samples.png", grid_file.read_bytes())
+        write_card(checkpoint)
     return result
 
 
+def report(result: dict) -> str:
+    return f"validation loss {result['val_loss']:.4f} on {result['images']} samples"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a file of training/recipes, or a path to a TOML file")
-    parser.add_argument("--data", required=True, metavar="FOLDER", help="images or latents, as above")
-    parser.add_argument("--out", help="run folder; default runs/RECIPE")
-    parser.add_argument("--init", help="checkpoint folder to start from instead of random weights")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    recipes.add_arguments(parser, Recipe)
-    args = parser.parse_args()
-    try:
-        recipe = recipes.read(args.recipe, Recipe, vars(args))
-        out = args.out or f"runs/{Path(args.recipe).stem}"
-        command = "python -m training.generate " + shlex.join("DATA" if a == args.data else a for a in sys.argv[1:])
-        result = train(recipe, args.data, out, open_device(args.device), args.init, command)
-    except (recipes.RecipeError, DataError, RunError, DecoderError, vca.CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{out}/checkpoint: validation loss {result['val_loss']:.4f} on {result['images']} samples")
+    command_line.main("training.generate", __doc__, Recipe, train, report)
 
 
 if __name__ == "__main__":

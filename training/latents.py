@@ -68,23 +68,49 @@ class Latents:
         return sample_latents(moments, torch.zeros(len(indices), *self.shape))
 
 
+def open_latents(data: str) -> tuple[Latents, Latents]:
+    """The training and the validation latents of a folder; `synthetic:IMAGESxCLASSES` are noise of 256 px images.
+
+    Raises:
+        DataError: as `Latents`, or the two do not hold the same classes.
+    """
+    if data.startswith("synthetic:"):
+        return tuple(SyntheticLatents(Images(data, split)) for split in ("train", "val"))
+    train, val = Latents(data, "train"), Latents(data, "val")
+    if val.class_folders != train.class_folders:
+        raise DataError(f"{data}: train and val do not hold the same class folders.")
+    return train, val
+
+
+class SyntheticLatents(Latents):
+    """Moments of noise, one and the same for all images."""
+
+    def __init__(self, images: Images, shape: tuple[int, int, int] = (4, 32, 32)):
+        self.labels, self.shape = torch.tensor(images.labels()), shape
+        self.class_folders, self.class_names = images.class_folders, images.class_names
+        moments = np.random.default_rng(0).normal(size=(1, 2, 2 * shape[0], *shape[1:])).astype(np.float32)
+        self.moments = np.broadcast_to(moments, (len(images), *moments.shape[1:]))
+
+
 class LatentBatches:
     """Training batches of latents, drawn anew from the moments in each epoch."""
 
-    def __init__(self, latents: Latents, *, batch_size: int, seed: int, device: torch.device):
-        self.latents, self.batch_size, self.seed, self.device = latents, batch_size, seed, device
+    def __init__(
+        self, latents: Latents, *, batch_size: int, seed: int, device: torch.device, rows: slice = slice(None)
+    ):
+        self.latents, self.batch_size, self.seed, self.device, self.rows = latents, batch_size, seed, device, rows
         self.steps_per_epoch = len(latents) // batch_size
 
     def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches `first`, `first + 1`, ... of an epoch: scaled latents (B, C, H, W) and labels (B,)."""
         batches = epoch_order(len(self.latents), self.seed, epoch).split(self.batch_size)
         for number in range(first, self.steps_per_epoch):
-            chosen = batches[number]
+            batch, rows = batches[number], self.rows
             generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, number, 3))
-            flipped = torch.rand(len(chosen), generator=generator) < 0.5
-            normal = torch.randn(len(chosen), *self.latents.shape, generator=generator)
-            latents = sample_latents(self.latents.read(chosen, flipped), normal)
-            yield latents.to(self.device), self.latents.labels[chosen].to(self.device)
+            flipped = torch.rand(len(batch), generator=generator) < 0.5
+            normal = torch.randn(len(batch), *self.latents.shape, generator=generator)
+            latents = sample_latents(self.latents.read(batch[rows], flipped[rows]), normal[rows])
+            yield latents.to(self.device), self.latents.labels[batch[rows]].to(self.device)
 
 
 def encode(images: Images, folder: Path, vae: LatentDecoder, size: int, batch_size: int, workers: int, device) -> None:
@@ -94,7 +120,7 @@ def encode(images: Images, folder: Path, vae: LatentDecoder, size: int, batch_si
         DataError: `folder` holds the latents of other images or another autoencoder, or a finished chunk is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    labels = [label for _, label in images.reader.samples]
+    labels = images.labels()
     index = dict(vae=vae.source, image_size=size, class_folders=images.class_folders, class_names=images.class_names,
                  labels=labels, checksums=[])  # fmt: skip
     file, array_file = folder / "index.json", folder / "moments.npy"

@@ -1,10 +1,17 @@
-"""Recipes: TOML files of flat keys, checked against a dataclass and overridden on the command line."""
+"""Recipes: TOML files of flat keys, checked against a dataclass and overridden on the command line.
+
+`base = "NAME"` takes over the keys of another recipe, so that a file states only what differs. NAME is a file beside it
+or in `training/recipes/`, without `.toml`; those of `training/recipes/base/` are no recipes of their own.
+"""
 
 import argparse
 import dataclasses
 import difflib
 import tomllib
+from dataclasses import MISSING
 from pathlib import Path
+
+from vca.models import GENERATORS
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -18,6 +25,52 @@ def key(default, text: str):
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata={"help": text})
     return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shared:
+    """The keys that classification and generation recipes have in common."""
+
+    dataset: str = key("", "name of the data set, for the card")
+    license: str = key("", "licence of the data set, for the card")
+    attention: str = key("", "attention kind, if not the model's own")
+    tokens: str = key("", "contrast tokens: pool+emb, emb or pool; if not the model's own")
+    num_tokens: int = key(0, "contrast tokens of a layer, a square; 0 for the model's own")
+    dwc: bool = key(True, "the depthwise convolution beside the attention")
+    stage2_softmax: str = key("", "separate or joint; if not the model's own")
+    clip_grad: float = key(0.0, "largest gradient norm; 0 for none")
+    micro_batch: int = key(0, "samples in one forward pass of a process, accumulated to batch_size; 0 for all")
+    checkpointing: bool = key(False, "compute activations again in the backward pass instead of keeping them")
+    precision: str = key("bf16", "bf16 or fp32")
+    tf32: bool = key(True, "on NVIDIA GPUs: float32 products with inputs rounded to TF32")
+    compile: bool = key(False, "torch.compile the model")
+    workers: int = key(2, "processes that read the images")
+    seed: int = key(0, "seed of everything random")
+    log_every: int = key(20, "steps between lines of the log")
+    save_every: int = key(200, "steps between saved states")
+
+    def model_args(self) -> dict:
+        """The arguments of `vca.create_model` that this recipe sets."""
+        names = ("attention", "tokens", "num_tokens", "stage2_softmax")
+        return {name: value for name in names if (value := getattr(self, name))} | ({} if self.dwc else dict(dwc=False))
+
+    def check_shared(self) -> None:
+        """Raises a ValueError if one of these keys is out of range."""
+        check_ranges(
+            self,
+            positive=("batch_size", "lr", "log_every", "save_every"),
+            not_negative=("num_tokens", "clip_grad", "micro_batch", "workers", "seed"),
+            shares=("ema_decay",),
+        )
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(f"precision = {self.precision!r} must be bf16 or fp32.")
+
+
+def defaults(kind: type) -> dict:
+    """The default of every key that has one."""
+    values = {field.name: field.default for field in dataclasses.fields(kind)}
+    made = {f.name: f.default_factory() for f in dataclasses.fields(kind) if f.default_factory is not MISSING}
+    return {name: value for name, value in values.items() if value is not MISSING} | made
 
 
 def check_ranges(recipe, positive: tuple = (), not_negative: tuple = (), shares: tuple = ()) -> None:
@@ -54,34 +107,58 @@ def read(name: str, kind: type, overrides: dict[str, str | None]):
         RecipeError: the file does not exist or is not TOML, a key is unknown, or a value has the wrong type or range.
     """
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        known = sorted(p.stem for p in FOLDER.glob("*.toml"))
-        raise RecipeError(
-            f"no recipe {name!r}; there are {', '.join(known)}, or give a path ending in .toml."
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid TOML: {error}.") from None
-
+    values = _values(path, kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in values:
-        if key not in fields:
-            similar = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {similar[0]}?" if similar else f"known keys: {', '.join(fields)}."
-            raise RecipeError(f"{path}: unknown key {key!r}; {hint}")
     for key, text in overrides.items():
         if key in fields and text is not None:
             values[key] = _parse(key, text, fields[key].type)
     for key, value in values.items():
         values[key] = _check(path, key, value, fields[key].type)
     for key, field in fields.items():
-        if key not in values and field.default is field.default_factory is dataclasses.MISSING:
+        if key not in values and field.default is field.default_factory is MISSING:
             raise RecipeError(f"{path}: key {key!r} is missing.")
     try:
         return kind(**values)
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from None
+
+
+def _values(path: Path, kind: type, above: tuple[Path, ...] = ()) -> dict:
+    """The keys of a file on top of those of its base."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        known = ", ".join(names())
+        raise RecipeError(f"no recipe {path.stem!r}; there are {known}, or give a path ending in .toml.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}.") from None
+    base = values.pop("base", None)
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in fields:
+            similar = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {similar[0]}?" if similar else f"known keys: base, {', '.join(fields)}."
+            raise RecipeError(f"{path}: unknown key {key!r}; {hint}")
+    if base is None:
+        return values
+    candidates = [folder / f"{base}.toml" for folder in (path.parent, FOLDER)]
+    file = next((file for file in candidates if file.is_file()), None)
+    if file is None or file in (path, *above):
+        raise RecipeError(f"{path}: base = {base!r} is no other recipe.")
+    return _values(file, kind, (path, *above)) | values
+
+
+def names() -> list[str]:
+    """The names of the recipes that ship, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def task(name: str) -> str:
+    """What a recipe that ships trains: "classify" or "generate"."""
+    values = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+    while "base" in values and "model" not in values:
+        values = tomllib.loads((FOLDER / f"{values['base']}.toml").read_text(encoding="utf-8"))
+    return "generate" if values["model"] in GENERATORS else "classify"
 
 
 def _parse(key: str, text: str, kind: type):

@@ -45,8 +45,9 @@ def png(pixels: Tensor) -> bytes:
 
 
 def grid_png(images: Tensor, columns: int) -> bytes:
-    """A PNG file of images (N, 3, H, W) in [0, 1], row by row, N a multiple of `columns`."""
-    rows = to_bytes(images).unflatten(0, (-1, columns))
+    """A PNG file of images (N, 3, H, W) in [0, 1], row by row; the last row may be filled up with black."""
+    missing = -len(images) % columns
+    rows = to_bytes(torch.cat([images, images.new_zeros(missing, *images.shape[1:])])).unflatten(0, (-1, columns))
     return png(rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2))
 
 

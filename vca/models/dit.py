@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vca import diffusion, flow
 from vca.controls import create_attention, token_grids
@@ -115,6 +116,7 @@ class DiffusionTransformer(nn.Module):
         layers = (create_attention(attention, dim, num_heads, depth=i, **place, **options) for i in range(depth))
         self.blocks = nn.ModuleList(Block(dim, layer, mlp_ratio) for layer in layers)
         self.final_layer = FinalLayer(dim, 2 * in_channels * patch_size**2)
+        self.grad_checkpointing = False
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -130,6 +132,10 @@ class DiffusionTransformer(nn.Module):
         for layer in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1]):
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether the activations inside a block are computed again in the backward pass instead of being kept."""
+        self.grad_checkpointing = enable
 
     @property
     def patch_embed(self) -> PatchEmbed:
@@ -155,7 +161,10 @@ class DiffusionTransformer(nn.Module):
         condition = self.t_embedder(t) + self.y_embedder(y)
         tokens = self.x_embedder(x) + self.pos_embed
         for block in self.blocks:
-            tokens = block(tokens, condition)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, condition, use_reentrant=False)
+            else:
+                tokens = block(tokens, condition)
         tokens = self.final_layer(tokens, condition)
         patches = tokens.unflatten(2, (self.patch_size, self.patch_size, -1)).unflatten(1, self.grid_size)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
