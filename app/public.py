@@ -11,6 +11,8 @@ Environment variables:
 import os
 from fnmatch import fnmatchcase
 
+from vca.hub import REPO_ID
+
 QUEUE = 24  # visitors who may wait for one kind of work, before the next is told to come back later
 UPLOADS = {True: "16mb", False: "64mb"}  # the largest file, on a public page and elsewhere
 CACHE = (600, 3600)  # how often, in seconds, files of visitors are looked through, and how old they may get
@@ -33,11 +35,12 @@ def served() -> list[str]:
 
 def may_load(name: str) -> bool:
     """Whether a visitor may load a checkpoint by this name: a Hub id, or, on one's own machine, anything."""
-    repo = name.removeprefix("hf-hub:").split("@")[0]
     allowed = _ids("VCA_ALLOWED")
     if not is_public() and not allowed:
         return True
-    return any(fnmatchcase(repo, pattern) for pattern in allowed + [model.split("@")[0] for model in served()])
+    match = REPO_ID.fullmatch(name.removeprefix("hf-hub:"))
+    patterns = allowed + [model.split("@")[0] for model in served()]
+    return match is not None and any(fnmatchcase(match["repo"], pattern) for pattern in patterns)
 
 
 def _ids(variable: str) -> list[str]:

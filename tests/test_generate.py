@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vca
+from training import evaluate
 from training import recipe as recipes
 from training.data import DataError, Images
 from training.generate import Recipe, draw_times, open_data, train, validation_loss
@@ -102,6 +103,13 @@ def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(data, finished, 
         whole, killed = (folder / "checkpoint" / name for folder in (finished, out))
         assert whole.read_bytes().replace(bytes(finished), bytes(out)) == killed.read_bytes(), name
     assert untimed_log(finished / "log.jsonl") == untimed_log(out / "log.jsonl")
+
+
+def test_evaluation_prints_the_number_of_the_card(data, finished, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(finished / "checkpoint"), "--data", str(data), "--device", "cpu"])
+    evaluate.main()
+    printed = re.fullmatch(r"validation loss (\d\.\d{4})  \(15 images\)\n", capsys.readouterr().out)
+    assert f"Validation loss {printed[1]} on 15 images" in (finished / "checkpoint" / "README.md").read_text()
 
 
 def test_sigterm_saves_and_exits_with_zero(data, tmp_path):

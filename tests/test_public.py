@@ -47,7 +47,8 @@ def test_a_model_of_the_cache_is_served_without_a_network(hub, cache, classifier
         ("user/other", False, False),
         ("weights/local", False, False),
         ("/etc", False, False),
-        ("friend/../user/other", False, True),  # no name of a repository: the loader refuses it
+        ("friend/../user/other", False, False),
+        ("friend/folder/file", False, False),
     ],
 )
 def test_what_a_visitor_may_load(monkeypatch, name, on_a_space, with_list):

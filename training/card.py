@@ -28,9 +28,18 @@ PREPROCESSING = "shorter side resized to {size} px ({interpolation}), centre cro
 def write_card(checkpoint: str | Path) -> None:
     """Writes `README.md` of a checkpoint folder: data, recipe, command, seed, results with protocol, use, metadata.
 
-    A classifier's card gets a picture, `maps.png`; a generator's shows `samples.png`, if that is there.
+    A classifier's card gets a picture, `maps.png`; a generator's shows what `training` left there.
     """
     folder = Path(checkpoint)
+    if json.loads((folder / "config.json").read_text())["architecture"] not in GENERATORS:
+        (folder / "maps.png").unlink(missing_ok=True)
+        if picture := _picture(folder):
+            write_atomically(folder / "maps.png", picture)
+    write_atomically(folder / "README.md", card_text(folder).encode())
+
+
+def card_text(folder: Path) -> str:
+    """The card of a checkpoint folder, as its config, its weights and its pictures have it."""
     config = json.loads((folder / "config.json").read_text())
     weights = folder / "model.safetensors"
     recipe = config["training"][-1]["recipe"]
@@ -54,7 +63,7 @@ def write_card(checkpoint: str | Path) -> None:
     metadata["model-index"] = [dict(name=config["architecture"], results=[tested])]
     runs = "\n".join(_describe_run(run) for run in config["training"])
     twins = _twins(folder, config)
-    text = f"""---
+    return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
 ---
 
@@ -79,7 +88,6 @@ Data: {dataset}{". " + recipe["license"] if recipe["license"] else ""}
 Architecture: Visual-Contrast Attention, *Linear Differential Vision Transformer: Learning Visual Contrasts via Pairwise
 Differentials*, NeurIPS 2025, arXiv 2511.00833.
 """
-    write_atomically(folder / "README.md", text.encode())
 
 
 def _classifier(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
@@ -100,8 +108,7 @@ def _classifier(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
     }, chosen before the accuracy was looked at. The number is what this prints:
 
     python -m training.evaluate {place(folder)} --data DATA"""
-    if picture := _picture(folder):
-        write_atomically(folder / "maps.png", picture)
+    if (folder / "maps.png").exists():
         about += """
 
 ![Where every head looks](maps.png)
@@ -139,8 +146,10 @@ def _generator(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
     } classes: {", ".join(config["label_names"])}.
 
 Validation loss {results["val_loss"]:.4f} on {results["images"]:,} images that were not trained on: uniform times, fixed
-noise, float32, the weights of the last step{_average(recipe)}."""
-    about += _fid(results["fid"]) if "fid" in results else " No FID is claimed here."
+noise, float32, the weights of the last step{_average(recipe)}. The number is what this prints:
+
+    python -m training.evaluate {place(folder)} --data DATA"""
+    about += _fid(results["fid"]) if "fid" in results else "\n\nNo FID is claimed here."
     if "quality" in results:
         about += _quality(results["quality"])
     elif (folder / "samples.png").exists():

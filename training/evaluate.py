@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy of a checkpoint on a folder of images.
+"""Top-1 and top-5 accuracy of a classifier, or the validation loss of a generator, on a folder of images.
 
 python -m training.evaluate weights/NAME --data FOLDER
 """
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 import vca
 from training.data import DataError, FolderEvaluation, Images, normalize
 from training.engine import RunError, open_device
+from training.generate import validation_data, validation_loss
+from training.latents import Latents
 from training.world import ALONE, World
+from vca.models.dit import DiffusionTransformer
 
 
 @torch.inference_mode()
@@ -52,11 +55,16 @@ def main() -> None:
     args = parser.parse_args()
     try:
         model = vca.load(args.checkpoint, device=open_device(args.device))
-        images = Images(args.data, args.split)
+        latent = getattr(model, "latent_decoder", None) is not None
+        images = (Latents if latent else Images)(args.data, args.split)
         if len(images.class_names) != model.num_classes:
             raise DataError(f"{args.data} has {len(images.class_names)} classes, the model {model.num_classes}.")
         if images.class_names != model.label_names:
             raise DataError(f"the classes of {args.data} are not those of the model, in its order.")
+        if isinstance(model, DiffusionTransformer):
+            samples, labels = validation_data(images, model.sample_shape[-1], os.cpu_count())
+            print(f"validation loss {round(validation_loss(model, samples, labels), 5):.4f}  ({len(labels)} images)")
+            return
         result = accuracy(model, FolderEvaluation(images, model.pretrained_cfg, os.cpu_count()))
     except (vca.CheckpointError, DataError, RunError) as error:
         sys.exit(f"error: {error}")

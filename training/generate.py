@@ -22,9 +22,18 @@ import vca
 from training import command as command_line
 from training import recipe as recipes
 from training.card import write_card
-from training.data import DataError, MemoryBatches, decode, derive_seed, generator_cfg, normalize, open_splits
+from training.data import (
+    DataError,
+    Images,
+    MemoryBatches,
+    decode,
+    derive_seed,
+    generator_cfg,
+    normalize,
+    open_splits,
+)
 from training.engine import RunFolder, Trainer, plot_curve, progress, set_tf32
-from training.latents import LatentBatches, open_latents
+from training.latents import LatentBatches, Latents, open_latents
 from training.recipe import key
 from training.sample import grid_png
 from training.start import build_model
@@ -90,18 +99,25 @@ def open_data(recipe: Recipe, data: str, device: torch.device, world: World = AL
     train, val = (open_latents if latent else open_splits)(data)
     if len(train) < recipe.batch_size:
         raise DataError(f"{len(train)} training images are fewer than one batch of {recipe.batch_size}.")
-    chosen = torch.linspace(0, len(val) - 1, min(VAL_SAMPLES, len(val))).long()
     shared = dict(batch_size=recipe.batch_size, seed=recipe.seed, device=device, rows=world.rows(recipe.batch_size))
     if latent:
         if (side := train.shape[-1]) != recipe.input_size:
             raise DataError(f"{data} holds latents of side {side}; the recipe has input_size = {recipe.input_size}.")
-        batches, samples, labels = LatentBatches(train, **shared), val.means(chosen), val.labels
+        batches = LatentBatches(train, **shared)
     else:
         cfg = generator_cfg(recipe.input_size)
         batches = MemoryBatches(*decode(train, cfg, recipe.workers), padding=0, cfg=cfg, **shared)
-        pixels, labels = decode(val, cfg, recipe.workers)
-        samples = normalize(pixels[chosen], cfg)
-    return Data(batches, samples, labels[chosen], train.class_names, len(train))
+    return Data(batches, *validation_data(val, recipe.input_size, recipe.workers), train.class_names, len(train))
+
+
+def validation_data(val: Images | Latents, input_size: int, workers: int) -> tuple[Tensor, Tensor]:
+    """The clean samples of the validation loss, at most VAL_SAMPLES evenly from the split, and their labels."""
+    chosen = torch.linspace(0, len(val) - 1, min(VAL_SAMPLES, len(val))).long()
+    if isinstance(val, Latents):
+        return val.means(chosen), val.labels[chosen]
+    cfg = generator_cfg(input_size)
+    pixels, labels = decode(val, cfg, workers)
+    return normalize(pixels[chosen], cfg), labels[chosen]
 
 
 def draw_times(family: str, time_sampling: str, count: int, device, generator=None) -> Tensor:

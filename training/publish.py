@@ -57,7 +57,8 @@ def space_files(folders: list[Path], repositories: list[str]) -> dict[str, Path 
     files["app.py"] = start.encode()
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").split(TRAINING_LINE)[0].splitlines()
     files["requirements.txt"] = "".join(f"{line}\n" for line in requirements if not line.startswith("gradio")).encode()
-    files["README.md"] = f"---\n{yaml.safe_dump(front_matter(repositories), sort_keys=False)}---\n{BODY}".encode()
+    front = yaml.safe_dump(front_matter(repositories), sort_keys=False, allow_unicode=True)
+    files["README.md"] = f"---\n{front}---\n{BODY}".encode()
     for folder in folders:
         carried = published_files(folder, vca.hub.place(folder))
         files |= {f"weights/{folder.resolve().name}/{name}": content for name, content in carried.items()}
