@@ -1,7 +1,7 @@
 """The named endpoints, reachable with `gradio_client`. They raise gr.Error in one line when an argument is wrong."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Literal
 
 import gradio as gr
@@ -11,34 +11,47 @@ from gradio.utils import get_upload_folder
 from torch import Tensor
 
 import vca
-from app import models
+from app import draw, generation, models
+from app.arguments import listed, one_of, refused, whole
+from app.generation import MAX_COUNT, MAX_GUIDANCE, MAX_STEPS, Run, check_request, one_line
 from app.images import read_image, uploaded_file
+from vca.sampling import silent
+from vca.vae import DecoderError
 
 STAGES = ("stage1", "stage2", "effective")
-MODELS = """The checkpoints served here: name, architecture, classes, input size, and heads and grids of every block;
-of a damaged one its name and problem."""
+MODELS = """The checkpoints served here: name, task (classify or generate), architecture and classes; of a classifier
+its input size, and heads and grids of every block; of a generator the shape of its pictures or latents, its samplers,
+and the autoencoder that it needs; of a damaged one its problem."""
 CLASSIFY = "The top_k likeliest labels of an image, as {label: probability}."
 ATTENTION = """The maps of one query of one head, as .npz. All counts start at 0; tokens are the prefix tokens, then the
 patches, row by row. stage1: the query is a contrast token, the maps cover all tokens. stage2: the query is a token, the
 maps cover the contrast tokens. effective: from token to tokens. Arrays: positive, negative and differential (those that
 the stage has), or effective; grid_size, token_grid, num_prefix_tokens, lambdas."""
 
+GENERATE = f"""Pictures of a class as PNG files. A picture depends on its number and all arguments but count. count is
+from 1 to {MAX_COUNT}, steps from 1 to {MAX_STEPS}, guidance from 1 (none) to {MAX_GUIDANCE}, seed from 0; sampler is
+one of those in /models, by default the first. One request is served at a time."""
+
 
 def build(checkpoints: models.Checkpoints) -> None:
-    """Registers /models, /classify and /attention."""
+    """Registers /models, /classify, /attention and /generate."""
 
     def list_models() -> list[dict]:
-        return [describe(name) for name in checkpoints.classifiers]
+        tasks = (
+            ("classify", checkpoints.classifiers, checkpoints.load, models.describe),
+            ("generate", checkpoints.generators, checkpoints.load_generator, generation.describe),
+        )
+        return [dict(task=task) | described(name, load, facts) for task, names, load, facts in tasks for name in names]
 
-    def describe(name: str) -> dict:
+    def described(name: str, load: Callable, facts: Callable) -> dict:
         try:
-            return models.describe(name, checkpoints.load(name))
+            return facts(name, load(name))
         except gr.Error as error:  # a damaged one is no reason to hide the others
             return dict(name=name, problem=error.message)
 
     def classify(image: gr.FileData, model: str, top_k: int = 5) -> dict[str, float]:
         network = checkpoints.load(model)
-        count = _whole("top_k", top_k, 1, network.num_classes)
+        count = whole("top_k", top_k, 1, network.num_classes)
         probabilities, _ = models.run(network, models.preprocess(network, read_image(uploaded_file(image))))
         return models.top_labels(network, probabilities, count)
 
@@ -52,13 +65,12 @@ def build(checkpoints: models.Checkpoints) -> None:
     ) -> gr.FileData:
         network = checkpoints.load(model)
         picture = read_image(uploaded_file(image))
-        if stage not in STAGES:
-            raise gr.Error(f"stage must be one of: {_list(STAGES)}.", print_exception=False)
+        one_of("stage", stage, STAGES)
         _, maps = models.run(network, models.preprocess(network, picture))
         layer = next((layer for layer in maps if layer.block == block), None)
         if layer is None:
-            raise gr.Error(f"block must be one of: {_list(layer.block for layer in maps)}.", print_exception=False)
-        head = _whole("head", head, 0, layer.stage1.positive.shape[1] - 1)
+            raise refused(f"block must be one of: {listed(layer.block for layer in maps)}.")
+        head = whole("head", head, 0, layer.stage1.positive.shape[1] - 1)
         arrays = query_rows(layer, stage, head, query)
         place = dict(grid_size=layer.grid_size, num_prefix_tokens=layer.num_prefix_tokens)
         if layer.token_grid is not None:
@@ -69,9 +81,28 @@ def build(checkpoints: models.Checkpoints) -> None:
         np.savez(content, **arrays, **place)
         return gr.FileData(path=save_bytes_to_cache(content.getvalue(), f"{stage}.npz", get_upload_folder()))
 
+    def generate(
+        label: str,
+        model: str,
+        count: int = 4,
+        steps: int = 50,
+        guidance: float = 2.0,
+        seed: int = 0,
+        sampler: str | None = None,
+    ) -> list[gr.FileData]:
+        network = checkpoints.load_generator(model)
+        run = Run(network, check_request(network, label, count, steps, guidance, seed, sampler))
+        try:
+            run.sample(silent)
+        except DecoderError as error:
+            raise refused(one_line(error)) from None
+        pictures = [run.picture(run.request.steps, index) for index in range(run.request.count)]
+        return [gr.FileData(path=draw.png_file(image, f"{i:02d}.png")) for i, image in enumerate(pictures)]
+
     gr.api(list_models, api_name="models", api_description=MODELS)
     gr.api(classify, api_name="classify", api_description=CLASSIFY)
     gr.api(attention, api_name="attention", api_description=ATTENTION)
+    gr.api(generate, api_name="generate", api_description=GENERATE, **generation.QUEUE)
 
 
 def query_rows(layer: vca.LayerMaps, stage: str, head: int, query: int) -> dict[str, np.ndarray]:
@@ -82,21 +113,11 @@ def query_rows(layer: vca.LayerMaps, stage: str, head: int, query: int) -> dict[
     """
 
     def row(maps: Tensor) -> np.ndarray:
-        return maps[0, head, _whole("query", query, 0, maps.shape[2] - 1)].numpy()
+        return maps[0, head, whole("query", query, 0, maps.shape[2] - 1)].numpy()
 
     if stage == "effective":
         return dict(effective=row(layer.effective))
     maps = getattr(layer, stage)
     if maps is None:
-        raise gr.Error("stage must be one of: stage1, effective. This attention has one stage.", print_exception=False)
+        raise refused("stage must be one of: stage1, effective. This attention has one stage.")
     return {name: row(stream) for name, stream in vars(maps).items() if stream is not None}
-
-
-def _list(values: Iterable) -> str:
-    return ", ".join(map(str, values))
-
-
-def _whole(name: str, value: int, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or not low <= value <= high:
-        raise gr.Error(f"{name} must be a whole number from {low} to {high}.", print_exception=False)
-    return int(value)

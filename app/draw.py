@@ -4,6 +4,8 @@ import base64
 import io
 
 import numpy as np
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
 from PIL import Image
 
 # Five colours from zero to the maximum, for each theme; ColorBrewer's Oranges and Blues. A signed map joins the two at
@@ -44,3 +46,10 @@ def data_url(image: Image.Image, format: str) -> str:
     stream = io.BytesIO()
     image.save(stream, format, quality=88)
     return f"data:image/{format.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def png_file(image: Image.Image, name: str) -> str:
+    """Writes the image as a PNG file where gradio keeps its visitors' files; returns the path."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return save_bytes_to_cache(stream.getvalue(), name, get_upload_folder())

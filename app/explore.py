@@ -6,12 +6,9 @@ share) fetches those of each block once and draws every click by itself.
 
 import base64
 import json
-import secrets
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 import gradio as gr
 from PIL import Image
@@ -20,48 +17,18 @@ import vca
 from app import draw, models
 from app.images import ImageError, read_image, uploaded_file
 from app.inputs import ModelChoice, image_and_model
+from app.store import Store
 
 STORE_BYTES = 512 * 2**20
 NO_GRID = "The attention of this model cannot be drawn: it works on no grid of patches."
 FILES = Path(__file__).parent
 
 
-class MapStore:
-    """The maps of the newest runs, at most `limit` bytes of them, each under a token that nobody can guess."""
+class MapStore(Store[list[models.Layer]]):
+    """The maps of the newest runs."""
 
     def __init__(self, limit: int):
-        self.limit = limit
-        self._runs: OrderedDict[str, list[models.Layer]] = OrderedDict()
-        self._lock = Lock()
-
-    def put(self, layers: list[models.Layer]) -> str:
-        """Keeps a run, forgets the longest unused ones as needed, and returns the run's token.
-
-        Raises:
-            gr.Error: the run alone is larger than the limit.
-        """
-        if _size(layers) > self.limit:
-            raise gr.Error("The maps of this model are too large to explore here.", print_exception=False)
-        token = secrets.token_urlsafe(24)
-        with self._lock:
-            self._runs[token] = layers
-            while self.size() > self.limit:
-                self._runs.popitem(last=False)
-        return token
-
-    def get(self, token: str) -> list[models.Layer]:
-        """The run of a token.
-
-        Raises:
-            KeyError: the run was forgotten, or never was.
-        """
-        with self._lock:
-            self._runs.move_to_end(token)
-            return self._runs[token]
-
-    def size(self) -> int:
-        """Bytes held."""
-        return sum(map(_size, self._runs.values()))
+        super().__init__(limit, _size, "The maps of this model are too large to explore here.")
 
 
 def _size(layers: list[models.Layer]) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from app import about, api, classify, explore, public
+from app import about, api, classify, explore, generate, public
 from app.images import uploaded_file
 from app.inputs import ModelChoice, write_examples
 from app.models import Checkpoints
@@ -56,6 +56,8 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
                 explore_button, image, model = classify.build(choice, examples)
             with gr.Tab("Explore", id="explore"):
                 explorer = explore.build(choice, examples)
+            with gr.Tab("Generate", id="generate"):
+                generate.build(checkpoints, explorer, image, tabs)
             with gr.Tab("About", id="about"):
                 about.build(checkpoints)
         choice.connect()

@@ -1,0 +1,43 @@
+"""Checks of what a caller passes. Each raises gr.Error in one line that says what is allowed."""
+
+from collections.abc import Iterable, Sequence
+
+import gradio as gr
+
+LISTED = 20
+
+
+def whole(name: str, value, low: int, high: int) -> int:
+    """A whole number from `low` to `high`."""
+    if not _is_number(value) or not low <= value <= high or value != int(value):
+        raise refused(f"{name} must be a whole number from {low} to {high}.")
+    return int(value)
+
+
+def number(name: str, value, low: float, high: float) -> float:
+    """A number from `low` to `high`."""
+    if not _is_number(value) or not low <= value <= high:
+        raise refused(f"{name} must be a number from {low} to {high}.")
+    return float(value)
+
+
+def one_of(name: str, value, allowed: Sequence[str]) -> str:
+    """One of the allowed texts."""
+    if value not in allowed:
+        more = f", ... ({len(allowed)} in all)" if len(allowed) > LISTED else ""
+        raise refused(f"{name} must be one of: {listed(allowed[:LISTED])}{more}.")
+    return value
+
+
+def listed(values: Iterable) -> str:
+    """The values, separated by commas."""
+    return ", ".join(map(str, values))
+
+
+def refused(message: str) -> gr.Error:
+    """The error to raise."""
+    return gr.Error(message, print_exception=False)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
