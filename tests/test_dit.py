@@ -234,6 +234,26 @@ def test_recorded_maps_reproduce_the_attention(attention):
             assert torch.allclose(layer.proj(heads.transpose(1, 2).flatten(2)), out, atol=1e-10)
 
 
+def test_maps_of_every_timestep_are_those_of_the_state_the_network_saw():
+    """The callback after a step reads what the network attended to in it; guidance puts the null class second."""
+    model = tiny()
+    states, recorded = [], []
+
+    def callback(step, total, x):
+        states.append(x)
+        recorded.extend([[layer.effective for layer in maps]] if step else [])
+
+    with vca.record(model) as maps:
+        model.sample([0, 2], steps=3, guidance_scale=2.0, callback=callback)
+    assert len(recorded) == 3 and not torch.allclose(recorded[0][1], recorded[2][1], atol=1e-3)
+    for x, t, by_layer in zip(states, model.times(3), recorded, strict=False):
+        with torch.no_grad(), vca.record(model) as maps:
+            model(torch.cat([x, x]), torch.full((4,), t), torch.tensor([0, 2, 3, 3]))
+        for layer, effective in zip(maps, by_layer, strict=True):
+            assert effective.shape == (4, 2, 16, 16) and torch.allclose(layer.effective, effective, atol=1e-5)
+            assert torch.allclose(layer.effective @ layer.values, layer.gathered, atol=1e-5)
+
+
 @pytest.fixture
 def official(tmp_path):
     """A file as the official repositories publish it, and the model it was made from."""

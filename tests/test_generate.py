@@ -1,5 +1,6 @@
 """Training a generator end to end at tiny size: resume after kill -9, grids, cards, latents, samples."""
 
+import copy
 import json
 import os
 import random
@@ -18,9 +19,10 @@ from safetensors.torch import load_file
 import vca
 from training import evaluate
 from training import recipe as recipes
-from training.data import DataError, Images
+from training.data import DataError, Images, derive_seed, epoch_order, eval_transform, generator_cfg
 from training.generate import Recipe, draw_times, open_data, train, validation_loss
 from training.latents import LatentBatches, Latents, encode
+from training.latents import main as encode_main
 from training.sample import SampleError, grid_png, label_of, main, sample_files, write_npz
 from vca.sampling import to_bytes
 from vca.vae import SCALE, DecoderError, LatentDecoder, sample_latents
@@ -31,6 +33,7 @@ SHORT = dict(
     compile="false", workers=0, device="cpu",
 )  # fmt: skip
 VAE_SCALE = 2
+LATENT = dict(in_channels=4, vae="none")
 
 
 def write_images(root, split, per_class, seed, size=8):
@@ -235,6 +238,51 @@ def test_sampling_to_files_resumes_and_grows(model, tmp_path):
     assert np.array_equal(np.asarray(Image.open(files[4])), image.permute(1, 2, 0).numpy())
 
 
+def sample_here(monkeypatch, arguments, rank=0, processes=1):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(sys, "argv", ["sample", *arguments])
+    main()
+
+
+def test_a_killed_job_of_several_processes_ends_with_the_bytes_of_a_single_one(model, tmp_path, monkeypatch, capsys):
+    vca.save(model, tmp_path / "c", label_names=model.label_names)
+    shared = [str(tmp_path / "c"), "--count", "26", "--batch-size", "4", "--steps", "3", "--device", "cpu", "--out"]
+    whole, parts = tmp_path / "whole.npz", tmp_path / "parts.npz"
+    sample_here(monkeypatch, [*shared, str(whole)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RANK": "1", "WORLD_SIZE": "3"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training.sample", *shared, str(parts)], env=environment, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("parts/*.png")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait(30) in (-signal.SIGKILL, 0) and list(tmp_path.glob("parts/*.png"))
+    for rank in (2, 0):
+        sample_here(monkeypatch, [*shared, str(parts)], rank, 3)
+    made = {int(file.stem) for file in tmp_path.glob("parts/*.png")}
+    assert made >= {i for i in range(26) if i // 4 % 3 != 1}
+    sample_here(monkeypatch, [*shared, str(parts)], 1, 3)
+    assert "parts.npz: 26 images\n" in capsys.readouterr().out
+    assert parts.read_bytes() == whole.read_bytes()
+    files = sorted(tmp_path.glob("whole/*.png"))
+    assert len(files) == 26 and all(f.read_bytes() == (tmp_path / "parts" / f.name).read_bytes() for f in files)
+    with pytest.raises(SystemExit, match="RANK=3 of WORLD_SIZE=3 is no process number"):
+        sample_here(monkeypatch, [*shared, str(parts)], 3, 3)
+
+
+def test_samples_of_other_weights_are_not_mixed(model, tmp_path):
+    args = dict(flat=True, balanced=True, settings=settings())
+    sample_files(model, tmp_path / "a", 2, 2, **args)
+    other = copy.deepcopy(model)
+    torch.nn.init.zeros_(other.final_layer.linear.bias.data)
+    assert sample_files(other, tmp_path / "a", 3, 2, **args)
+    torch.nn.init.ones_(other.final_layer.linear.bias.data)
+    with pytest.raises(SampleError, match="another weights"):
+        sample_files(other, tmp_path / "a", 3, 2, **args)
+
+
 def test_samples_pack_into_what_the_adm_suite_reads(model, tmp_path):
     files = sample_files(model, tmp_path / "s", 5, 2, flat=True, balanced=False, settings=settings())
     write_npz(tmp_path / "s.npz", files)
@@ -296,6 +344,74 @@ def test_cached_latents_are_those_of_the_images(data, tmp_path):
     assert len(whole) == 3 and whole[0][0].shape == (16, 4, 4, 4)
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(whole[1:], rest, strict=True))
     assert not torch.equal(whole[0][0], next(batches.epoch(3, 0))[0])
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """A folder with diffusers' autoencoder, tiny and of random weights: images of side 8 -> latents of side 4."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers, which has the autoencoder, is not installed")
+    folder = tmp_path_factory.mktemp("vae")
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(**blocks, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4)
+    vae.save_pretrained(folder)
+    return folder
+
+
+def test_losses_with_cached_moments_equal_those_with_online_encoding(data, autoencoder, tmp_path):
+    """Two trainings of the same seeds: one from stored moments, one that flips and encodes each image in each epoch."""
+    decoder = LatentDecoder(str(autoencoder))
+    encode_all(data, tmp_path, decoder)
+    batches = LatentBatches(Latents(tmp_path, "train"), batch_size=20, seed=1, device=torch.device("cpu"))
+    images = Images(data, "train", eval_transform(generator_cfg(8)))
+
+    def online(epoch):
+        for number, chosen in enumerate(epoch_order(60, 1, epoch).split(20)):
+            generator = torch.Generator().manual_seed(derive_seed(1, epoch, number, 3))
+            flipped = torch.rand(20, generator=generator) < 0.5
+            x = torch.stack([images[i][0].flip(-1 if flip else ()) for i, flip in zip(chosen, flipped, strict=True)])
+            with torch.no_grad():
+                latents = decoder.load("cpu").encode(x).latent_dist.sample(generator) * SCALE
+            yield latents, torch.tensor([images[i][1] for i in chosen])
+
+    losses = []
+    for source in (lambda epoch: batches.epoch(epoch, 0), online):
+        torch.manual_seed(2)
+        model = vca.create_model("vca_dit_xs_2", dim=16, depth=2, num_heads=2, input_size=4, num_classes=3, **LATENT)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses.append([])
+        for epoch in range(2):
+            for x, y in source(epoch):
+                loss = model.loss(x, y, torch.randn(x.shape), draw_times("dit", "uniform", len(x), "cpu")).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses[-1].append(loss.item())
+    cached, encoded = losses
+    assert len(cached) == 6 and cached == pytest.approx(encoded, rel=1e-4) and cached[-1] < cached[0]
+
+
+def test_killed_encoding_ends_with_the_bytes_of_undisturbed_encoding(data, autoencoder, tmp_path, monkeypatch):
+    """In chunks of 5 images, so that there is something to resume."""
+    code = "import training.latents as l; l.CHUNK = 5; l.main()"
+    arguments = ["--data", str(data), "--vae", str(autoencoder), "--image-size", "8", "--batch-size", "2"]
+    arguments += ["--workers", "0", "--device", "cpu", "--out"]
+    out, note = tmp_path / "killed", tmp_path / "killed" / "train" / "index.json"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments, str(out)], env=environment, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not note.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait(30) in (-signal.SIGKILL, 0) and note.exists()
+    monkeypatch.setattr("training.latents.CHUNK", 5)
+    for folder in (out, tmp_path / "whole"):
+        monkeypatch.setattr(sys, "argv", ["latents", *arguments, str(folder)])
+        encode_main()
+    for name in ("train/moments.npy", "train/index.json", "val/moments.npy", "val/index.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_encoding_resumes_and_finds_damage(data, tmp_path, monkeypatch):

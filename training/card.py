@@ -151,7 +151,7 @@ noise, float32, the weights of the last step{_average(recipe)}. The number is wh
     python -m training.evaluate {place(folder)} --data DATA"""
     about += _fid(results["fid"]) if "fid" in results else "\n\nNo FID is claimed here."
     if "quality" in results:
-        about += _quality(results["quality"])
+        about += _quality(results["quality"], config["label_names"])
     elif (folder / "samples.png").exists():
         about += f"""
 
@@ -189,10 +189,13 @@ def _fid(measured: list[dict]) -> str:
     return "\n\n" + "\n".join(lines)
 
 
-def _quality(quality: dict) -> str:
+def _quality(quality: dict, label_names: list[str]) -> str:
     """What `training.quality` measured."""
     names = ("recognised", "diversity", "least_diversity", "copies")
     rows = [dict(row, images=f"guidance {row['guidance']:g}") for row in quality["guidance"]]
+    best = next(row for row in rows if row["guidance"] == quality["best_guidance"])
+    shares = zip(label_names, best["recognised_by_class"], strict=True)
+    by_class = ", ".join(f"{name} {share:.0f} %" for name, share in shares)
     real = quality["held_out"]
     rows.append(real | dict(images=f"{real['images']:,} held-out images"))
     lines = [
@@ -212,7 +215,9 @@ One column for each of the first classes at guidance {quality["best_guidance"]:g
 |---|---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 
-- *recognised*: the classifier's first answer is the class that was asked for;
+- *recognised*: the classifier's first answer is the class that was asked for; at guidance {best["guidance"]:g} {
+        by_class
+    };
 - *diversity*: mean distance of two images of a class on the {quality["features"]} features before the classifier's
   head, in percent of that of held-out images; mean over the classes, and *least* of all classes. Guidance buys
   recognition with it;
@@ -284,8 +289,8 @@ def _reached(results: dict) -> str:
     if "top1" in results:
         return f"top-1 {results['top1']:.2f} %"
     reached = f"validation loss {results['val_loss']:.4f}"
-    if "quality" in results:
-        best = max(results["quality"]["guidance"], key=lambda row: row["recognised"])
+    if quality := results.get("quality"):
+        best = max(quality["guidance"], key=lambda row: row["recognised"])
         reached += f", {best['recognised']:.1f} % of images recognised at guidance {best['guidance']:g}"
     return reached
 

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 import vca
 from training.card import write_card
-from training.data import DataError, Images, decode, eval_transform, generator_cfg, normalize
+from training.data import DataError, Images, eval_transform, generator_cfg, normalize
 from training.engine import RunError, open_device
 from training.sample import SampleError, grid_png, sample_files
-from vca.hub import write_atomically
+from vca.hub import place, write_atomically
 from vca.models.dit import DiffusionTransformer
 from vca.vae import DecoderError
 
@@ -174,9 +174,10 @@ def open_split(folder: str, split: str, label_names: list[str]) -> Images:
 
 def read_split(images: Images, side: int, count: int) -> tuple[Tensor, Tensor]:
     """`count` images, evenly spread over a split, as the generator sees them: uint8 (N, 3, H, W) and labels (N,)."""
+    images.transform = eval_transform(generator_cfg(side), as_bytes=True)
     chosen = torch.linspace(0, len(images) - 1, min(count, len(images))).long().tolist()
-    images.reader.samples = [images.reader.samples[index] for index in chosen]
-    return decode(images, generator_cfg(side))
+    pixels, labels = zip(*(images[index] for index in chosen), strict=True)
+    return torch.stack(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
 
 def measure_generator(generator: DiffusionTransformer, judge: nn.Module, args: argparse.Namespace) -> dict:
@@ -213,8 +214,17 @@ def measure_generator(generator: DiffusionTransformer, judge: nn.Module, args: a
         judge=Path(args.judge).name, count=args.count, sampler=args.sampler or next(iter(generator.objective.SAMPLERS)),
         steps=args.steps, seed=args.seed, precision=args.precision, train_images=len(train), best_guidance=best,
         guidance=rows, held_out=yardstick.held_out | dict(images=len(held_out)), features=yardstick.features.shape[1],
-        torch=torch.__version__, device=args.device,
+        torch=torch.__version__, device=args.device, command=command_of(args),
     )  # fmt: skip
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command that gives these numbers anywhere."""
+    judge = place(Path(args.judge)) if Path(args.judge).is_dir() else args.judge
+    words = [place(args.checkpoint), "--judge", judge, "--data", "DATA", "--count", args.count, "--guidance"]
+    words += [*(f"{guidance:g}" for guidance in args.guidance), "--steps", args.steps, "--precision", args.precision]
+    words += ["--seed", args.seed] + (["--sampler", args.sampler] if args.sampler else [])
+    return "python -m training.quality " + shlex.join(map(str, words))
 
 
 def main() -> None:
@@ -235,15 +245,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.out = args.out or Path("runs/quality") / args.checkpoint.resolve().name
-    hidden = {args.data: "DATA"}
-    command = "python -m training.quality " + shlex.join(hidden.get(arg, arg) for arg in sys.argv[1:])
     try:
         if not args.checkpoint.is_dir():
             raise vca.CheckpointError(f"{args.checkpoint}: no such checkpoint folder.")
         device = open_device(args.device)
         generator, judge = vca.load(args.checkpoint, device=device), vca.load(args.judge, device=device)
         check(generator, judge, args)
-        result = measure_generator(generator, judge, args) | dict(command=command)
+        result = measure_generator(generator, judge, args)
     except (vca.CheckpointError, DataError, DecoderError, RunError, SampleError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     file = args.checkpoint / "config.json"
