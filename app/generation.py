@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from textwrap import shorten
 from threading import Event, Thread
@@ -13,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 import vca
+from app import public
 from app.arguments import number, one_of, refused, whole
 from vca.models.dit import DiffusionTransformer
-from vca.sampling import Callback, at_time, to_bytes
+from vca.sampling import Callback, at_time, silent, to_bytes
 
 MAX_COUNT, MAX_STEPS, MAX_GUIDANCE, MAX_SEED = 16, 250, 10, 2**32 - 1
 MAX_WORK = 1600  # pictures times steps; a step of Heun's method is two
@@ -86,9 +88,20 @@ class Run:
     def sample(self, callback: Callback) -> None:
         """Generates the pictures; `callback` sees every state. Ends early, without pictures, once `stop` is set.
 
+        On a lent GPU, which is another process, there is no callback and no end before the last step.
+
         Raises:
             vca.vae.DecoderError: the model needs a VAE that is not here.
         """
+        if public.lends_gpu():
+            if self.model.latent_decoder:
+                self.model.latent_decoder.load(torch.device("cpu"))
+            self.states, self.images = on_lent_gpu(self.model, self.request)
+        else:
+            self.sample_here(callback)
+
+    def sample_here(self, callback: Callback) -> None:
+        """`sample` in this process, where the model is."""
         request = self.request
         kept = {step * request.steps // KEPT_STATES for step in range(KEPT_STATES)} | {request.steps - 1}
 
@@ -132,7 +145,7 @@ class Run:
             ended.set()
             news.set()
 
-        Thread(target=work, daemon=True).start()
+        Thread(target=copy_context().run, args=(work,), daemon=True).start()  # the visitor's share of a lent GPU
         try:
             while news.wait() and not ended.is_set():
                 news.clear()
@@ -187,6 +200,19 @@ class Run:
         frame = self.frame(step)
         rows = frame.height // self.request.count
         return frame.crop((0, index * rows, frame.width, (index + 1) * rows))
+
+
+def gpu_seconds(model: DiffusionTransformer, request: Request) -> int:
+    """How long a lent GPU may take for a request: to start, and for the steps of a large model."""
+    return 20 + request.count * request.steps // 40
+
+
+@public.on_lent_gpu(gpu_seconds)
+def on_lent_gpu(model: DiffusionTransformer, request: Request) -> tuple[dict[int, Tensor], Tensor]:
+    """The states that a run of this request keeps, and its pictures."""
+    run = Run(model.to("cuda" if torch.cuda.is_available() else "cpu"), request)
+    run.sample_here(silent)
+    return {step: x.cpu() for step, x in run.states.items()}, run.images.cpu()
 
 
 def preview(model: DiffusionTransformer, x: Tensor) -> Tensor:

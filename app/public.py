@@ -1,17 +1,24 @@
 """What a public page needs beyond the app on one's own machine: limits, and a say in what visitors may load.
 
 Environment variables:
-    VCA_MODELS   Hub ids of checkpoints to serve beside those in weights/, separated by commas; user/repo@revision pins
-                 one
-    VCA_ALLOWED  Hub ids that a visitor may load as well, separated by commas; user/* allows all of a user's. Without it
-                 a public page allows none, any other page all
-    SPACE_ID     set on a Space: the page is public
+    VCA_MODELS       Hub ids of checkpoints to serve beside those in weights/, separated by commas; user/repo@revision
+                     pins one
+    VCA_ALLOWED      Hub ids that a visitor may load as well, separated by commas; user/* allows all of a user's.
+                     Without it a public page allows none, any other page all
+    SPACE_ID         set on a Space: the page is public
+    SPACES_ZERO_GPU  set on a Space that is lent a GPU for each call of a function, instead of having one
 """
 
 import os
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 from vca.hub import REPO_ID
+
+try:
+    import spaces
+except ImportError:  # installed on Spaces alone
+    spaces = None
 
 QUEUE = 24  # visitors who may wait for one kind of work, before the next is told to come back later
 UPLOADS = {True: "16mb", False: "64mb"}  # the largest file, on a public page and elsewhere
@@ -41,6 +48,19 @@ def may_load(name: str) -> bool:
     match = REPO_ID.fullmatch(name.removeprefix("hf-hub:"))
     patterns = allowed + [model.split("@")[0] for model in served()]
     return match is not None and any(fnmatchcase(match["repo"], pattern) for pattern in patterns)
+
+
+def lends_gpu() -> bool:
+    """Whether this is a Space with ZeroGPU."""
+    return spaces is not None and "SPACES_ZERO_GPU" in os.environ
+
+
+def on_lent_gpu(seconds: Callable[..., int]) -> Callable:
+    """Decorates a function that a ZeroGPU Space runs in a process with a GPU; elsewhere it stays as it is.
+
+    Arguments and result are pickled on their way. `seconds` takes the same arguments: how long the call may last.
+    """
+    return spaces.GPU(duration=seconds) if spaces else lambda function: function
 
 
 def _ids(variable: str) -> list[str]:

@@ -1,12 +1,18 @@
 """The app as a public page: checkpoints of the Hub, limits, and what visitors may load."""
 
-import pytest
+import pickle
+from types import SimpleNamespace
 
-from app import public
+import pytest
+import torch
+
+from app import generation, public
 from app.models import Checkpoints
 from app.ui import WEIGHTS, build
+from tests.test_dit import tiny
 from tests.test_hub import LABELS
 from tests.test_remote import cache, classifier, read, unreachable  # noqa: F401
+from vca.sampling import silent
 
 SHIPPED = {folder.parent.name for folder in WEIGHTS.glob("*/config.json")}
 
@@ -68,3 +74,48 @@ def test_a_public_page_limits_its_queue_and_its_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SPACE_ID", "user/space")
     page = build(tmp_path)
     assert page.delete_cache == public.CACHE and page._queue.max_size == public.QUEUE
+
+
+@pytest.fixture
+def lent(monkeypatch):
+    """A Space with ZeroGPU, as its callers see it: arguments and results are pickled. Gives the times asked for."""
+    work, seconds = generation.on_lent_gpu, []
+
+    def lend(*arguments):
+        seconds.append(generation.gpu_seconds(*arguments))
+        return pickle.loads(pickle.dumps(work(*pickle.loads(pickle.dumps(arguments)))))
+
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+    monkeypatch.setattr(public, "spaces", SimpleNamespace())
+    monkeypatch.setattr(generation, "on_lent_gpu", lend)
+    return seconds
+
+
+def test_a_lent_gpu_makes_the_same_pictures_and_states(monkeypatch, lent):
+    model = tiny()
+    model.label_names = LABELS
+    request = generation.check_request(model, LABELS[1], 2, 5, 1.5, 3, None)
+    run = generation.Run(model, request)
+    frames = list(run.progress())
+    assert frames == [] and lent == [20 + 2 * 5 // 40]
+    monkeypatch.delenv("SPACES_ZERO_GPU")
+    here = generation.Run(model, request)
+    here.sample(silent)
+    assert torch.equal(run.images, here.images)
+    assert run.states.keys() == here.states.keys()
+    assert all(torch.equal(run.states[step], here.states[step]) for step in here.states)
+
+
+def test_a_gpu_is_lent_for_seconds_that_grow_with_the_work(monkeypatch):
+    model = tiny()
+    model.label_names = LABELS
+    largest = generation.check_request(model, LABELS[0], 16, 100, 1, 0, None)
+    smallest = generation.check_request(model, LABELS[0], 1, 1, 1, 0, None)
+    assert generation.gpu_seconds(model, smallest) == 20 and generation.gpu_seconds(model, largest) == 60
+
+
+def test_without_the_package_a_function_stays_as_it_is(monkeypatch):
+    assert public.on_lent_gpu(lambda: 1)(build) is build
+    asked = []
+    monkeypatch.setattr(public, "spaces", SimpleNamespace(GPU=lambda duration: asked.append(duration) or (lambda f: f)))
+    assert public.on_lent_gpu(max)(build) is build and asked == [max]

@@ -71,9 +71,9 @@ def _is_code(file: Path) -> bool:
 
 
 def front_matter(repositories: list[str]) -> dict:
-    """What a Space says about itself: how it is built, and which models it uses."""
+    """What a Space says about itself: how it is built, and which repositories it uses."""
     names = [REPO_ID.fullmatch(name) for name in repositories]
-    return dict(
+    built = dict(
         title=TITLE,
         emoji="🔍",
         colorFrom="indigo",
@@ -84,9 +84,12 @@ def front_matter(repositories: list[str]) -> dict:
         app_file="app.py",
         license="apache-2.0",
         short_description=SHORT,
+    )
+    used = dict(
         models=[name["repo"] for name in names],
         preload_from_hub=[" ".join(filter(None, (n["repo"], ",".join(FILES), n["revision"]))) for n in names],
     )
+    return built | used if names else built
 
 
 def report(title: str, files: dict[str, Path | bytes]) -> None:
@@ -113,6 +116,8 @@ def main() -> None:
     for name in [*filter(None, (args.repo, args.space)), *repositories]:
         if not REPO_ID.fullmatch(name):
             parser.error(f"{name!r} is neither a folder nor a name such as user/repo.")
+    if not args.checkpoints:
+        parser.error("name a checkpoint.")
     if args.repo and (len(folders) != 1 or (repositories and not args.space)):
         parser.error("--repo publishes exactly one folder.")
     try:
