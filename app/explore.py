@@ -5,23 +5,25 @@ share) fetches those of each block once and draws every click by itself.
 """
 
 import base64
+import filecmp
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 import gradio as gr
 from PIL import Image
 
 import vca
-from app import draw, models
+from app import draw, export, models, opening
 from app.images import ImageError, read_image, uploaded_file
 from app.inputs import ModelChoice, image_and_model
 from app.store import Store
 
 STORE_BYTES = 512 * 2**20
 NO_GRID = "The attention of this model cannot be drawn: it works on no grid of patches."
-FILES = Path(__file__).parent
+LINK = "#explore?"
 
 
 class MapStore(Store[list[models.Layer]]):
@@ -35,23 +37,20 @@ def _size(layers: list[models.Layer]) -> int:
     return sum(array.nbytes for layer in layers for array in layer.arrays.values())
 
 
-def script(*names: str) -> str:
-    """The text of JavaScript files of this folder, one after another, for `gr.HTML(js_on_load=...)`."""
-    return "\n".join((FILES / name).read_text(encoding="utf-8") for name in names)
-
-
 @dataclass(frozen=True)
 class Explorer:
     """The tab, for other tabs.
 
     Setting `image` and `model` from elsewhere explores that image. Setting `view` to what `opened` returns shows maps
-    that were recorded elsewhere.
+    that were recorded elsewhere; set it to a plain string, since an update like `gr.skip()` makes Gradio drop its other
+    properties. `restore` turns the link of a view, the hash of the page's address, into values for `image` and `model`.
     """
 
     image: gr.Image
     model: gr.Dropdown
     view: gr.HTML
     store: MapStore
+    restore: Callable[[str], tuple]
 
     def opened(
         self,
@@ -89,6 +88,17 @@ def _run(store: MapStore, maps, picture: Image.Image, caption, prefix_names: lis
     )
 
 
+def _arrays(layer: models.Layer) -> dict:
+    return {
+        name: dict(shape=array.shape, type=array.dtype.name, data=base64.b64encode(array.tobytes()).decode())
+        for name, array in layer.arrays.items()
+    }
+
+
+def _file(content: bytes) -> dict:
+    return dict(data=base64.b64encode(content).decode())
+
+
 def build(choice: ModelChoice, examples: list[str]) -> Explorer:
     """Builds the tab."""
     store = MapStore(STORE_BYTES)
@@ -106,31 +116,63 @@ def build(choice: ModelChoice, examples: list[str]) -> Explorer:
         crop = draw.muted(models.centre_crop(model, image))
         says = ("The model says", f"{label} {probability:.0%}")
         run = _run(store, maps, crop, says, models.prefix_names(model))
-        return json.dumps(run | dict(repeatable=True))
+        public_name = None if name.startswith(opening.UPLOADED) else name  # a visitor's own model is in no link
+        return json.dumps(run | dict(repeatable=True, model=public_name, example=example_of(uploaded_file(upload))))
+
+    def example_of(path: Path) -> str | None:
+        """The name of the example that an uploaded file is a copy of."""
+        return next((name for name, example in by_name.items() if filecmp.cmp(path, example, shallow=False)), None)
 
     def fetch_maps(request: dict) -> dict:
-        """The arrays of one block of a run, for the page: name -> shape and base64 bytes. The request names both."""
+        """The arrays of the block of a run that the request names: name -> shape, type and base64 bytes."""
         try:
-            layer = store.get(request["token"])[request["block"]]
+            return _arrays(store.get(request["token"])[request["block"]])
         except (LookupError, TypeError):  # forgotten, or not a request of our page
             return dict(expired=True)
-        return {
-            name: dict(shape=array.shape, type=array.dtype.name, data=base64.b64encode(array.tobytes()).decode())
-            for name, array in layer.arrays.items()
-        }
 
+    def export_numbers(request: dict) -> dict:
+        """The numbers of a view as an .npz file in base64."""
+        try:
+            layer = store.get(request["token"])[request["block"]]
+            place = (request[key] for key in ("mode", "head", "query", "lambda"))
+            return _file(export.numbers(layer, *place, request["view"]))
+        except (LookupError, TypeError, ValueError):
+            return dict(expired=True)
+
+    def export_page(request: dict) -> dict:
+        """All maps of a run as a web page in base64."""
+        try:
+            maps = [_arrays(layer) for layer in store.get(request["token"])]
+            return _file(export.page(json.loads(request["run"]), maps, request["view"]).encode())
+        except (LookupError, TypeError, ValueError, AttributeError):
+            return dict(expired=True)
+
+    def restore(link: str) -> tuple:
+        """The image and the model that the link of a view asks for; what it does not name stays as it is."""
+        if not isinstance(link, str) or not link.startswith(LINK):
+            return gr.skip(), gr.skip()
+        asked = dict(parse_qsl(link.removeprefix(LINK)))
+        name, picture = asked.get("model"), by_name.get(asked.get("image"), gr.skip())
+        if name not in choice.checkpoints.classifiers:
+            gr.Warning(f"The model of this link is not here: {name}. Load it on the left.", title="Link")
+            name = gr.skip()
+        return picture, name
+
+    by_name = {Path(example).stem: example for example in examples}
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             image, model = image_and_model(choice, examples, height=240)
         with gr.Column(scale=7, min_width=320):
             explorer = gr.HTML(
                 "",
-                html_template=(FILES / "explorer.html").read_text(encoding="utf-8"),
-                css_template=(FILES / "explorer.css").read_text(encoding="utf-8"),
-                js_on_load=script("maps.js", "explorer.js"),
+                html_template=export.text("explorer.html"),
+                css_template=export.text("explorer.css"),
+                js_on_load=export.text("maps.js", "explorer.js"),
                 apply_default_css=False,
-                server_functions=[fetch_maps],
+                server_functions=[fetch_maps, export_numbers, export_page],
                 palette=draw.PALETTE,
+                view={},
+                offline=False,
                 elem_id="explorer",
             )
     gr.on(
@@ -143,4 +185,4 @@ def build(choice: ModelChoice, examples: list[str]) -> Explorer:
         trigger_mode="always_last",
         api_visibility="private",
     )
-    return Explorer(image, model, explorer, store)
+    return Explorer(image, model, explorer, store, restore)

@@ -13,7 +13,8 @@ from PIL import Image
 
 from app import draw, generation
 from app.arguments import refused, whole
-from app.explore import FILES, Explorer, script
+from app.explore import Explorer
+from app.export import text
 from app.generation import Run
 from app.models import Checkpoints
 from app.store import Store
@@ -133,9 +134,9 @@ def build(checkpoints: Checkpoints, explorer: Explorer, image: gr.Image, tabs: g
         with gr.Column(scale=7, min_width=320):
             viewer = gr.HTML(
                 "",
-                html_template=(FILES / "generate.html").read_text(encoding="utf-8"),
-                css_template=(FILES / "generate.css").read_text(encoding="utf-8"),
-                js_on_load=script("generate.js"),
+                html_template=text("generate.html"),
+                css_template=text("generate.css"),
+                js_on_load=text("generate.js"),
                 apply_default_css=False,
                 server_functions=[fetch_frame, stop_run],
                 elem_id="generated",

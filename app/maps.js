@@ -293,7 +293,7 @@ function drawMap(canvas, { info, mode, aspect, painted, photo = null, prefixName
   context.imageSmoothingEnabled = false;
   context.drawImage(raster(document.createElement("canvas"), info, mode, painted), ...place.image);
 
-  if (info.patches) drawWindows(context, info, place.image);
+  if (info.patches) drawWindows(context, info, place.image, photo ? 1 : 0.5);
 
   const style = getComputedStyle(canvas);
   place.prefix.forEach((box, i) => {
@@ -322,32 +322,144 @@ function drawMap(canvas, { info, mode, aspect, painted, photo = null, prefixName
   frame(context, boxOf(queries, indexAt(info, queries, point)), photo ? 2.5 : 2);
 }
 
-// Lines between patches that do not share a window, dark beside light.
-function drawWindows(context, { grid: [rows, cols], slot, slots }, [left, top, width, height]) {
+// Lines between patches that do not share a window: [[x, y, width, height], ...], one of the two 0.
+function windowBorders({ grid: [rows, cols], slot, slots }, [left, top, width, height]) {
   const windowOf = (r, c) => Math.floor(slot[r * cols + c] / slots);
-  const lines = new Path2D();
   const [w, h] = [width / cols, height / rows];
+  const lines = [];
   for (let r = 0; r < rows; r++) {
     for (let c = 0; c < cols; c++) {
-      const [x, y] = [left + c * w, top + r * h];
-      if (c && windowOf(r, c) !== windowOf(r, c - 1)) lines.rect(x, y, 0, h);
-      if (r && windowOf(r, c) !== windowOf(r - 1, c)) lines.rect(x, y, w, 0);
+      if (c && windowOf(r, c) !== windowOf(r, c - 1)) lines.push([left + c * w, top + r * h, 0, h]);
+      if (r && windowOf(r, c) !== windowOf(r - 1, c)) lines.push([left + c * w, top + r * h, w, 0]);
     }
   }
-  for (const [colour, wide] of [["rgb(255 255 255 / 0.75)", 2], ["rgb(0 0 0 / 0.75)", 1]]) {
+  return lines;
+}
+
+const BORDER = [["rgb(255,255,255)", 2], ["rgb(63,63,70)", 1]]; // light below dark: colour and width
+function drawWindows(context, info, place, thickness) {
+  const path = new Path2D();
+  for (const line of windowBorders(info, place)) path.rect(...line);
+  for (const [colour, width] of BORDER) {
     context.strokeStyle = colour;
-    context.lineWidth = wide;
-    context.stroke(lines);
+    context.lineWidth = thickness * width;
+    context.stroke(path);
   }
 }
 
-// A dark line beside a light one: it shows on any picture. Drawn just inside the box, so that nothing is cut off.
-function frame(context, [x, y, w, h], width) {
+function windowLines(info, place, thickness) {
+  const path = windowBorders(info, place).map(([x, y, w, h]) => `M${x} ${y}h${w}v${h}`).join("");
+  const line = ([colour, width]) => `<path d="${path}" fill="none" stroke="${colour}" stroke-width="${thickness * width}"/>`;
+  return BORDER.map(line).join("");
+}
+
+// A dark line beside a light one: it shows on any picture. Inside the box, so that nothing is cut off; a small box is
+// left free and gets them around it: [colour, x, y, width, height] of both lines.
+function frameLines([x, y, w, h], width) {
+  const insets = Math.min(w, h) < 7 * width ? [-1.5 * width, -0.5 * width] : [0.5 * width, 1.5 * width];
+  return insets.map((inset, i) => [["#000", "#fff"][i], x + inset, y + inset, w - 2 * inset, h - 2 * inset]);
+}
+
+function frame(context, box, width) {
   context.lineWidth = width;
-  for (const [colour, inset] of [["#000", width / 2], ["#fff", 1.5 * width]]) {
+  for (const [colour, ...line] of frameLines(box, width)) {
     context.strokeStyle = colour;
-    context.strokeRect(x + inset, y + inset, w - 2 * inset, h - 2 * inset);
+    context.strokeRect(...line);
   }
+}
+
+// ---- The same as a drawing (SVG), to keep: on white, with colour bars
+
+const escaped = (text) => String(text).replace(/[&<>"]/g, (character) => `&#${character.charCodeAt(0)};`);
+const bytesOf = (pixel) => new Uint8ClampedArray(Uint32Array.of(pixel).buffer);
+const fillOf = (pixel) => {
+  const [red, green, blue, opacity] = bytesOf(pixel);
+  return `fill="rgb(${red},${green},${blue})"${opacity < 255 ? ` fill-opacity="${(opacity / 255).toFixed(3)}"` : ""}`;
+};
+
+// The cells of a map as one path for each colour, in a square of 1 by 1.
+function cellsOf(info, mode, painted) {
+  const { keys, rows, cols } = keyOfPixel(info, latticeOf(info, mode, "key"));
+  const paths = new Map();
+  for (let y = 0; y < rows; y++) {
+    for (let x = 0, end; x < cols; x = end) {
+      const colour = painted[keys[y * cols + x]];
+      for (end = x + 1; end < cols && painted[keys[y * cols + end]] === colour; ) end++;
+      if (bytesOf(colour)[3]) paths.set(colour, `${paths.get(colour) ?? ""}M${x} ${y}h${end - x}v1h${x - end}z`);
+    }
+  }
+  const drawn = [...paths].map(([colour, path]) => `<path ${fillOf(colour)} d="${path}"/>`);
+  return `<g transform="scale(${1 / cols} ${1 / rows})" shape-rendering="crispEdges">${drawn.join("")}</g>`;
+}
+
+function framed(box, width) {
+  const line = ([colour, x, y, w, h]) =>
+    `<rect x="${x}" y="${y}" width="${w}" height="${h}" fill="none" stroke="${colour}" stroke-width="${width}"/>`;
+  return frameLines(box, width).map(line).join("");
+}
+
+// A picture of a view, as the text of an SVG file.
+//   info, mode, aspect, point   as for `drawMap`
+//   photo                       address of the image, as a data: URL
+//   maps                        of every stream: { stream, title, values, limit, marks, sum }
+//   over                        the stream to lay over the image
+//   title, lines                written on top
+function drawingOf({ info, mode, aspect, photo, point, palette, maps, over, title, lines }) {
+  const tables = colourTables(palette);
+  const [wide, narrow, gap] = [300, 200, 24];
+  const squares = info.prefix ? 26 : 0;
+  const [top, tall] = [98, 300 * aspect + squares];
+  const queries = latticeOf(info, mode, "query");
+  const parts = [];
+  const text = (x, y, words, more = "") => parts.push(`<text x="${x}" y="${y}" ${more}>${escaped(words)}</text>`);
+
+  const map = (left, width, values, stream, limit, table, picture) => {
+    const painted = paint(values, stream, limit, table);
+    const y = top + squares;
+    const side = 18;
+    if (picture) parts.push(`<image x="${left}" y="${y}" width="${width}" height="${width * aspect}" preserveAspectRatio="none" href="${picture}"/>`);
+    parts.push(`<g transform="translate(${left} ${y}) scale(${width} ${width * aspect})">${cellsOf(info, mode, painted)}</g>`);
+    if (info.patches) parts.push(windowLines(info, [left, y, width, width * aspect], picture ? 1 : 0.5));
+    const square = (i) => [left + i * (side + 4), top, side, side];
+    for (let i = 0; i < info.prefix; i++) {
+      const [x, down, w, h] = square(i);
+      const fill = latticeOf(info, mode, "key").prefix ? fillOf(painted[i]) : 'fill="none"';
+      parts.push(`<rect x="${x}" y="${down}" width="${w}" height="${h}" ${fill} stroke="#71717a" stroke-width="0.5"/>`);
+    }
+    const index = indexAt(info, queries, point);
+    if (index < queries.prefix) return parts.push(framed(square(index), 2));
+    const [l, t, r, b] = outline(info, queries, index);
+    parts.push(framed([left + l * width, y + t * width * aspect, (r - l) * width, (b - t) * width * aspect], 2));
+  };
+
+  const shown = maps.find(({ stream }) => stream === over);
+  text(gap, 32, title, 'font-size="16" font-weight="bold"');
+  lines.forEach((line, i) => text(gap, 52 + 18 * i, line));
+  map(gap, wide, shown.values, over, shown.limit, tables.veil, photo);
+  text(gap, top + tall + 20, `${shown.title} over the image`);
+  maps.forEach(({ stream, title, values, limit, marks, sum }, i) => {
+    const left = gap + wide + gap + i * (narrow + gap);
+    const under = top + squares + narrow * aspect;
+    text(left, top - 8, title, 'font-weight="bold"');
+    map(left, narrow, values, stream, limit, tables.light, null);
+    const { positive, negative } = palette.light;
+    const stops = { positive, negative, differential: [...negative.slice(1).reverse(), ...positive] }[stream];
+    const stop = (colour, k) => `<stop offset="${k / (stops.length - 1)}" stop-color="${colour}"/>`;
+    parts.push(`<linearGradient id="bar-${stream}">${stops.map(stop).join("")}</linearGradient>`);
+    parts.push(`<rect x="${left}" y="${under + 10}" width="${narrow}" height="10" fill="url(#bar-${stream})"/>`);
+    marks.forEach((mark, k) => {
+      const [part, anchor] = k === 0 ? [0, "start"] : k === marks.length - 1 ? [1, "end"] : [0.5, "middle"];
+      text(left + part * narrow, under + 36, mark, `text-anchor="${anchor}"`);
+    });
+    text(left, under + 54, sum);
+  });
+  const width = gap + wide + maps.length * (gap + narrow) + gap;
+  const height = Math.ceil(top + Math.max(tall + 20, squares + narrow * aspect + 54) + gap);
+  return `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" viewBox="0 0 ${width} ${height}" font-family="Helvetica, Arial, sans-serif" font-size="13" fill="#18181b">
+<title>${escaped(title)}</title><rect width="${width}" height="${height}" fill="#fff"/>
+${parts.join("\n")}
+</svg>
+`;
 }
 
 // ---- Words
@@ -368,14 +480,14 @@ const TITLES = {
 };
 
 // What a map says, in a sentence or two.
-function meaningOf({ kind, streams, tokens }, mode) {
+function meaningOf({ kind, streams, tokens, grid, window }, mode) {
   const [first, second] = streams.map((count, i) => (count === 2 ? ["D₁", "D₂"] : ["A₁", "A₂"])[i]);
   if (mode === "effective" && Math.max(...streams) === 2) {
     const formula = streams[1] ? `diag(r₂) ${second} diag(r₁) ${first}` : `diag(r₁) ${first}`;
     return `What the boxed patch draws in (orange) or pushes away (blue)${streams[1] ? ", both stages in one" : ""}: E = ${formula}, exactly.`;
   }
   if (mode === "effective" && streams[1]) return `What the boxed patch draws in, both stages in one: E = ${second} ${first}, exactly.`;
-  if (mode === "effective") return PLAIN[kind] ?? PLAIN.mhsa;
+  if (mode === "effective") return (String(window) !== String(grid) && PLAIN[kind]) || PLAIN.mhsa;
   if (mode === "stage2") {
     return `Which contrast tokens the boxed patch reads, each painted as its cell.${streams[1] === 2 ? " D₂ = A₂⁺ − λ₂ A₂⁻." : ""}`;
   }

@@ -61,6 +61,15 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
             with gr.Tab("About", id="about"):
                 about.build(checkpoints)
         choice.connect()
+        gr.on(
+            [demo.load, explorer.view.select],
+            lambda link: (*explorer.restore(link), gr.Tabs(selected="explore") if link else gr.skip()),
+            explorer.view,
+            [explorer.image, explorer.model, tabs],
+            js="() => location.hash.startsWith('#explore?') ? location.hash : ''",
+            show_progress="hidden",
+            api_visibility="private",
+        )
         explore_button.click(
             lambda upload, name: (uploaded_file(upload), name, gr.Tabs(selected="explore")),
             [image, model],
