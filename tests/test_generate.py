@@ -171,6 +171,9 @@ def test_init_starts_from_the_weights_and_diffusion_trains_in_the_same_loop(data
     old, new = (load_file(c / "model.safetensors") for c in (first, tmp_path / "second" / "checkpoint"))
     assert all(torch.allclose(old[key], new[key], atol=1e-6) for key in old)
     assert [bool(entry["init"]) for entry in vca.load(tmp_path / "second" / "checkpoint").training_history] == [0, 1]
+    card = (tmp_path / "second" / "checkpoint" / "README.md").read_text()
+    assert card.index("from random weights") < card.index(f"from `{first}`")
+    assert "      python -m training.generate cifar10_sit_vca" in card and "\n      command\n" in card
     options = dict(model="dit_xs_4", time_sampling="uniform", attention="mhsa_dwc", micro_batch=5)
     train_here(data, tmp_path / "dit", **options)
     assert vca.load(tmp_path / "dit" / "checkpoint").family == "dit"
@@ -270,6 +273,18 @@ def test_a_killed_job_of_several_processes_ends_with_the_bytes_of_a_single_one(m
     assert len(files) == 26 and all(f.read_bytes() == (tmp_path / "parts" / f.name).read_bytes() for f in files)
     with pytest.raises(SystemExit, match="RANK=3 of WORLD_SIZE=3 is no process number"):
         sample_here(monkeypatch, [*shared, str(parts)], 3, 3)
+
+
+@pytest.mark.long
+def test_torchrun_shares_the_images_among_processes(model, tmp_path):
+    vca.save(model, tmp_path / "c", label_names=model.label_names)
+    arguments = ["-m", "training.sample", str(tmp_path / "c"), "--count", "10", "--batch-size", "2", "--steps", "2"]
+    for folder, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
+        result = run([sys.executable, *launcher, *arguments, "--device", "cpu", "--out", str(tmp_path / folder)])
+        assert result.returncode == 0 and "10 images" in result.stdout, result.stderr
+    one, two = (sorted(tmp_path.glob(f"{folder}/*/*.png")) for folder in ("one", "two"))
+    assert len(one) == len(two) == 10
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
 
 
 def test_samples_of_other_weights_are_not_mixed(model, tmp_path):

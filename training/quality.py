@@ -10,8 +10,8 @@ raises it at no cost; and the Fréchet distance to the training images on the ju
 same numbers of as many held-out images are the yardstick.
 
 The numbers go into the checkpoint's `config.json` and its card, two pictures beside them. The images stay in --out; the
-same command goes on where it was interrupted. 1,000 images of a 4 M model at 25 steps and five scales take 9 minutes of
-one core of two.
+same command goes on where it was interrupted. 1,000 images of a 4 M model at 25 steps and five scales take about 10
+minutes of one core, 50,000 training images looked at by a classifier of 1 M and compared with them about 4.
 """
 
 import argparse

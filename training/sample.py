@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import vca
 from training.engine import RunError, open_device
+from training.world import local_device
 from vca.hub import write_atomically
 from vca.models.dit import DiffusionTransformer
 from vca.sampling import to_bytes
@@ -143,15 +144,14 @@ def main() -> None:
     parser.add_argument("--flat", action="store_true", help="one folder for all classes")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 by autocast")
     parser.add_argument("--batch-size", type=int, default=64)
-    local = os.environ.get("LOCAL_RANK", "0")
-    parser.add_argument("--device", default=f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     packed = args.out.suffix == ".npz"
     try:
         if args.count < 1 or args.batch_size < 1 or args.seed < 0:
             raise SampleError("--count and --batch-size must be at least 1, --seed at least 0.")
         part = process()
-        model = vca.load(args.checkpoint, device=open_device(args.device))
+        model = vca.load(args.checkpoint, device=open_device(local_device(args.device)))
         if not isinstance(model, DiffusionTransformer):
             raise SampleError(f"{args.checkpoint} is a classifier; only a generator makes images.")
         files = sample_files(
