@@ -8,6 +8,7 @@ const large = find(".vx-large canvas");
 const panels = [...root.querySelectorAll(".vx-panels figure")];
 const slider = find(".vx-what-if input");
 const empty = find(".vx-note span").textContent;
+const AWAITED = "The view of this link waits for its picture: drop it on the left.";
 
 const state = {
   mode: "effective",
@@ -36,7 +37,7 @@ async function receive() {
   current = whatIf = null;
   root.dataset.state = run ? "loading" : "empty";
   find(".vx-body").hidden = !run;
-  if (!run) return note(received?.problem ?? empty, received ? "vx-problem" : "");
+  if (!run) return note(received?.problem ?? (linked().get("model") && !linked().get("image") ? AWAITED : empty), received ? "vx-problem" : "");
   note("");
   const mine = run;
   photo = new Image();
@@ -268,12 +269,12 @@ function drawWhatIf() {
   find(".vx-what-if").hidden = own === null && mode() !== "effective";
   slider.disabled = !possible;
   slider.value = whatIf ?? own ?? 0;
-  find(".vx-what-if label span").textContent = possible ? `What if ${name} of block ${info().label} were` : "What if λ were another?";
+  find(".vx-what-if label span").textContent = possible ? `What if ${name} of block ${info().label} were` : "What if λ were different?";
   find(".vx-what-if output").textContent = possible ? hundredths(Number(slider.value)) : "";
   find(".vx-what-if button").disabled = whatIf === null;
   const differential = ["D₁", "D₂"][stage() - 1];
   find(".vx-what-if p").textContent = possible
-    ? `Redraws ${differential} in this picture only. The model ran with ${name} = ${own.toFixed(3).replace("-", "−")}, and its answer stays.`
+    ? `This redraws the map ${differential} only. The model ran with ${name} = ${own.toFixed(3).replace("-", "−")}; its answer does not change.`
     : "Choose Stage I or Stage II. E also holds row factors that the model computed with its own λ, so it cannot be redrawn here.";
 }
 
@@ -421,9 +422,12 @@ for (const canvas of [large, ...panels.map((panel) => panel.querySelector("canva
 
 // ---- The link of a view: #explore?model=...&image=...&map=...
 
+function linked() {
+  return new URLSearchParams(location.hash.startsWith("#explore?") ? location.hash.slice("#explore?".length) : "");
+}
+
 function viewOfLink() {
-  if (!location.hash.startsWith("#explore?")) return {};
-  const link = new URLSearchParams(location.hash.slice("#explore?".length));
+  const link = linked();
   const view = {};
   const take = (key, pattern, read) => pattern.test(link.get(key) ?? "") && Object.assign(view, read(link.get(key)));
   take("map", /^(effective|stage1|stage2)$/, (mode) => ({ mode }));
@@ -440,7 +444,7 @@ function viewOfLink() {
 }
 
 function writeLink() {
-  if (!run?.model) return;
+  if (!run?.model) return clearLink();
   const { mode, stream, scale, block, head, query } = state;
   const link = new URLSearchParams({ model: run.model });
   if (run.example) link.set("image", run.example);
@@ -455,8 +459,8 @@ function clearLink() {
 }
 
 addEventListener("hashchange", () => {
-  if (!location.hash.startsWith("#explore?")) return;
-  const link = new URLSearchParams(location.hash.slice("#explore?".length));
+  const link = linked();
+  if (!link.get("model")) return;
   Object.assign(state, viewOfLink());
   if (run && link.get("model") === run.model && (link.get("image") ?? run.example) === run.example) show({});
   else trigger("select");

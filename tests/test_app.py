@@ -255,18 +255,19 @@ def test_visitors_do_not_mix(weights):
     assert [store.get(token)[0].arrays["positive1"].shape[0] for token in tokens] == list(range(1, 40))
 
 
-def fetch(url: str, component: int, request) -> dict:
-    body = dict(session_hash="test", component_id=component, fn_name="fetch_maps", data=request)
+def fetch(url: str, component: int, request, function: str = "fetch_maps") -> dict:
+    body = dict(session_hash="test", component_id=component, fn_name=function, data=request)
     answer = httpx.post(f"{url}gradio_api/component_server", json=body)
     assert answer.status_code == 200
     return answer.json()
 
 
-def test_server_function_gives_maps_only_for_a_token(url):
+@pytest.mark.parametrize("function", ["fetch_maps", "export_numbers", "export_page"])
+def test_server_functions_give_maps_only_for_a_token(url, function):
     components = httpx.get(f"{url}config").json()["components"]
     explorer = next(c["id"] for c in components if c["props"].get("elem_id") == "explorer")
     for request in (dict(token="guess", block=0), dict(), None, "token", dict(token=["x"], block="0")):
-        assert fetch(url, explorer, request) == dict(expired=True)
+        assert fetch(url, explorer, request, function) == dict(expired=True)
 
 
 def test_float16_survives_the_way_to_the_page(weights, picture):
