@@ -171,6 +171,7 @@ def test_the_command_writes_number_and_protocol_onto_the_card(root, features, tm
     sides = iter(features * 2)
     monkeypatch.setattr(fid, "features_of", lambda *args: next(sides))
     monkeypatch.setattr(fid, "open_inception", lambda *args: None)
+    monkeypatch.setattr(fid, "fid_statistics_to_metric", lambda *args, **kwargs: {"frechet_inception_distance": 61.256})
     arguments = ["fid", str(out), str(root / "reference.npz"), "--weights", str(root / "weights.pth"), "--card"]
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", [*arguments, str(checkpoint)])
@@ -179,7 +180,8 @@ def test_the_command_writes_number_and_protocol_onto_the_card(root, features, tm
     (result,) = json.loads((checkpoint / "config.json").read_text())["training"][-1]["results"]["fid"]
     card = (checkpoint / "README.md").read_text()
     for fact in (
-        f"**FID {result['fid']:.2f}**", "12 images; euler, 2 steps, guidance 1.5 on all channels, labels in turn",
+        "**FID 61.26**", f"precision {result['precision']:.3f}",
+        "12 images; euler, 2 steps, guidance 1.5 on all channels, labels in turn",
         "seed 0, fp32, decoder none", "reference reference.npz (its images; 12 images)", "torch-fidelity",
     ):  # fmt: skip
         assert fact in card, fact

@@ -151,7 +151,7 @@ noise, float32, the weights of the last step{_average(recipe)}. The number is wh
     python -m training.evaluate {place(folder)} --data DATA"""
     about += _fid(results["fid"]) if "fid" in results else "\n\nNo FID is claimed here."
     if "quality" in results:
-        about += _quality(results["quality"], config["label_names"])
+        about += _quality(results["quality"], config["label_names"], folder)
     elif (folder / "samples.png").exists():
         about += f"""
 
@@ -189,15 +189,17 @@ def _fid(measured: list[dict]) -> str:
     return "\n\n" + "\n".join(lines)
 
 
-def _quality(quality: dict, label_names: list[str]) -> str:
+def _quality(quality: dict, label_names: list[str], folder: Path) -> str:
     """What `training.quality` measured."""
-    names = ("recognised", "diversity", "least_diversity", "copies")
+    names = ("recognised", "diversity", "least", "copies")
     rows = [dict(row, images=f"guidance {row['guidance']:g}") for row in quality["guidance"]]
     best = next(row for row in rows if row["guidance"] == quality["best_guidance"])
-    shares = zip(label_names, best["recognised_by_class"], strict=True)
-    by_class = ", ".join(f"{name} {share:.0f} %" for name, share in shares)
+    shares = zip(label_names, best["recognised_by_class"], best["diversity_by_class"], strict=True)
+    by_class = ", ".join(f"{name} {share:.0f} ({spread:.0f}) %" for name, share, spread in shares)
     real = quality["held_out"]
     rows.append(real | dict(images=f"{real['images']:,} held-out images"))
+    for row in rows:
+        row["least"] = min(row["diversity_by_class"])
     lines = [
         f"| {row['images']} | {' | '.join(f'{row[name]:.1f} %' for name in names)} | {row['nearest_pixels']:.1f} "
         f"| {row['nearest_features']:.2f} | {row['frechet_distance']:.2f} |"
@@ -215,9 +217,7 @@ One column for each of the first classes at guidance {quality["best_guidance"]:g
 |---|---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 
-- *recognised*: the classifier's first answer is the class that was asked for; at guidance {best["guidance"]:g} {
-        by_class
-    };
+- *recognised*: the classifier's first answer is the class that was asked for;
 - *diversity*: mean distance of two images of a class on the {quality["features"]} features before the classifier's
   head, in percent of that of held-out images; mean over the classes, and *least* of all classes. Guidance buys
   recognition with it;
@@ -226,6 +226,8 @@ One column for each of the first classes at guidance {quality["best_guidance"]:g
 - *copies*: the nearest training image is less than half as far, in pixels, as the 50 nearest are on average;
 - *Fréchet*: distance between normal distributions fitted to these and to the training images' features of this
   classifier. It is not FID and compares with no other judge or number of images.
+
+Recognised (diversity) by class at guidance {best["guidance"]:g}: {by_class}.
 
 The images most like a copy, and the nearest training image below each:
 
@@ -236,7 +238,7 @@ Protocol: {quality["sampler"]}, {quality["steps"]} steps, guidance on all channe
     }, {quality["precision"]},
 8-bit images in the classifier's own preprocessing; {quality["device"]}, torch {quality["torch"]}:
 
-    {quality["command"]}"""
+    python -m training.quality {place(folder)} {quality["options"]}"""
 
 
 def _twins(folder: Path, config: dict) -> str:

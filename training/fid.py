@@ -125,11 +125,14 @@ def open_source(path: Path) -> tuple[Files | Packed | None, dict | None]:
             names = set(stored.files)
             given = {"mu", "sigma"} <= names
             statistics = {name: stored[name].astype(np.float64) for name in ("mu", "sigma")} if given else None
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise FidError(f"{path} is neither a folder of images nor an .npz file ({error}).") from None
-    if "arr_0" not in names and not statistics:
+        images = Packed(path) if "arr_0" in names else None
+    except FidError:
+        raise
+    except (OSError, ValueError, AttributeError, KeyError, zipfile.BadZipFile) as error:
+        raise FidError(f"{path} is neither a folder of images nor an .npz file that can be read ({error}).") from None
+    if images is None and not statistics:
         raise FidError(f"{path} has neither images arr_0 nor statistics mu and sigma; it has {', '.join(names)}.")
-    return (Packed(path) if "arr_0" in names else None), statistics
+    return images, statistics
 
 
 def open_inception(weights: Path | None, cuda: bool) -> FeatureExtractorInceptionV3:

@@ -114,10 +114,10 @@ class Yardstick:
     def measure(self, pixels: Tensor, labels: Tensor) -> tuple[dict, tuple[Tensor, Tensor]]:
         """The numbers of images (N, 3, H, W), uint8, asked for as `labels`; and `nearest_pixels` of them.
 
-        recognised, recognised_by_class: percent. diversity, least_diversity: distance within a class in percent of
-        that of held-out images, mean over the classes and smallest. nearest_pixels (grey levels), nearest_features:
-        median distance to the nearest training image. copies: percent whose nearest training image is less than half
-        as far as their 50 nearest on average. frechet_distance: on the judge's features.
+        recognised, recognised_by_class: percent. diversity, diversity_by_class: distance within a class in percent of
+        that of held-out images, and its mean. nearest_pixels (grey levels), nearest_features: median distance to the
+        nearest training image. copies: percent whose nearest training image is less than half as far as their 50
+        nearest on average. frechet_distance: on the judge's features.
         """
         features, logits = judged(self.judge, pixels)
         hits = (logits.argmax(1) == labels).double()
@@ -130,7 +130,7 @@ class Yardstick:
             recognised=100 * hits.mean().item(),
             recognised_by_class=[round(share, 1) for share in shares],
             diversity=sum(diversity) / len(diversity),
-            least_diversity=min(diversity),
+            diversity_by_class=[round(share, 1) for share in diversity],
             nearest_pixels=near[0][:, 0].median().item(),
             nearest_features=nearest(features, self.features, 1)[0].median().item(),
             copies=100 * (near[0][:, 0] < COPY * near[0].mean(1)).double().mean().item(),
@@ -214,17 +214,17 @@ def measure_generator(generator: DiffusionTransformer, judge: nn.Module, args: a
         judge=Path(args.judge).name, count=args.count, sampler=args.sampler or next(iter(generator.objective.SAMPLERS)),
         steps=args.steps, seed=args.seed, precision=args.precision, train_images=len(train), best_guidance=best,
         guidance=rows, held_out=yardstick.held_out | dict(images=len(held_out)), features=yardstick.features.shape[1],
-        torch=torch.__version__, device=args.device, command=command_of(args),
+        torch=torch.__version__, device=args.device, options=options_of(args),
     )  # fmt: skip
 
 
-def command_of(args: argparse.Namespace) -> str:
-    """The command that gives these numbers anywhere."""
+def options_of(args: argparse.Namespace) -> str:
+    """What follows the checkpoint in a command that gives these numbers anywhere."""
     judge = place(Path(args.judge)) if Path(args.judge).is_dir() else args.judge
-    words = [place(args.checkpoint), "--judge", judge, "--data", "DATA", "--count", args.count, "--guidance"]
+    words = ["--judge", judge, "--data", "DATA", "--count", args.count, "--guidance"]
     words += [*(f"{guidance:g}" for guidance in args.guidance), "--steps", args.steps, "--precision", args.precision]
     words += ["--seed", args.seed] + (["--sampler", args.sampler] if args.sampler else [])
-    return "python -m training.quality " + shlex.join(map(str, words))
+    return shlex.join(map(str, words))
 
 
 def main() -> None:
