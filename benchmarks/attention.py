@@ -3,6 +3,7 @@
     python -m benchmarks.attention                          # about 10 minutes on one CPU thread
     python -m benchmarks.attention --quick                  # under a minute
     python -m benchmarks.attention --device cuda --dtypes bfloat16 --out runs/benchmark
+    python -m benchmarks.attention --variants mhsa vca vca_compiled --scopes core  # needs a C++ compiler on a CPU
 
 Scopes: `core` is what a layer does between its projections, from a given qkv to what it hands to `proj`; `layer` is
 the layer; `model` is DeiT-Tiny. All variants of one row run in turn, round after round, so that a disturbance of the
@@ -29,6 +30,7 @@ import vca
 
 REFERENCE = "mhsa"
 VARIANTS = ("mhsa", "vca", "mhsa_eager", "diff", "agent", "mhsa_dwc", "vca_maps")
+COMPILED = ("vca_compiled", "mhsa_compiled")
 SCOPES = ("core", "layer", "model")
 DIM, HEADS = 192, 3
 
@@ -68,16 +70,18 @@ class WithMaps(nn.Module):
         return self.layer.forward_with_maps(x)[0]
 
 
+def kind_of(variant: str) -> str:
+    return variant.removesuffix("_eager").removesuffix("_maps").removesuffix("_compiled")
+
+
 def make_layer(variant: str, side: int, token_side: int) -> nn.Module:
-    kind = variant.removesuffix("_eager").removesuffix("_maps")
-    return vca.create_attention(kind, DIM, HEADS, grid_size=(side, side), token_grid=(token_side, token_side))
+    place = dict(grid_size=(side, side), token_grid=(token_side, token_side))
+    return vca.create_attention(kind_of(variant), DIM, HEADS, **place)
 
 
 def make_model(variant: str, side: int, token_side: int) -> nn.Module:
-    kind = variant.removesuffix("_eager").removesuffix("_maps")
-    return vca.create_model(
-        "vca_deit_tiny_patch16_224", attention=kind, img_size=16 * side, token_grid=(token_side, token_side)
-    )
+    size = dict(img_size=16 * side, token_grid=(token_side, token_side))
+    return vca.create_model("vca_deit_tiny_patch16_224", attention=kind_of(variant), **size)
 
 
 def finish(module: nn.Module, variant: str) -> nn.Module:
@@ -92,6 +96,8 @@ def finish(module: nn.Module, variant: str) -> nn.Module:
                 block.attn = WithMaps(block.attn)
         else:
             module = WithMaps(module)
+    if variant in COMPILED:
+        module = torch.compile(module, dynamic=False)
     return module
 
 
@@ -129,6 +135,15 @@ def make_run(args, scope: str, step: str, dtype: torch.dtype, side: int, variant
         torch.autograd.grad(module(x), sources, weight, allow_unused=True)
 
     return run
+
+
+def settle_allocator() -> None:
+    """Lets the C library keep freed memory, as it does in a process that has once held a large tensor.
+
+    glibc hands memory back to the system above a threshold that grows with the largest block freed so far (32 MB at
+    most). Below it, a layer alone in a process spends up to half its time on page faults.
+    """
+    torch.zeros(31 * 2**20, dtype=torch.uint8)
 
 
 def seconds(run: Callable[[], None], device: str, repeats: int) -> float:
@@ -229,7 +244,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--scopes", nargs="+", default=SCOPES, choices=SCOPES)
     parser.add_argument("--steps", nargs="+", default=["forward", "train"], choices=["forward", "train"])
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS + COMPILED)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15, help="measurements of which the median is taken")
     parser.add_argument("--slice", type=float, default=0.05, help="seconds that one measurement of the reference takes")
@@ -251,6 +266,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    settle_allocator()
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for scope in args.scopes:

@@ -216,10 +216,13 @@ def test_gradients_flow_through_the_maps():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=describe)
-def test_inference_equals_training_path(options, dtype):
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+def test_inference_equals_training_path(options, dtype, large, monkeypatch):
     layer, x = make(dtype, **SMALL, **options)
     before = x.clone()
     trained = layer(x).detach()
+    if large:
+        monkeypatch.setattr(VF, "IN_PLACE_FROM", 0)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), trained)
         torch.testing.assert_close(layer.forward_with_maps(x)[0], trained)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
@@ -206,55 +205,41 @@ class VisualContrastAttention(OnGrid, nn.Module):
             raise ValueError("Visual-Contrast Attention has no masked form: attn_mask and is_causal are not supported.")
         batch, length, dim = x.shape
         grid_size, prefix = self.checked_grid(length, grid_size), self.num_prefix_tokens
-        in_place = not keep_maps and not torch.is_grad_enabled()
 
-        qkv = self.qkv(x)
-        q_patches, _, v_patches = qkv[:, prefix:].split(dim, dim=-1)
-        q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).unbind(2)
+        q_patches, v_patches = ((y[:, prefix:] if prefix else y).flatten(2) for y in (q, v))
+        q, k, v = (y.transpose(1, 2).flatten(0, 1) for y in (q, k, v))
+        tokens = self._contrast_tokens(q_patches, grid_size).to(q.dtype)
+        v_hat, maps1 = self._stage(self.stage1, tokens, k, v, VF.STAGE1, keep_maps)
+        v_hat = (v_hat * self.stage1.norm.weight).to(v.dtype)
+        axes = VF.STAGE2_JOINT if self.stage2_softmax == "joint" else VF.STAGE2
+        out, maps2 = self._stage(self.stage2, tokens, q, v_hat, axes, keep_maps)
 
-        pooled = embed = None
-        if self.tokens != "emb":
-            pooled = VF.pool_queries(q_patches, grid_size, self.token_grid, self.pool_query)
-        if self.tokens != "pool":
-            embed = torch.stack([self.positive_embed, self.negative_embed])
-        tokens = VF.contrast_tokens(pooled, embed, self.num_heads).to(q.dtype)
-        gain = 1 - self.lambda_init
-
-        lambda1 = self.stage1.contrast_lambda(self.lambda_init)
-        streams1 = VF.stage1_streams(tokens if self.stage1.differential else tokens[:, :, :1], k, in_place)
-        d1 = VF.subtract_streams(streams1, lambda1, in_place)
-        v_contrast = d1.to(v.dtype) @ v
-        row_scale1 = VF.rms_scale(v_contrast, gain)
-        v_hat = (v_contrast * (row_scale1 * self.stage1.norm.weight)).to(v.dtype)
-
-        lambda2 = self.stage2.contrast_lambda(self.lambda_init)
-        tokens = tokens if self.stage2.differential else tokens[:, :, :1]
-        streams2 = VF.stage2_streams(tokens, q, self.stage2_softmax == "joint", in_place)
-        d2 = VF.subtract_streams(streams2, lambda2, in_place).transpose(-2, -1)
-        out = d2.to(v.dtype) @ v_hat
-        row_scale2 = VF.rms_scale(out, gain)
-
-        factor, gain2 = row_scale2.to(out.dtype), self.stage2.norm.weight.to(out.dtype)
-        gathered = out.mul_(factor) if in_place else out * factor
-        out = gathered.transpose(1, 2)
+        gathered = out.view(batch, self.num_heads, length, -1)
+        out, gain = gathered.transpose(1, 2), self.stage2.norm.weight.to(out.dtype)
         if self.dwc is None:
-            out = out * gain2
+            out = out * gain
         else:
-            local = local_term(self.dwc, v_patches, grid_size)
-            local = (F.pad(local, (0, 0, prefix, 0)) if prefix else local).view(out.shape)
-            out = local.addcmul_(out, gain2) if in_place else torch.addcmul(local, out, gain2)
+            local = local_term(self.dwc, v_patches, grid_size).unflatten(-1, (self.num_heads, -1))
+            add = local.addcmul if torch.is_grad_enabled() else local.addcmul_
+            if prefix:
+                head, rest = out.split([prefix, length - prefix], dim=1)
+                out = torch.cat([head * gain, add(rest, gain)], dim=1)
+            else:
+                out = add(out, gain)
         out = self.proj_drop(self.proj(out.reshape(batch, length, dim)))
 
         if not keep_maps:
             return out, {}
+        (stage1, row_scale1, lambda1), (stage2, row_scale2, lambda2) = maps1, maps2
         return out, dict(
             kind=self.kind,
             grid_size=grid_size,
             token_grid=self.token_grid,
             num_prefix_tokens=prefix,
-            stage1=_stage_maps(streams1, d1, lambda1),
-            stage2=_stage_maps(streams2.transpose(-2, -1), d2, lambda2),
-            values=v * self.stage1.norm.weight,
+            stage1=stage1,
+            stage2=stage2,
+            values=(v * self.stage1.norm.weight).view(gathered.shape),
             gathered=gathered,
             row_scale1=row_scale1,
             row_scale2=row_scale2,
@@ -262,8 +247,29 @@ class VisualContrastAttention(OnGrid, nn.Module):
             lambda2=lambda2,
         )
 
+    def _contrast_tokens(self, q: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        pooled = embeds = None
+        if self.tokens != "emb":
+            pooled = VF.pool_queries(q, grid_size, self.token_grid, self.pool_query)
+        if self.tokens != "pool":
+            embeds = self.positive_embed, self.negative_embed
+        return VF.contrast_tokens(pooled, embeds, self.num_heads, len(q))
 
-def _stage_maps(streams: Tensor, differential: Tensor, lam: Tensor | None) -> StageMaps:
-    if lam is None:
-        return StageMaps(differential)
-    return StageMaps(streams[:, :, 0], streams[:, :, 1], differential)
+    def _stage(
+        self, stage: ContrastStage, tokens: Tensor, x: Tensor, values: Tensor, axes: tuple[int, ...], keep_maps: bool
+    ) -> tuple[Tensor, tuple[StageMaps, Tensor, Tensor | None] | None]:
+        """`VF.contrast`; if `keep_maps` also the maps, the row factors and lambda, from which the output then comes."""
+        lam, gain = stage.contrast_lambda(self.lambda_init), 1 - self.lambda_init
+        if not keep_maps:
+            return VF.contrast(tokens, x, values, lam, gain, axes), None
+
+        def with_rows_of_queries(maps: Tensor) -> Tensor:
+            maps = maps.unflatten(0, (-1, self.num_heads))
+            return maps if axes == VF.STAGE1 else maps.transpose(-2, -1)
+
+        streams = VF.stream_maps(tokens, x, axes, lam is not None, in_place=not torch.is_grad_enabled())
+        applied = with_rows_of_queries(VF.subtract_streams(streams, lam))
+        out = torch.bmm(applied.flatten(0, 1).to(values.dtype), values)
+        scale = VF.rms_scale(out, gain)
+        maps = StageMaps(applied) if lam is None else StageMaps(*with_rows_of_queries(streams).unbind(2), applied)
+        return out * scale.to(out.dtype), (maps, scale.unflatten(0, (-1, self.num_heads)), lam)

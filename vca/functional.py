@@ -1,7 +1,7 @@
 """The equations of Visual-Contrast Attention as pure tensor functions (arXiv 2511.00833, section 3).
 
-Shapes: B batch, H heads, d channels per head, C = H * d, T = P + N tokens (P prefix tokens, then N patches of an
-`Hg x Wg` grid, row-major), n = h * w contrast tokens. The stream axis of size 2 is (positive, negative).
+Shapes: B batch, H heads, BH = B * H, d channels per head, C = H * d, T = P + N tokens (P prefix tokens, then N patches
+of an `Hg x Wg` grid, row-major), n = h * w contrast tokens, S streams: 2, (positive, negative), or the positive alone.
 """
 
 import math
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RMS_EPS = 1e-5
+IN_PLACE_FROM = 2**19  # elements; below, a softmax on the CPU is faster into new memory, as the caches hold both
+STAGE1, STAGE2, STAGE2_JOINT = (3,), (2,), (1, 2)  # the axes of (BH, S, n, T) that the softmax of a stage runs over
 
 
 def lambda_init(depth: int) -> float:
@@ -25,13 +27,17 @@ def upcast(x: Tensor) -> Tensor:
 
 def contrast_lambda(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, init: float) -> Tensor:
     """lambda = exp(q1 . k1) - exp(q2 . k2) + init, a scalar, in at least float32. Vectors have shape (d,)."""
-    q1, k1, q2, k2 = (upcast(p) for p in (q1, k1, q2, k2))
-    return torch.dot(q1, k1).exp() - torch.dot(q2, k2).exp() + init
+    return torch.dot(upcast(q1), upcast(k1)).exp() - torch.dot(upcast(q2), upcast(k2)).exp() + init
 
 
 def as_image(tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
     """Patch tokens (B, N, C) as a channels-last view (B, C, Hg, Wg), without a copy."""
     return tokens.unflatten(1, grid_size).permute(0, 3, 1, 2)
+
+
+def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """(B, T, C) -> (BH, T, d), without a copy if B is 1."""
+    return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def pool_queries(
@@ -57,33 +63,34 @@ def pool_queries(
         weights = (scores - scores.amax(1, keepdim=True)).clamp(min=-60).exp()
         weighted = pool_queries((heads * weights).flatten(2), grid_size, token_grid).unflatten(-1, query.shape)
         return (weighted / pool_queries(weights.flatten(2), grid_size, token_grid)[..., None]).flatten(2)
-    return F.adaptive_avg_pool2d(as_image(q, grid_size), token_grid).flatten(2).transpose(1, 2)
+    return F.adaptive_avg_pool2d(as_image(q, grid_size), token_grid).permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def contrast_tokens(pooled: Tensor | None, embed: Tensor | None, num_heads: int) -> Tensor:
-    """The two streams t+- = pool + e+-, scaled by d^-1/2 for both stages.
+def contrast_tokens(pooled: Tensor | None, embeds: tuple[Tensor, Tensor] | None, num_heads: int, batch: int) -> Tensor:
+    """The two streams t+- = pool + e+-, one after the other, scaled by d^-1/2 for both stages.
 
     Args:
         pooled: pooled queries (B, n, C), or None for streams made of their embeddings alone.
-        embed: positive and negative embedding (2, n, C), or None for streams made of the pooled queries alone.
+        embeds: positive and negative embedding (n, C), or None for streams made of the pooled queries alone.
         num_heads: H.
+        batch: B.
 
     Returns:
-        (B, H, 2, n, d); B is 1 if `pooled` is None.
+        (BH, 2 * n, d).
     """
-    if embed is None:
-        tokens = pooled[:, None].expand(-1, 2, -1, -1)
+    if embeds is None:
+        streams = [pooled, pooled]
     elif pooled is None:
-        tokens = embed[None]
+        streams = [embed.expand(batch, -1, -1) for embed in embeds]
     else:
-        tokens = pooled[:, None] + embed
-    tokens = tokens.unflatten(-1, (num_heads, -1))
-    return tokens.permute(0, 3, 1, 2, 4).contiguous() * tokens.shape[-1] ** -0.5
+        streams = [pooled + embed for embed in embeds]
+    tokens = torch.cat(streams, dim=1).mul_((streams[0].shape[-1] // num_heads) ** -0.5)
+    return split_heads(tokens, num_heads)
 
 
 def softmax(scores: Tensor, dim: int, in_place: bool) -> Tensor:
-    """Softmax in at least float32. `in_place` reuses the memory of `scores` (inference only)."""
-    if in_place and scores.dtype in (torch.float32, torch.float64):
+    """Softmax in at least float32. `in_place` reuses the memory of `scores` if they are large (inference only)."""
+    if in_place and scores.dtype in (torch.float32, torch.float64) and scores.numel() >= IN_PLACE_FROM:
         return torch.softmax(scores, dim, out=scores)
     return torch.softmax(scores, dim, dtype=torch.promote_types(scores.dtype, torch.float32))
 
@@ -93,40 +100,69 @@ def softmax_map(q: Tensor, k: Tensor) -> Tensor:
     return softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1), -1, in_place=False)
 
 
-def stage1_streams(tokens: Tensor, k: Tensor, in_place: bool = False) -> Tensor:
-    """A1+- = softmax(t+- k^T / sqrt d): (B, H, S, n, d), (B, H, T, d) -> (B, H, S, n, T), S streams; rows sum to 1."""
-    scores = tokens.flatten(2, 3) @ k.transpose(-2, -1)
-    return softmax(scores, -1, in_place).unflatten(2, tokens.shape[2:4])
+def stream_maps(tokens: Tensor, x: Tensor, axes: tuple[int, ...], both: bool = True, in_place: bool = False) -> Tensor:
+    """The maps A+- of one stage, a softmax of t+- x^T / sqrt d; those of Stage II are *transposed*.
 
+    Args:
+        tokens: both streams of contrast tokens, scaled (BH, 2 * n, d).
+        x: keys in Stage I, queries in Stage II (BH, T, d).
+        axes: `STAGE1`, `STAGE2` or `STAGE2_JOINT`; the sum of the maps over these axes is 1.
+        both: False for the positive stream alone.
+        in_place: see `softmax`.
 
-def stage2_streams(tokens: Tensor, q: Tensor, joint: bool = False, in_place: bool = False) -> Tensor:
-    """A2+- = softmax(q t+-^T / sqrt d), *transposed*: (B, H, S, n, d), (B, H, T, d) -> (B, H, S, n, T), S streams.
-
-    Every query's column sums to 1 in each stream, or over both streams together if `joint`.
+    Returns:
+        (BH, S, n, T).
     """
-    streams = tokens.shape[2:4]
-    scores = tokens.flatten(2, 3) @ q.transpose(-2, -1)
-    if joint:
-        return softmax(scores, 2, in_place).unflatten(2, streams)
-    return softmax(scores.unflatten(2, streams), 3, in_place)
+    chosen = tokens if both else tokens[:, : tokens.shape[1] // 2]
+    scores = torch.bmm(chosen, x.transpose(1, 2))
+    if axes == STAGE2_JOINT:
+        return softmax(scores, 1, in_place).unflatten(1, (1 + both, -1))
+    return softmax(scores.unflatten(1, (1 + both, -1)), *axes, in_place)
 
 
 def subtract_streams(streams: Tensor, lam: Tensor | None, in_place: bool = False) -> Tensor:
-    """D = A+ - lambda A-: (B, H, 2, n, T) -> (B, H, n, T), or A+ of a single stream (B, H, 1, n, T) without lambda.
+    """D = A+ - lambda A-: (..., 2, n, T) -> (..., n, T), or A+ of a single stream (..., 1, n, T) without lambda.
 
     `in_place` overwrites the positive stream.
     """
     if lam is None:
-        return streams.squeeze(2)
-    positive, negative = streams.unbind(2)
+        return streams.squeeze(-3)
+    positive, negative = streams.unbind(-3)
     subtract = positive.addcmul_ if in_place else positive.addcmul
     return subtract(negative, lam, value=-1)
 
 
 def rms_scale(x: Tensor, gain: float, eps: float = RMS_EPS) -> Tensor:
     """The row factor of RMSNorm times `gain`: gain / sqrt(mean(x^2) + eps), (..., d) -> (..., 1)."""
-    norm = torch.linalg.vector_norm(upcast(x), dim=-1, keepdim=True)
-    return (norm.square() * (1 / (gain**2 * x.shape[-1])) + eps / gain**2).rsqrt()
+    x = upcast(x)
+    return ((x * x).sum(-1, keepdim=True) * (1 / (gain**2 * x.shape[-1])) + eps / gain**2).rsqrt()
+
+
+def apply_map(difference: Tensor, values: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """D1 v (BH, n, d) or D2 vhat (BH, T, d), of the map (BH, n, T), in the type of the values."""
+    rows = difference if axes == STAGE1 else difference.transpose(1, 2)
+    return torch.bmm(rows.to(values.dtype), values)
+
+
+def contrast(
+    tokens: Tensor, x: Tensor, values: Tensor, lam: Tensor | None, gain: float, axes: tuple[int, ...]
+) -> Tensor:
+    """One stage: the differential map times the values, RMS-normalised and times `gain`, without its learned gains.
+
+    Args:
+        tokens, x, axes: see `stream_maps`.
+        values: v (BH, T, d) in Stage I, vhat (BH, n, d) in Stage II.
+        lam: lambda, a scalar; None for the positive stream alone.
+        gain: 1 - lambda_init.
+
+    Returns:
+        (BH, n, d) in Stage I, (BH, T, d) in Stage II.
+    """
+    in_place = not torch.is_grad_enabled()
+    streams = stream_maps(tokens, x, axes, lam is not None, in_place)
+    out = apply_map(subtract_streams(streams, lam, in_place), values, axes)
+    scale = rms_scale(out, gain).to(out.dtype)
+    return out.mul_(scale) if in_place else out * scale
 
 
 def effective_map(d1: Tensor, r1: Tensor | None, d2: Tensor | None = None, r2: Tensor | None = None) -> Tensor:
