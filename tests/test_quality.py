@@ -137,7 +137,7 @@ def test_the_command_measures_resumes_and_writes_the_card(folders, monkeypatch, 
         and f"training.quality {folders.name}/generator {quality['options']}" in card
         and "No FID" in card
     )
-    for picture, size in (("quality.png", (3 * SIDE, 4 * SIDE)), ("nearest.png", (10 * SIDE, 2 * SIDE))):
+    for picture, size in (("quality.png", (3 * 64, 4 * 64)), ("nearest.png", (10 * 64, 2 * 64))):
         assert f"({picture})" in card and Image.open(folders / "generator" / picture).size == size
     assert vca.load(folders / "generator").training_history == config["training"]
 

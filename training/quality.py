@@ -38,6 +38,7 @@ MAX_TRAIN = 50_000
 NEIGHBOURS = 50
 COPY = 0.5
 GRID_ROWS, GRID_COLUMNS = 8, 10
+SHOWN_SIDE = 64
 
 
 @torch.inference_mode()
@@ -150,14 +151,20 @@ def class_grid(pixels: Tensor, labels: Tensor) -> bytes:
     columns = min(GRID_COLUMNS, int(labels.max()) + 1)
     chosen = [pixels[labels == label][:GRID_ROWS] for label in range(columns)]
     rows = min(map(len, chosen))
-    return grid_png(torch.stack([images[:rows] for images in chosen], dim=1).flatten(0, 1) / 255, columns)
+    return grid_png(enlarged(torch.stack([images[:rows] for images in chosen], dim=1).flatten(0, 1)), columns)
 
 
 def nearest_grid(pixels: Tensor, near: tuple[Tensor, Tensor], images: Tensor) -> bytes:
     """A PNG: above, the images most like a copy, measured as `copies` is; below each, its nearest training image."""
     distances, indices = near
     order = (distances[:, 0] / distances.mean(1)).argsort()[:GRID_COLUMNS]
-    return grid_png(torch.cat([pixels[order], images[indices[order, 0]]]) / 255, len(order))
+    return grid_png(enlarged(torch.cat([pixels[order], images[indices[order, 0]]])), len(order))
+
+
+def enlarged(pixels: Tensor) -> Tensor:
+    """uint8 (N, 3, H, W) -> [0, 1], small images drawn in squares of pixels, so that a page shows more than a stamp."""
+    times = max(1, SHOWN_SIDE // pixels.shape[-1])
+    return pixels.repeat_interleave(times, 2).repeat_interleave(times, 3) / 255
 
 
 def open_split(folder: str, split: str, label_names: list[str]) -> Images:
