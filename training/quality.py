@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the images; default runs/quality/CHECKPOINT")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    args.out = args.out or Path("runs/quality") / args.checkpoint.resolve().name
+    args.out = args.out or Path("runs/quality") / place(args.checkpoint)
     try:
         if not args.checkpoint.is_dir():
             raise vca.CheckpointError(f"{args.checkpoint}: no such checkpoint folder.")
