@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 import vca
-from app import draw, models
+from app import attribution, draw, models
 from app.images import ImageError, read_image, uploaded_file
 from app.inputs import ModelChoice, image_and_model
 
@@ -58,6 +58,7 @@ def build(choice: ModelChoice, examples: list[str]) -> tuple[gr.Button, gr.Image
                     elem_classes="vca-pixels",
                 )
             maps = gr.HTML(EMPTY)
+            attribution.build(checkpoints, image, model)
             classes = gr.HTML(_classes(checkpoints.configs[model.value]["label_names"] if model.value else []))
     gr.on(
         [image.change, model.change],

@@ -1,18 +1,26 @@
 """The app in a real browser: from an uploaded file to the cells on the screen."""
 
+import base64
+import io
 import json
 import os
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 
 from app import draw, models
+from app.attribution import BOTTOM, HEIGHT, STEPS
 from app.images import read_image
 from app.ui import LAUNCH, build
 from tests.browser import NO_BROWSER, browser, chromium
 from tests.test_app import MHSA, PLAIN, PREFIXED, photo, recorded, save_checkpoints
+from vca.attribution import METHODS, head_map
+from vca.faithfulness import curves
 
 REQUIRED = os.environ.get("VCA_REQUIRE_BROWSER") == "1"
 pytestmark = pytest.mark.skipif(not chromium() and not REQUIRED, reason=NO_BROWSER)
@@ -289,3 +297,49 @@ def test_the_keyboard_reaches_the_explorer(page, picture):
     before = page.locator(".vx-query").inner_text()
     page.keyboard.press("ArrowRight")
     assert page.locator(".vx-query").inner_text() != before
+
+
+def drawn_attribution(page) -> np.ndarray:
+    """The cells of the attribution on the page: their sign times their opacity, from -1 to 1."""
+    data = page.locator(".vca-attribution-figure img").get_attribute("src")
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data.split(",")[1])))).astype(float)
+    return np.where(pixels[..., 0] > 128, 1, -1) * pixels[..., 3] / 230
+
+
+def choose(page, label: str, option: str) -> None:
+    page.get_by_label(label).click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def test_attribution_of_a_chosen_class_and_its_faithfulness(page, weights, picture):
+    upload(page, picture, model=PREFIXED)
+    model, probabilities, _ = recorded(weights, PREFIXED, picture)
+    x = models.preprocess(model, read_image(picture))
+    best, other = (int(i) for i in np.argsort(-probabilities)[[0, 2]])
+    caption = page.locator(".vca-attribution-figure figcaption")
+    page.wait_for_selector(f".vca-attribution-figure figcaption:has-text('for {model.label_names[best]}')")
+    for method, target in (("Occlusion", best), ("Occlusion", other), ("Block 2, head 3", other)):
+        choose(page, "Method, or the map of one head", method)
+        choose(page, "Class", model.label_names[target])
+        caption.locator(f"text={method} for {model.label_names[target]}").wait_for()
+        function = METHODS.get(method.lower()) or partial(head_map, block=1, head=2)
+        values = function(model, x, torch.tensor([target]))[0].numpy()
+        np.testing.assert_allclose(drawn_attribution(page), values / np.abs(values).max(), atol=0.02)
+        assert f"{np.abs(values).max():+.2g}" in caption.inner_text()
+
+    page.set_viewport_size(dict(width=390, height=844))
+    page.get_by_role("button", name="Measure faithfulness").click()
+    page.wait_for_selector(".vca-plots")
+    found = curves(model, x, torch.tensor([other]), dict(a=torch.from_numpy(values)[None]), STEPS)["a"]
+    cells = page.locator(".vca-faithfulness tbody tr").first.locator("td").all_inner_texts()
+    assert cells == [f"{found.deletion_area.item():.3f}", f"{found.insertion_area.item():.3f}"]
+    for kind in ("deletion", "insertion"):
+        path = page.locator(f".vca-plots [data-curve={kind}] .vca-line-method").get_attribute("d")
+        points = np.array([point.split() for point in path[1:].split("L")], dtype=float)
+        heights = 1 - (points[:, 1] - 8) / (HEIGHT - BOTTOM - 8)
+        np.testing.assert_allclose(heights, getattr(found, kind)[0], atol=1e-3)
+    assert page.evaluate("() => document.documentElement.scrollWidth") == 390
+
+    page.get_by_label("Method, or the map of one head").click()
+    page.get_by_role("option", name="Gradient x input", exact=True).click()
+    page.wait_for_selector(".vca-plots", state="detached")  # what was measured was another map

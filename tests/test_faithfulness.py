@@ -142,6 +142,11 @@ def test_sensitivity():
     model, x, classes = Additive(), picture(), torch.tensor([0])
     noise = 0.02 * (2 * torch.rand(10, 3, 4, 6, generator=torch.Generator().manual_seed(0)).double() - 1)
     want = noise[:, 0].flatten(1).norm(dim=1).max() / x[:, 0].norm()
-    got = sensitivity(model, x, classes, lambda model, images, classes: images[:, 0])
+
+    def first_colour(model, images, classes):
+        assert len(images) == len(classes)
+        return images[:, 0]
+
+    got = sensitivity(model, x, classes, first_colour)
     torch.testing.assert_close(got.double(), want[None], rtol=1e-6, atol=0)
     assert sensitivity(model, x, classes, lambda model, images, classes: torch.ones(len(images), 4, 6)) == 0

@@ -231,7 +231,8 @@ def sensitivity(
         return images + RADIUS * (2 * noise - 1)
 
     def explain(images: Tensor | tuple[Tensor], target: Tensor) -> tuple[Tensor]:
-        return (method(model, images[0] if isinstance(images, tuple) else images, target),)
+        images = images[0] if isinstance(images, tuple) else images
+        return (method(model, images, target.expand(len(images))),)  # Captum leaves a single target as it is
 
     return sensitivity_max(
         explain,
