@@ -101,6 +101,7 @@ function limitIn(block, head, stream) {
 const colours = colourTables(props.palette);
 const aspect = () => photo.naturalHeight / photo.naturalWidth;
 const hundredths = (value) => value.toFixed(2).replace("-", "−");
+const thousandths = (value) => value.toFixed(3).replace("-", "−");
 const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
 
 function drawCanvas(canvas, stream) {
@@ -141,6 +142,7 @@ function drawWords() {
   find(".vx-says").textContent = meaningOf(facts, mode());
   find(".vx-query").textContent = queryName();
   find(".vx-kind").textContent = describe(facts);
+  find(".vx-lambdas").textContent = `block ${facts.label}: ${lambdasOf(facts).join(", ") || "none"}`;
   [find(".vx-term").textContent, find(".vx-caption").textContent] = run.caption;
   for (const panel of panels) {
     const stream = panel.dataset.stream;
@@ -163,6 +165,8 @@ function drawWords() {
   find(".vx-strip > p").textContent = `Heads (rows) by blocks (columns), ${SCALES[state.scale]}. Click one to see it above.`;
 }
 
+const lambdasOf = ({ lambda1, lambda2 }) =>
+  [["λ₁", lambda1], ["λ₂", lambda2]].filter(([, value]) => value !== null).map(([name, value]) => `${name} = ${thousandths(value)}`);
 const marksOf = (stream, limit) => (stream === "differential" ? [`−${number(limit)}`, "0", `+${number(limit)}`] : ["0", number(limit)]);
 
 function sumOf(stream) {
@@ -172,7 +176,7 @@ function sumOf(stream) {
     return `row sum ${sum.toFixed(3)}, the rest on padding`;
   }
   const isRest = stream === "differential" && mode() !== "effective" && Math.abs(1 - lambda - sum) < 0.002;
-  return `row sum ${sum.toFixed(3).replace("-", "−")}${isRest ? ` = 1 − ${whatIf === null ? ["λ₁", "λ₂"][stage() - 1] : "λ"}` : ""}`;
+  return `row sum ${thousandths(sum)}${isRest ? ` = 1 − ${whatIf === null ? ["λ₁", "λ₂"][stage() - 1] : "λ"}` : ""}`;
 }
 
 // A map in words, for those who do not see it.
@@ -237,13 +241,14 @@ function buildChart() {
   const [low, high] = [Math.min(0, ...values), Math.max(1, ...values)];
   const part = (value) => (100 * (value - low)) / (high - low);
   const bars = run.blocks.map((block, index) => {
-    const named = [["λ₁", block.lambda1, 1], ["λ₂", block.lambda2, 2]].filter(([, value]) => value !== null);
-    const words = named.map(([name, value]) => `${name} ${value.toFixed(3).replace("-", "−")}`).join(", ") || "no λ";
-    const button = make("button", { type: "button", title: `Block ${block.label}: ${words}`, onclick: () => show({ block: index }) });
-    button.setAttribute("aria-label", button.title);
-    for (const [, value, of] of named) {
+    const title = `Block ${block.label}: ${lambdasOf(block).join(", ") || "no λ"}`;
+    const button = make("button", { type: "button", title, onclick: () => show({ block: index }) });
+    button.setAttribute("aria-label", title);
+    for (const stage of [1, 2]) {
+      const value = block[`lambda${stage}`];
+      if (value === null) continue;
       const bar = make("i", { className: value < 0 ? "vx-negative" : "" });
-      bar.dataset.stage = of;
+      bar.dataset.stage = stage;
       bar.style.bottom = `${part(Math.min(0, value))}%`;
       bar.style.height = `${Math.max(Math.abs(part(value) - part(0)), 1)}%`;
       button.append(bar);
@@ -274,7 +279,7 @@ function drawWhatIf() {
   find(".vx-what-if button").disabled = whatIf === null;
   const differential = ["D₁", "D₂"][stage() - 1];
   find(".vx-what-if p").textContent = possible
-    ? `This redraws the map ${differential} only. The model ran with ${name} = ${own.toFixed(3).replace("-", "−")}; its answer does not change.`
+    ? `This redraws the map ${differential} only. The model ran with ${name} = ${thousandths(own)}; its answer does not change.`
     : "Choose Stage I or Stage II. E also holds row factors that the model computed with its own λ, so it cannot be redrawn here.";
 }
 
@@ -339,7 +344,8 @@ function buildStrip() {
   find(".vx-groups").replaceChildren(...groups.map((blocks) => {
     const facts = run.blocks[blocks[0]];
     const grid = make("div", { className: "vx-strip-grid" });
-    grid.style.gridTemplateColumns = `2.8em repeat(${blocks.length}, minmax(40px, ${groups.length > 1 ? 64 : 92}px))`;
+    const widest = groups.length === 1 ? 92 : facts.heads > 8 ? 44 : 64;
+    grid.style.gridTemplateColumns = `2.8em repeat(${blocks.length}, minmax(40px, ${widest}px))`;
     grid.append(label(""), ...blocks.map((block) => label(run.blocks[block].label)));
     for (let head = MEAN; head < facts.heads; head++) {
       grid.append(label(head === MEAN ? "mean" : head + 1), ...blocks.map((block) => cell(block, head)));
@@ -473,8 +479,7 @@ const shownStreams = () => (isSigned(info(), mode()) ? STREAMS : ["positive"]);
 
 function figure() {
   const titles = titlesOf(info(), mode());
-  const own = [["λ₁", info().lambda1], ["λ₂", info().lambda2]].filter(([, value]) => value !== null);
-  const lambdas = own.map(([name, value]) => `${name} = ${value.toFixed(3).replace("-", "−")}`);
+  const lambdas = lambdasOf(info());
   if (whatIf !== null) lambdas.push(`drawn with λ = ${hundredths(whatIf)} instead`);
   const [term, words] = run.caption;
   return drawingOf({

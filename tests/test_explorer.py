@@ -17,7 +17,7 @@ from app.inputs import write_examples
 from app.ui import LAUNCH, WEIGHTS, build
 from tests.browser import NO_BROWSER, browser, chromium
 from tests.test_app import PREFIXED, SMALL_PYRAMID, save_checkpoints
-from tests.test_browser import PATIENCE, PIXELS, READ, REQUIRED, points_in_cells, signed_colours
+from tests.test_browser import PATIENCE, PIXELS, READ, REQUIRED, our_faults, points_in_cells, signed_colours
 
 pytestmark = pytest.mark.skipif(not chromium() and not REQUIRED, reason=NO_BROWSER)
 SHIPPED = "vca_vit_pico_patch4_32_cifar10"
@@ -210,7 +210,7 @@ def test_lambda_chart(page, weights, cat):
     names = bars.evaluate_all("(buttons) => buttons.map((button) => button.getAttribute('aria-label'))")
     values = [(float(layer.lambda1), float(layer.lambda2)) for layer in layers]
     assert names == [
-        f"Block {i + 1}: λ₁ {one:.3f}, λ₂ {two:.3f}".replace("-", "−") for i, (one, two) in enumerate(values)
+        f"Block {i + 1}: λ₁ = {one:.3f}, λ₂ = {two:.3f}".replace("-", "−") for i, (one, two) in enumerate(values)
     ]
     negative = [(i, s) for i, pair in enumerate(values) for s, value in enumerate(pair) if value < 0]
     assert negative  # or the marks would go untested
@@ -220,6 +220,7 @@ def test_lambda_chart(page, weights, cat):
     np.testing.assert_allclose(heights[1] / heights[0], abs(values[0][1] / values[0][0]), rtol=0.05)
     bars.nth(2).click()
     assert page.locator(".vx-blocks [aria-pressed=true]").inner_text() == "3"
+    assert page.locator(".vx-lambdas").inner_text().lower() == names[2].lower()
 
 
 def test_what_if_redraws_the_differential_alone(page, weights, cat):
@@ -359,6 +360,7 @@ def test_saved_page_works_with_the_network_off(page, running, tmp_path):
     assert copy.locator(".vx-query").inner_text() == page.locator(".vx-query").inner_text()
     np.testing.assert_allclose(rows_shown(copy)["positive"], rows_shown(page)["positive"], atol=1e-7)
     assert copy.locator("[data-save=html]").is_hidden() and copy.locator("[data-save=svg]").is_visible()
+    assert our_faults(copy) == []
     context.close()
     assert not faults
 
