@@ -14,7 +14,7 @@ from training import recipe as recipes
 from training.data import DataError
 from training.engine import RunError, open_device
 from training.plan import GPUS, plan, smoke
-from training.world import leave
+from training.world import join, leave
 from vca.vae import DecoderError
 
 ERRORS = (recipes.RecipeError, DataError, RunError, DecoderError, vca.CheckpointError, OSError)
@@ -51,8 +51,10 @@ def main(module: str, doc: str, kind: type, train: Callable, report: Callable[[d
         else:
             out = args.out or f"runs/{Path(args.recipe).stem}"
             command = f"python -m {module} " + shlex.join("DATA" if a == args.data else a for a in sys.argv[1:])
-            result = train(recipe, args.data, out, open_device(args.device), args.init, command, args.tensorboard)
-            print(f"{out}/checkpoint: {report(result)}")
+            device = open_device(args.device)
+            result = train(recipe, args.data, out, device, args.init, command, args.tensorboard)
+            if join(device).first:
+                print(f"{out}/checkpoint: {report(result)}")
     except ERRORS as error:
         sys.exit(f"error: {error}")
     finally:

@@ -171,7 +171,7 @@ class Trainer:
             model.compile()
         self._loss = _Loss(model, loss_fn)
         if world.size > 1:
-            self._loss = DistributedDataParallel(self._loss, broadcast_buffers=False)
+            self._loss = DistributedDataParallel(self._loss)
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     @property

@@ -1,15 +1,28 @@
-"""Top-1 and top-5 accuracy of a classifier, or the validation loss of a generator, on a folder of images.
+"""Accuracy and speed of a classifier, also on ImageNet's harder and cleaner variants; validation loss of a generator.
 
-python -m training.evaluate weights/NAME --data FOLDER
+    python -m training.evaluate weights/NAME --data FOLDER
+    python -m training.evaluate weights/NAME --data IMAGENET --real --v2 FOLDER --a FOLDER --r FOLDER
+    python -m training.evaluate --table weights/*/results.json
+
+The first two print the numbers and write them, with protocol and 95 % intervals, to `results.json` beside the weights
+(or to --out); of a generator the first prints the loss. The third prints the table of such files for the README. --real counts against ImageNet-Real's labels;
+--v2, --a and --r are the folders of ImageNet-V2, -A and -R, whose class folders are ImageNet's (or, in V2, their
+numbers); of A and R only the classes that they have compete.
 """
 
 import argparse
+import json
+import math
 import os
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
+from timm.data import RealLabelsImagenet
 from torch import Tensor, nn
 
 import vca
@@ -18,22 +31,37 @@ from training.engine import RunError, open_device
 from training.generate import validation_data, validation_loss
 from training.latents import Latents
 from training.world import ALONE, World
+from vca.hub import write_atomically
 from vca.models.dit import DiffusionTransformer
+
+NAMES = dict(val="", real="ImageNet-Real", v2="ImageNet-V2", a="ImageNet-A", r="ImageNet-R")
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World = ALONE) -> dict:
-    """Accuracy in percent and mean cross-entropy, in float32, of a model in evaluation mode.
-
-    Args:
-        batches: decoded images, uint8 (B, 3, H, W), and labels (B,); of several processes, this one's share.
-    """
+def outputs(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (B, classes), in float32, and labels (B,) of each batch of decoded images, uint8 (B, 3, H, W)."""
     model.eval()
     device = next(model.parameters()).device
-    top1 = top5 = loss = count = 0.0
     for x, y in batches:
-        y = y.to(device)
-        logits = model(normalize(x.to(device), model.pretrained_cfg))
+        yield model(normalize(x.to(device), model.pretrained_cfg)), y.to(device)
+
+
+def accuracy(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World = ALONE, classes: list[int] | None = None
+) -> dict:
+    """Accuracy in percent and mean cross-entropy, in float32.
+
+    Args:
+        batches: decoded images and their labels; of several processes, this one's share.
+        classes: the only classes that compete; default all.
+    """
+    top1 = top5 = loss = count = 0.0
+    device = next(model.parameters()).device
+    for logits, y in outputs(model, batches):
+        if classes:
+            allowed = torch.full_like(logits[0], float("-inf"))
+            allowed[classes] = 0
+            logits = logits + allowed
         ranked = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
         top1 += ranked[:, 0].sum().item()
         top5 += ranked.sum().item()
@@ -46,30 +74,168 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: 
     )  # fmt: skip
 
 
+def interval(percent: float, count: int) -> list[float]:
+    """Wilson's 95 % interval, in percent, of an accuracy on `count` images: what other images would have given."""
+    z, p = 1.96, percent / 100
+    centre, spread = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
+    return [round(100 * (centre + sign * spread) / (1 + z * z / count), 2) for sign in (-1, 1)]
+
+
+def real_accuracy(model: nn.Module, images: Images, batches: Iterable[tuple[Tensor, Tensor]], labels: str) -> dict:
+    """Accuracy against ImageNet-Real's labels (an image may have several or none), by timm.
+
+    Args:
+        images: ImageNet's validation images, by their original names.
+        labels: the published `real.json`; empty for timm's copy.
+    """
+    files = [images.reader.filename(index, basename=True) for index in range(len(images))]
+    try:
+        real = RealLabelsImagenet(files, real_json=labels or None)
+        for logits, _ in outputs(model, batches):
+            real.add_result(logits)
+    except (AssertionError, KeyError):
+        raise DataError("--real needs ImageNet's 50,000 validation images by their original file names.") from None
+    return dict(
+        top1=round(real.get_accuracy(1), 2), top5=round(real.get_accuracy(5), 2), images=len(real.is_correct[1])
+    )
+
+
+def variant_accuracy(model: nn.Module, folder: str, class_folders: list[str], workers: int) -> dict:
+    """Accuracy on a folder CLASS/IMAGE whose classes are some of the model's.
+
+    Args:
+        class_folders: what the model's data calls its classes, in order.
+    """
+    path = Path(folder).resolve()
+    images = Images(path.parent, path.name)
+    numbered = all(name.isdecimal() for name in images.class_folders)
+    if unknown := [n for n in images.class_folders if not numbered and n not in class_folders]:
+        raise DataError(f"{folder}: class {unknown[0]} is none of the model's.")
+    lookup = [int(name) if numbered else class_folders.index(name) for name in images.class_folders]
+    if max(lookup) >= len(class_folders):
+        raise DataError(f"{folder}: class {max(lookup)} is none of the model's {len(class_folders)}.")
+    table = torch.tensor(lookup)
+    batches = ((x, table[y]) for x, y in FolderEvaluation(images, model.pretrained_cfg, workers))
+    return accuracy(model, batches, classes=lookup if len(lookup) < len(class_folders) else None)
+
+
+@torch.inference_mode()
+def throughput(model: nn.Module, batch_size: int = 64, repeats: int = 5) -> dict:
+    """Images a second of the forward pass alone, in float32: the median of a few batches."""
+    device = next(model.parameters()).device
+    x = torch.zeros(batch_size, *model.pretrained_cfg["input_size"], device=device)
+    seconds = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        model(x)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    rate = batch_size / sorted(seconds[2:])[repeats // 2]
+    return dict(images_per_second=round(rate, 1), batch_size=batch_size, device=name, precision="fp32")
+
+
+def open_images(model: nn.Module, data: str, split: str) -> Images | Latents:
+    """A split of the data that a model was trained for.
+
+    Raises:
+        DataError: its classes are not those of the model.
+    """
+    latent = getattr(model, "latent_decoder", None) is not None
+    images = (Latents if latent else Images)(data, split)
+    if len(images.class_names) != model.num_classes:
+        raise DataError(f"{data} has {len(images.class_names)} classes, the model {model.num_classes}.")
+    if images.class_names != model.label_names:
+        raise DataError(f"the classes of {data} are not those of the model, in its order.")
+    return images
+
+
+def evaluate(model: nn.Module, images: Images, args: argparse.Namespace) -> dict:
+    """All that is asked for about a classifier, as it stands in `results.json`."""
+    workers = os.cpu_count()
+    batches = FolderEvaluation(images, model.pretrained_cfg, workers)
+    results = dict(val=accuracy(model, batches))
+    if args.real is not None:
+        results["real"] = real_accuracy(model, images, batches, args.real)
+    for name in ("v2", "a", "r"):
+        if folder := getattr(args, name):
+            results[name] = variant_accuracy(model, folder, images.class_folders, workers)
+    for result in results.values():
+        for key in ("top1", "top5"):
+            result[f"{key}_interval"] = interval(result[key], result["images"])
+    trained = model.training_history[-1]["recipe"] if model.training_history else {}
+    return dict(
+        name=Path(args.checkpoint).name, architecture=model.pretrained_cfg["architecture"],
+        parameters=sum(p.numel() for p in model.parameters()), dataset=trained.get("dataset", ""), results=results,
+        throughput=throughput(model), preprocessing={k: model.pretrained_cfg[k] for k in ("input_size", "crop_pct")},
+        torch=torch.__version__, timm=timm.__version__,
+    )  # fmt: skip
+
+
+def describe(measured: dict) -> str:
+    """Lines about what was measured."""
+    lines = []
+    for name, result in measured["results"].items():
+        low, high = result["top1_interval"]
+        loss = f"  loss {result['loss']:.4f}" if "loss" in result else ""
+        text = f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %{loss}  ({result['images']} images"
+        lines.append(f"{NAMES[name]} {text}; top-1 {low:.2f} to {high:.2f} % at 95 % confidence)".strip())
+    speed = measured["throughput"]
+    lines.append(f"{speed['images_per_second']:.0f} images/s on {speed['device']}, {speed['precision']}, forward alone")
+    return "\n".join(lines)
+
+
+def table(files: list[str]) -> str:
+    """A Markdown table of results files."""
+    lines = [
+        "| checkpoint | parameters | data | top-1 (95 % interval) | top-5 | images/s |", "|---|---|---|---|---|---|"
+    ]  # fmt: skip
+    for file in sorted(files):
+        try:
+            measured = json.loads(Path(file).read_text())
+            speed = measured["throughput"]
+            for name, result in measured["results"].items():
+                low, high = result["top1_interval"]
+                cells = (
+                    measured["name"], f"{measured['parameters'] / 1e6:.2f} M", NAMES[name] or measured["dataset"],
+                    f"{result['top1']:.2f} ({low:.2f}-{high:.2f})", f"{result['top5']:.2f}",
+                    f"{speed['images_per_second']:.0f} ({speed['device']})",
+                )  # fmt: skip
+                lines.append(f"| {' | '.join(cells)} |")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file} is no results file ({error!r}).") from None
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="checkpoint folder")
-    parser.add_argument("--data", required=True, help="data folder with a sub-folder for the split")
+    parser.add_argument("checkpoint", nargs="?", help="checkpoint folder")
+    parser.add_argument("--data", help="data folder with a sub-folder for the split")
     parser.add_argument("--split", default="val")
+    parser.add_argument("--real", nargs="?", const="", metavar="FILE", help="ImageNet-Real; labels by timm, or a file")
+    for name in ("v2", "a", "r"):
+        parser.add_argument(f"--{name}", metavar="FOLDER", help=NAMES[name])
+    parser.add_argument("--out", metavar="FILE", help="default results.json beside the weights")
+    parser.add_argument("--table", nargs="+", metavar="FILE", help="print the table of results files instead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:
-        model = vca.load(args.checkpoint, device=open_device(args.device))
-        latent = getattr(model, "latent_decoder", None) is not None
-        images = (Latents if latent else Images)(args.data, args.split)
-        if len(images.class_names) != model.num_classes:
-            raise DataError(f"{args.data} has {len(images.class_names)} classes, the model {model.num_classes}.")
-        if images.class_names != model.label_names:
-            raise DataError(f"the classes of {args.data} are not those of the model, in its order.")
-        if isinstance(model, DiffusionTransformer):
-            samples, labels = validation_data(images, model.sample_shape[-1], os.cpu_count())
-            print(f"validation loss {round(validation_loss(model, samples, labels), 5):.4f}  ({len(labels)} images)")
-            return
-        result = accuracy(model, FolderEvaluation(images, model.pretrained_cfg, os.cpu_count()))
-    except (vca.CheckpointError, DataError, RunError) as error:
+        if args.table:
+            print(table(args.table))
+        elif not args.checkpoint or not args.data:
+            parser.error("a checkpoint and --data are needed (or --table).")
+        else:
+            model = vca.load(args.checkpoint, device=open_device(args.device))
+            images = open_images(model, args.data, args.split)
+            if isinstance(model, DiffusionTransformer):
+                samples, labels = validation_data(images, model.sample_shape[-1], os.cpu_count())
+                print(f"validation loss {validation_loss(model, samples, labels):.4f}  ({len(labels)} images)")
+                return
+            measured = evaluate(model, images, args)
+            out = Path(args.out or Path(args.checkpoint) / "results.json")
+            write_atomically(out, (json.dumps(measured, indent=2) + "\n").encode())
+            print(f"{describe(measured)}\n{out}")
+    except (vca.CheckpointError, DataError, RunError, OSError) as error:
         sys.exit(f"error: {error}")
-    top1, top5, loss, count = (result[key] for key in ("top1", "top5", "loss", "images"))
-    print(f"top-1 {top1:.2f} %  top-5 {top5:.2f} %  loss {loss:.4f}  ({count} images)")
 
 
 if __name__ == "__main__":

@@ -83,25 +83,46 @@ def estimate(recipe: Shared, gpu: GPU, data: str | None = None) -> Cost:
     """
     generates = recipe.model in GENERATORS
     train, val, classes = _sizes(recipe, data)
-    args = dict(input_size=recipe.input_size) if generates else dict(drop_path_rate=recipe.drop_path)
-    with torch.device("meta"):
-        model, _ = build_model(recipe, [""] * classes, None, **args)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        macs, image_bytes = trace(model, recipe)
-    parameters = list(model.parameters())
-    learned = sum(p.numel() for p in parameters if p.requires_grad)
+    args = dict(input_size=recipe.input_size) if generates else {}
+    model = _trace_once(recipe, classes, args)
     copies = 4 + (recipe.ema_decay > 0)
     steps = recipe.steps if generates else train // recipe.batch_size * recipe.epochs
     images = steps * recipe.batch_size
     passes = 4 if recipe.checkpointing else 3
-    flops = 2 * passes * macs * images
-    hours = flops / (gpu.peak * 1e12 * utilisation(learned)) / 3600
-    moments = 2 * 2 * math.prod(model.sample_shape) * 4 if generates and GENERATORS[recipe.model]["vae"] else 0
+    flops = 2 * passes * model.macs * images
+    hours = flops / (gpu.peak * 1e12 * utilisation(model.learned)) / 3600
+    latent = generates and GENERATORS[recipe.model]["vae"]
+    moments = 2 * 2 * math.prod(model.sample_shape) * 4 if latent else 0
     return Cost(
-        sum(p.numel() for p in parameters), macs, 4 * copies * learned, image_bytes, steps, images, hours,
+        model.parameters, model.macs, 4 * copies * model.learned, model.image_bytes, steps, images, hours,
         moments * (train + val),
     )  # fmt: skip
+
+
+class _Traced(NamedTuple):
+    parameters: int
+    learned: int
+    macs: int
+    image_bytes: int
+    sample_shape: tuple[int, int, int] | None
+
+
+_traced: dict[tuple, _Traced] = {}
+
+
+def _trace_once(recipe: Shared, classes: int, args: dict) -> _Traced:
+    """What is known of a recipe's model without running it; twins of the recipe share it."""
+    key = (recipe.model, classes, *args.items(), *recipe.model_args().items(), recipe.checkpointing, recipe.precision)
+    if key not in _traced:
+        with torch.device("meta"):
+            model, _ = build_model(recipe, [""] * classes, None, **args)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            macs, image_bytes = trace(model, recipe)
+        parameters = sum(p.numel() for p in model.parameters())
+        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        _traced[key] = _Traced(parameters, learned, macs, image_bytes, getattr(model, "sample_shape", None))
+    return _traced[key]
 
 
 def utilisation(parameters: int) -> float:
