@@ -207,7 +207,7 @@ def test_every_recipe_plans(name):
     cost = plan.estimate(recipe, plan.GPUS["h100"])
     if name in COUNTS:
         parameters, gmacs = COUNTS[name]
-        assert f"{parameters:,}" in text and cost.macs / 1e9 == pytest.approx(gmacs, abs=6e-5)
+        assert f"{parameters:,}" in text and cost.macs / 1e9 == pytest.approx(gmacs, abs=1e-4)
     if name in ROWS:
         stated = re.search(r"# Cost: ([\d.]+) H100 hours", (recipes.FOLDER / f"{name}.toml").read_text())
         assert float(stated[1]) == pytest.approx(cost.hours, abs=0.051)

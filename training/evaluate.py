@@ -5,9 +5,9 @@
     python -m training.evaluate --table weights/*/results.json
 
 The first two print the numbers and write them, with protocol and 95 % intervals, to `results.json` beside the weights
-(or to --out); of a generator the first prints the loss. The third prints the table of such files for the README. --real counts against ImageNet-Real's labels;
---v2, --a and --r are the folders of ImageNet-V2, -A and -R, whose class folders are ImageNet's (or, in V2, their
-numbers); of A and R only the classes that they have compete.
+(or to --out); of a generator the first prints the loss. The third prints the table of such files for the README. --real
+counts against ImageNet-Real's labels; --v2, --a and --r are the folders of ImageNet-V2, -A and -R, whose class folders
+are ImageNet's (or, in V2, their numbers); of A and R only the classes that they have compete.
 """
 
 import argparse
@@ -175,10 +175,12 @@ def describe(measured: dict) -> str:
     """Lines about what was measured."""
     lines = []
     for name, result in measured["results"].items():
-        low, high = result["top1_interval"]
         loss = f"  loss {result['loss']:.4f}" if "loss" in result else ""
-        text = f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %{loss}  ({result['images']} images"
-        lines.append(f"{NAMES[name]} {text}; top-1 {low:.2f} to {high:.2f} % at 95 % confidence)".strip())
+        text = f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %{loss}  ({result['images']} images)"
+        lines.append(f"{NAMES[name]} {text}".strip())
+        bounds = ", ".join(f"{key[:3]}-{key[3]} {low:.2f} to {high:.2f} %" for key in ("top1", "top5")
+                           for low, high in [result[f"{key}_interval"]])  # fmt: skip
+        lines.append(f"  at 95 % confidence: {bounds}")
     speed = measured["throughput"]
     lines.append(f"{speed['images_per_second']:.0f} images/s on {speed['device']}, {speed['precision']}, forward alone")
     return "\n".join(lines)
@@ -228,7 +230,9 @@ def main() -> None:
             images = open_images(model, args.data, args.split)
             if isinstance(model, DiffusionTransformer):
                 samples, labels = validation_data(images, model.sample_shape[-1], os.cpu_count())
-                print(f"validation loss {validation_loss(model, samples, labels):.4f}  ({len(labels)} images)")
+                print(
+                    f"validation loss {round(validation_loss(model, samples, labels), 5):.4f}  ({len(labels)} images)"
+                )
                 return
             measured = evaluate(model, images, args)
             out = Path(args.out or Path(args.checkpoint) / "results.json")
