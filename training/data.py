@@ -142,7 +142,7 @@ class SyntheticReader:
 
     SIZE = (500, 375)
     DIFFERENT = 8
-    VALIDATION = 64
+    VALIDATION = 8
 
     def __init__(self, count: int, classes: int):
         self.class_to_idx = {f"class{label:04d}": label for label in range(classes)}
