@@ -118,12 +118,13 @@ def fetch(
     if revision is not None and not _is_inside(revision):
         raise CheckpointError(f"{name}: {revision!r} is not the name of a revision.")
     shown = f"{repo}@{revision}" if revision else repo
+    no_folder = "" if name.startswith("hf-hub:") else "no such folder, and "
     unreachable = None
     if not local_files_only:
         try:
             listing = HfApi(token=token).model_info(repo, revision=revision).siblings
         except (HTTPError, OSError, HFValidationError) as error:
-            if reason := _refusal(error, name):
+            if reason := _refusal(error, no_folder):
                 raise CheckpointError(f"{shown}: {reason}") from error
             unreachable = error
         else:
@@ -135,7 +136,7 @@ def fetch(
         )  # fmt: skip
     except LocalEntryNotFoundError as error:
         why = f"the Hub cannot be reached ({unreachable})" if unreachable else "the network is not to be used"
-        raise CheckpointError(f"{shown}: {why}, and the cache has no complete copy.") from error
+        raise CheckpointError(f"{shown}: {no_folder}{why}, and the cache has no complete copy.") from error
     except (HTTPError, OSError, HFValidationError) as error:
         raise CheckpointError(f"{shown}: the download failed ({error}).") from error
     return Path(folder)
@@ -146,7 +147,7 @@ def _is_inside(path: str) -> bool:
     return not path.startswith("/") and "\\" not in path and ".." not in PurePosixPath(path).parts
 
 
-def _refusal(error: Exception, name: str) -> str | None:
+def _refusal(error: Exception, no_folder: str) -> str | None:
     """What the Hub's answer means, or None if there was no answer or the Hub is out of order."""
     if isinstance(error, RevisionNotFoundError):
         return "the repository has no such revision."
@@ -156,10 +157,9 @@ def _refusal(error: Exception, name: str) -> str | None:
     if response is not None and response.headers.get("X-Error-Message", "").startswith("Invalid credentials"):
         return "the Hub does not accept the token."
     if isinstance(error, RepositoryNotFoundError) or (response is not None and response.status_code in (401, 403)):
-        local = "" if name.startswith("hf-hub:") else "no such folder, and "
         return (
-            f"{local}no repository on the Hub that may be read. If it is private or gated, log in with `hf auth login`,"
-            " or set HF_TOKEN or token=."
+            f"{no_folder}no repository on the Hub that may be read. If it is private or gated, log in with "
+            "`hf auth login`, or set HF_TOKEN or token=."
         )
     return None
 
