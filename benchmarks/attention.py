@@ -33,6 +33,7 @@ VARIANTS = ("mhsa", "vca", "mhsa_eager", "diff", "agent", "mhsa_dwc", "vca_maps"
 COMPILED = ("vca_compiled", "mhsa_compiled")
 SCOPES = ("core", "layer", "model")
 DIM, HEADS = 192, 3
+RATIOS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)  # marks of the plot
 
 
 @dataclass(frozen=True)
@@ -219,16 +220,24 @@ def plot(rows: list[Row], variants: list[str], file: Path) -> None:
     from matplotlib import pyplot
 
     panels = list(dict.fromkeys((r.scope, r.step, r.dtype) for r in rows))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), squeeze=False, sharey=True)
-    for axis, panel in zip(axes[0], panels, strict=True):
+    columns = min(len(panels), 3)
+    shape = -(-len(panels) // columns), columns
+    figure, axes = pyplot.subplots(*shape, figsize=(4 * shape[1], 3.4 * shape[0]), squeeze=False, sharey=True)
+    for axis, panel in zip(axes.flat, sorted(panels, key=lambda p: (p[2], p[1])), strict=False):
         reference = {r.patches: r.ms for r in rows if (r.scope, r.step, r.dtype, r.variant) == (*panel, REFERENCE)}
         for variant in variants:
             points = [r for r in rows if (r.scope, r.step, r.dtype, r.variant) == (*panel, variant)]
             axis.plot([r.patches for r in points], [reference[r.patches] / r.ms for r in points], "o-", label=variant)
         axis.set(xscale="log", yscale="log", xlabel="patches", title=", ".join(panel))
+        axis.set_xticks(list(reference), list(map(str, reference)))
+        axis.minorticks_off()
+        axis.set_yticks(RATIOS, [f"{ratio:g}" for ratio in RATIOS])
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel(f"times faster than {REFERENCE}")
-    axes[0][-1].legend(fontsize=8)
+    for row in axes:
+        row[0].set_ylabel(f"times faster than {REFERENCE}")
+    axes[0][0].legend(fontsize=8)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 
