@@ -1,6 +1,7 @@
 """Publishing: checkpoints to repositories and the app to a Space, by the real client, over HTTP."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import vca
 from tests.test_dit import tiny
 from tests.test_hub import LABELS, images, make_model
 from tests.test_remote import assert_same_outputs, cache, fresh_process, read  # noqa: F401
-from training import classify, generate, publish
+from training import classify, evaluate, generate, publish
 from training.card import write_card
 from training.recipe import read as read_recipe
 from vca import CheckpointError, PushError
@@ -213,6 +214,18 @@ def test_an_upload_that_fails_leaves_what_was_there(owner, checkpoints, where, s
     assert owner.files("owner/repo") == before
     assert vca.push(checkpoints["classifier"], "owner/repo") != first
     assert owner.files("owner/repo")["config.json"] == (checkpoints["classifier"] / "config.json").read_bytes()
+
+
+def test_the_command_of_a_published_card_runs(owner, checkpoints, cache, tmp_path, monkeypatch, capsys):  # noqa: F811
+    vca.push(checkpoints["classifier"], "owner/repo")
+    (command,) = re.findall(r"    python -m (training\.evaluate .*)", owner.files("owner/repo")["README.md"].decode())
+    for label in LABELS:
+        (tmp_path / "val" / label).mkdir(parents=True)
+        Image.new("RGB", (32, 32), "red").save(tmp_path / "val" / label / "0.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*command.replace("DATA", str(tmp_path)).split(" "), "--device", "cpu"])
+    evaluate.main()
+    assert capsys.readouterr().out.startswith("top-1 33.33 %  top-5 100.00 %") and (tmp_path / "results.json").exists()
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

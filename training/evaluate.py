@@ -5,9 +5,10 @@
     python -m training.evaluate --table weights/*/results.json
 
 The first two print the numbers and write them, with protocol and 95 % intervals, to `results.json` beside the weights
-(or to --out); of a generator the first prints the loss. The third prints the table of such files for the README. --real
-counts against ImageNet-Real's labels; --v2, --a and --r are the folders of ImageNet-V2, -A and -R, whose class folders
-are ImageNet's (or, in V2, their numbers); of A and R only the classes that they have compete.
+(of a Hub id, to the current folder; or to --out); of a generator the first prints the loss. The third prints the table
+of such files for the README. --real counts against ImageNet-Real's labels; --v2, --a and --r are the folders of
+ImageNet-V2, -A and -R, whose class folders are ImageNet's (or, in V2, their numbers); of A and R only the classes that
+they have compete.
 """
 
 import argparse
@@ -210,13 +211,13 @@ def table(files: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", help="checkpoint folder")
+    parser.add_argument("checkpoint", nargs="?", help="checkpoint folder, or Hub id")
     parser.add_argument("--data", help="data folder with a sub-folder for the split")
     parser.add_argument("--split", default="val")
     parser.add_argument("--real", nargs="?", const="", metavar="FILE", help="ImageNet-Real; labels by timm, or a file")
     for name in ("v2", "a", "r"):
         parser.add_argument(f"--{name}", metavar="FOLDER", help=NAMES[name])
-    parser.add_argument("--out", metavar="FILE", help="default results.json beside the weights")
+    parser.add_argument("--out", metavar="FILE", help="default results.json, as above")
     parser.add_argument("--table", nargs="+", metavar="FILE", help="print the table of results files instead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -235,7 +236,8 @@ def main() -> None:
                 )
                 return
             measured = evaluate(model, images, args)
-            out = Path(args.out or Path(args.checkpoint) / "results.json")
+            here = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path()  # a Hub id has no folder
+            out = Path(args.out or here / "results.json")
             write_atomically(out, (json.dumps(measured, indent=2) + "\n").encode())
             print(f"{describe(measured)}\n{out}")
     except (vca.CheckpointError, DataError, RunError, OSError) as error:
