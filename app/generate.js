@@ -5,7 +5,7 @@
 const root = element.querySelector(".vg");
 const find = (selector) => root.querySelector(selector);
 const range = find(".vg-timeline input");
-const EMPTY = find(".vg-note").textContent;
+const EMPTY = find(".vg-note span").textContent;
 
 let run = null; // what the server said last
 let film = {}; // step -> the frame's image
@@ -14,23 +14,26 @@ let picture = 0; // index of the chosen picture
 let started = 0; // when the first frame came, in ms
 
 const isRunning = () => run?.state === "running";
+const isAwaited = () => isRunning() || run?.state === "waiting";
 const ordinal = (i) => `picture ${i + 1}`;
 const time = (t) => (Number.isInteger(t) ? `${t}` : t.toFixed(3));
 
-function note(text, isProblem = false) {
+function note(text, { isProblem = false, canCancel = false } = {}) {
   find(".vg-note").hidden = !text;
   find(".vg-note").classList.toggle("vg-problem", isProblem);
-  find(".vg-note").textContent = text;
+  find(".vg-note span").textContent = text;
+  find(".vg-note button").hidden = !canCancel;
   find(".vg-body").hidden = Boolean(text);
 }
 
 async function receive() {
   const received = props.value ? JSON.parse(props.value) : {};
   if (received.state === "waiting") return isRunning() || wait();
+  if (received.state === "failed") return isAwaited() && fail();
   const isNew = received.token !== run?.token;
   run = received;
   root.dataset.state = run.state ?? "empty";
-  if (!run.token) return note(run.problem ?? EMPTY, Boolean(run.problem));
+  if (!run.token) return note(run.problem ?? EMPTY, { isProblem: Boolean(run.problem) });
   if (isNew) {
     film = {};
     started = performance.now();
@@ -58,7 +61,14 @@ function wait() {
   root.dataset.state = "waiting";
   note("Starting …");
   const mine = run;
-  setTimeout(() => run === mine && note("Waiting for the pictures of other visitors …"), 2000);
+  setTimeout(() => run === mine && note("Waiting for the pictures of other visitors …", { canCancel: true }), 2000);
+}
+
+// The server is full or gone. A request that the visitor gave up ends so, too, but is not awaited any more.
+function fail() {
+  run = null;
+  root.dataset.state = "empty";
+  note("The server did not answer. Please try again in a minute.", { isProblem: true });
 }
 
 async function keep(step, source) {
@@ -140,6 +150,12 @@ function choose(index) {
   if (run.timeline) drawWords();
 }
 
+find(".vg-note button").onclick = () => {
+  trigger("stop");
+  run = null;
+  root.dataset.state = "empty";
+  note(EMPTY);
+};
 range.oninput = () => move(Number(range.value));
 find(".vg-stop").onclick = () => server.stop_run({ token: run.token });
 find(".vg-explore").onclick = () =>

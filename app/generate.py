@@ -34,7 +34,7 @@ FORGOTTEN = "These pictures are no longer kept on the server. Please generate th
 TOO_LARGE = "These pictures are too large to be generated here."
 NEW_SEED = "() => Math.floor(Math.random() * 2 ** 32)"
 WAITING = '() => JSON.stringify({ state: "waiting" })'
-FAILED = '() => JSON.stringify({ problem: "The server is busy. Please try again in a minute." })'
+FAILED = '() => JSON.stringify({ state: "failed" })'
 
 
 def build(checkpoints: Checkpoints, explorer: Explorer, image: gr.Image, tabs: gr.Tabs) -> None:

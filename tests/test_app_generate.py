@@ -59,16 +59,22 @@ def client(url):
     return Client(url, verbose=False)
 
 
+class Calls(list):
+    """What every forward pass of a generator was asked, and how many ran then. Each takes `delay` seconds more."""
+
+    delay = 0.03
+
+
 @pytest.fixture
-def forwards(monkeypatch) -> list[dict]:
-    """What every forward pass of a generator was asked from now on, and how many ran then; each takes 30 ms more."""
-    calls, running, forward = [], [0], DiffusionTransformer.forward
+def forwards(monkeypatch) -> Calls:
+    """The forward passes from now on."""
+    calls, running, forward = Calls(), [0], DiffusionTransformer.forward
 
     def slow(self, x, t, y):
         running[0] += 1
         calls.append(dict(x=x, t=t, y=y, running=running[0]))
         try:
-            time.sleep(0.03)
+            time.sleep(calls.delay)
             return forward(self, x, t, y)
         finally:
             running[0] -= 1
@@ -337,15 +343,17 @@ def test_pictures_come_step_by_step_and_every_step_can_be_explored(page, weights
 
 @needs_browser
 def test_stop_ends_at_the_next_step_and_what_was_reached_can_be_looked_at(page, weights, forwards):
+    forwards.delay = 0.1
     generate(page, steps=250)
     page.wait_for_selector(".vg[data-state=running] canvas")
     page.wait_for_function("() => parseInt(document.querySelector('.vg-count').textContent) >= 3")
+    page.get_by_role("button", name="Generate", exact=True).click()  # ignored while pictures are being made
     page.get_by_role("button", name="Stop").click()
     ended(page, "stopped")
     reached = int(page.locator(".vg-count").inner_text().split()[0])
     assert 3 <= reached == len(forwards) < 250
     assert page.locator(".vg-count").inner_text() == f"{reached} of 250 steps, stopped"
-    states = {}
+    forwards.delay, states = 0, {}
     sampled(weights, steps=250, callback=lambda step, _, x: states.update({step: x}))
     preview = vca.load(weights / SIT).decode(states[reached])
     np.testing.assert_array_equal(shown(page), to_bytes(preview).permute(0, 2, 3, 1))
@@ -375,6 +383,29 @@ def test_problems_are_said_in_a_sentence(page):
     choose_pixels(page)
     generate(page)
     ended(page, "complete")
+
+
+@needs_browser
+def test_who_has_to_wait_is_told_so_and_may_give_up(page, running, url, forwards):
+    forwards.delay = 0.3
+    generate(page, steps=250)
+    page.wait_for_selector(".vg[data-state=running] canvas")
+    second = running.new_page()
+    second.set_default_timeout(PATIENCE)
+    open_tab(second, url)
+    generate(second, seed=1)
+    second.wait_for_selector(".vg-note:has-text('Waiting for the pictures of other visitors')")
+    second.get_by_role("button", name="Cancel").click()
+    second.wait_for_selector(".vg-note:has-text('Choose a class')")
+    page.get_by_role("button", name="Stop").click()
+    ended(page, "stopped")
+    done = len(forwards)
+    forwards.delay = 0
+    time.sleep(1)
+    assert len(forwards) == done
+    generate(second, seed=1)
+    ended(second, "complete")
+    second.close()
 
 
 @needs_browser
