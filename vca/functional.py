@@ -63,7 +63,12 @@ def pool_queries(
         weights = (scores - scores.amax(1, keepdim=True)).clamp(min=-60).exp()
         weighted = pool_queries((heads * weights).flatten(2), grid_size, token_grid).unflatten(-1, query.shape)
         return (weighted / pool_queries(weights.flatten(2), grid_size, token_grid)[..., None]).flatten(2)
-    return F.adaptive_avg_pool2d(as_image(q, grid_size), token_grid).permute(0, 2, 3, 1).flatten(1, 2)
+    image, (rows, cols), (h, w) = as_image(q, grid_size), grid_size, token_grid
+    if rows % h or cols % w:
+        pooled = F.adaptive_avg_pool2d(image, token_grid)
+    else:
+        pooled = F.avg_pool2d(image, (rows // h, cols // w))  # the same, faster
+    return pooled.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def contrast_tokens(pooled: Tensor | None, embeds: tuple[Tensor, Tensor] | None, num_heads: int, batch: int) -> Tensor:
