@@ -212,6 +212,8 @@ def test_every_recipe_plans(name):
         stated = re.search(r"# Cost: ([\d.]+) H100 hours", (recipes.FOLDER / f"{name}.toml").read_text())
         assert float(stated[1]) == pytest.approx(cost.hours, abs=0.051)
         assert cost.steps == 400_000 or cost.steps == 1281167 // recipe.batch_size * recipe.epochs
+    if recipes.task(name) == "classify" and name in ROWS:
+        assert re.search(r"loader +[\d,]+ images/s at that speed: about \d+ CPU cores", text)
     if recipes.task(name) == "generate" and name in ROWS:
         assert "latents          87.2 GB on disk" in text  # 64 KiB for each of 1,331,167 images
 

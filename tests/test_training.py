@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import asdict
 
 import numpy as np
@@ -191,17 +192,64 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
     assert torch.allclose(*weights, atol=1e-6)
 
 
-def test_non_finite_steps_are_skipped_counted_and_end_the_run(tmp_path):
-    t = trainer(tmp_path)
+def test_non_finite_steps_are_skipped_counted_saved_and_end_the_run(tmp_path):
+    t = trainer(tmp_path, ema_decay=0.9)
     before = {k: v.clone() for k, v in t.model.state_dict().items()}
+    average = {k: v.clone() for k, v in t.eval_model.state_dict().items()}
     bad, y = torch.full((2, 3, 32, 32), float("nan")), torch.tensor([0, 1])
     t.train_step((bad, y))
-    assert t.skipped == 1
+    assert t.skipped == 1 and t.step == 1
     assert all(torch.equal(before[k], v) for k, v in t.model.state_dict().items())
+    assert all(torch.equal(average[k], v) for k, v in t.eval_model.state_dict().items())
+    saved = torch.load(tmp_path / "nonfinite" / "step-00000001-rank-0.pt", weights_only=True)
+    assert saved["batch"][0].isnan().all() and torch.equal(saved["batch"][1], y) and np.isnan(saved["loss"])
     t.train_step((torch.randn(2, 3, 32, 32), y))
-    with pytest.raises(RunError, match="10 steps in a row"):
-        for _ in range(10):
-            t.train_step((bad, y))
+    t.checkpoint(force=True)
+    for _ in range(9):
+        t.train_step((bad, y))
+    with pytest.raises(RunError, match=r"10 steps in a row \(now step 12\).*nonfinite, the last good state is kept"):
+        t.train_step((bad, y))
+    assert t.skipped == 11
+    assert len(list((tmp_path / "nonfinite").iterdir())) == 3
+    assert torch.load(t.run.states()[0], weights_only=True)["skipped"] == 1
+
+
+def test_the_log_goes_to_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
+    recipe, written = Recipe("vca_vit_pico_patch4_32", 1, 8, 1e-3), []
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(RunError, match="pip install tensorboard"):
+        RunFolder(tmp_path / "without", recipe, tensorboard=True)
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == tmp_path / "with" / "tensorboard"
+
+        def add_scalar(self, *entry):
+            written.append(entry)
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    RunFolder(tmp_path / "with", recipe, tensorboard=True).log(step=7, loss=0.5, lr=0.1)
+    assert written == [("loss", 0.5, 7), ("lr", 0.1, 7)]
+
+
+def test_the_loader_does_not_starve_the_step_of_a_shipped_recipe(tmp_path):
+    """In CPU time of this process, which does not depend on what else the machine does."""
+    batch = 128
+    cfg = vca.create_model("vca_vit_pico_patch4_32").pretrained_cfg
+    pixels, labels = torch.zeros(10 * batch, 3, 32, 32, dtype=torch.uint8), torch.zeros(10 * batch, dtype=torch.long)
+    loader = MemoryBatches(pixels, labels, batch_size=batch, seed=0, padding=4, cfg=cfg, device="cpu")
+    start = time.process_time()
+    batches = list(loader.epoch(0, 0))
+    loading = (time.process_time() - start) / len(batches)
+    t = trainer(tmp_path, precision="bf16")
+    t.train_step(batches[0])
+    start = time.process_time()
+    t.train_step(batches[1])
+    stepping = time.process_time() - start
+    print(f"loader {batch / loading:.0f} images a CPU second, step {batch / stepping:.0f}")
+    assert loading < 0.05 * stepping
 
 
 def folder_batches(data, workers):

@@ -75,7 +75,7 @@ class Images(Dataset):
         """The label of every image, without reading the images."""
         if hasattr(self.reader, "iter_targets"):
             return list(self.reader.iter_targets())
-        return [self.reader[index][1] for index in range(len(self))]
+        return [sample[-1] for sample in self.reader.samples]
 
     def __getitem__(self, key: int | tuple[int, int, int, int]):
         if isinstance(key, tuple):
@@ -159,6 +159,9 @@ class SyntheticReader:
 
     def __getitem__(self, index: int):
         return io.BytesIO(self.files[index % self.DIFFERENT]), index % len(self.class_to_idx)
+
+    def iter_targets(self) -> Iterator[int]:
+        return (index % len(self.class_to_idx) for index in range(self.count))
 
     def filename(self, index: int, **_) -> str:
         return f"synthetic image {index}"
