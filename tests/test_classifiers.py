@@ -502,7 +502,10 @@ def test_wrong_use_is_refused_in_words(name):
 # --- full size -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vca_deit_tiny_patch16_224", "vca_pvt_tiny", "vca_swin_tiny", "vca_cswin_tiny"])
+IN_SHORT = ("vca_deit_tiny_patch16_224", "vca_pvt_tiny", "vca_swin_tiny", "vca_cswin_tiny")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in IN_SHORT else pytest.mark.long) for n in OURS])
 def test_full_size_forward(name):
     model = vca.create_model(name, num_classes=10).eval()
     with torch.no_grad():
