@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 import tarfile
 import types
@@ -262,3 +263,13 @@ def test_results_are_written_and_make_the_table(data, tmp_path, monkeypatch, cap
     assert f"| mine | 1.24 M | Mine | {val['top1']:.2f} ({low:.2f}-{high:.2f}) |" in text
     with pytest.raises(DataError, match="is no results file"):
         table([str(tmp_path / "mine" / "config.json")])
+
+
+def test_a_machine_that_only_trains_needs_neither_the_app_nor_what_draws():
+    """In a process of its own, in which these packages cannot be imported."""
+    missing = ("gradio", "captum", "diffusers", "matplotlib", "skimage", "torch_fidelity", "scipy", "datasets")
+    modules = ("command", "classify", "generate", "evaluate", "compare", "latents", "sample", "card")
+    program = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in missing)
+    program += "".join(f"import training.{name}\n" for name in modules)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr

@@ -14,10 +14,10 @@ from training import recipe as recipes
 from training.data import DataError
 from training.engine import RunError, open_device
 from training.plan import GPUS, plan, smoke
-from training.world import join, leave
+from training.world import WorldError, join, leave
 from vca.vae import DecoderError
 
-ERRORS = (recipes.RecipeError, DataError, RunError, DecoderError, vca.CheckpointError, OSError)
+ERRORS = (recipes.RecipeError, DataError, RunError, WorldError, DecoderError, vca.CheckpointError, OSError)
 
 
 def main(module: str, doc: str, kind: type, train: Callable, report: Callable[[dict], str]) -> None:
@@ -45,7 +45,10 @@ def main(module: str, doc: str, kind: type, train: Callable, report: Callable[[d
         if args.plan:
             print(plan(recipe, args.data, args.gpu))
         elif args.smoke:
-            print(smoke(recipe, train, open_device(args.device), args.smoke))
+            device = open_device(args.device)
+            text = smoke(recipe, train, device, args.smoke)
+            if join(device).first:
+                print(text)
         elif not args.data:
             parser.error("--data is needed (or --plan, or --smoke).")
         else:
@@ -57,5 +60,4 @@ def main(module: str, doc: str, kind: type, train: Callable, report: Callable[[d
                 print(f"{out}/checkpoint: {report(result)}")
     except ERRORS as error:
         sys.exit(f"error: {error}")
-    finally:
-        leave()
+    leave()

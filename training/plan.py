@@ -22,6 +22,7 @@ from training.data import DataError, Images
 from training.latents import Latents
 from training.recipe import Shared
 from training.start import build_model
+from training.world import join
 from vca.models import GENERATORS
 from vca.models.common import input_size
 
@@ -240,6 +241,8 @@ def smoke(recipe: Shared, train: Callable, device: torch.device, steps: int) -> 
         out = Path(folder) / "run"
         data = f"synthetic:{steps * recipe.batch_size}x{classes}"
         train(replace(recipe, **short), data, str(out), device, None, "--smoke")
+        if not join(device).first:
+            return ""
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "lr" in line]
     first, last = lines[len(lines) // 2 - 1], lines[-1]  # the first half compiles and warms up

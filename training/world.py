@@ -11,6 +11,10 @@ import torch
 import torch.distributed as dist
 
 
+class WorldError(ValueError):
+    """Work that cannot be shared by so many processes; the message says why."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among those that train together.
@@ -31,10 +35,10 @@ class World:
         """The rows of a batch that are this process's.
 
         Raises:
-            ValueError: the batch cannot be cut into equal parts.
+            WorldError: the batch cannot be cut into equal parts.
         """
         if batch_size % self.size:
-            raise ValueError(f"a batch of {batch_size} cannot be shared equally by {self.size} processes.")
+            raise WorldError(f"a batch of {batch_size} cannot be shared equally by {self.size} processes.")
         part = batch_size // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 
