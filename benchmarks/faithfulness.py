@@ -31,13 +31,18 @@ INFIDELITY_DRAWS, SENSITIVITY_DRAWS = 16, 3
 
 @dataclass(frozen=True)
 class Row:
-    """One attribution: areas for each image (B,), and the other measures for the first few images or None."""
+    """One attribution: areas for each image (B,), and the other measures for the first few images.
+
+    Only methods have a sensitivity, and only the random order a spread: the standard deviation, over the orders, of
+    both mean areas.
+    """
 
     name: str
     deletion: Tensor
     insertion: Tensor
     infidelity: Tensor
-    sensitivity: Tensor | None
+    sensitivity: Tensor | None = None
+    spread: tuple[float, float] | None = None
 
 
 def load_images(folder: str, model: nn.Module, count: int) -> Tensor:
@@ -62,12 +67,10 @@ def measure(model: nn.Module, images: Tensor, steps: int, measured: int, note: C
         deletion, insertion = (
             torch.stack([getattr(c, f"{kind}_area") for c in found]).double() for kind in ("deletion", "insertion")
         )
-        result = Row(name, deletion.mean(0), insertion.mean(0), torch.stack(unfaithful).mean(0), stability)
         note(f"{name}: deletion {deletion.mean():.4f}, insertion {insertion.mean():.4f}")
-        if len(maps) > 1:
-            spread = ", ".join(f"{value:.4f}" for value in (deletion.mean(1).std(), insertion.mean(1).std()))
-            note(f"spread of the {len(maps)} orders (standard deviation of the means): {spread}")
-        return result
+        spread = (deletion.mean(1).std().item(), insertion.mean(1).std().item()) if len(maps) > 1 else None
+        means = deletion.mean(0), insertion.mean(0), torch.stack(unfaithful).mean(0)
+        return Row(name, *means, stability, spread)
 
     rows = [row(RANDOM, [random_map(images, seed) for seed in range(ORDERS)])]
     for name, method in METHODS.items():
@@ -85,9 +88,9 @@ def table(rows: list[Row]) -> str:
     """Markdown; every area with the corrected p of its difference from the random order."""
     reference, tests = rows[0], 2 * (len(rows) - 1)
 
-    def area(values: Tensor, random: Tensor, better: int) -> str:
+    def area(values: Tensor, random: Tensor, better: int, spread: float) -> str:
         if values is random:
-            return f"{values.mean():.3f}"
+            return f"{values.mean():.3f} ± {spread:.3f}"
         p = min(1.0, wilcoxon(values.numpy(), random.numpy()).pvalue * tests)
         difference = float((values - random).mean())
         verdict = "not significant" if p >= LEVEL else "better" if difference * better > 0 else "worse"
@@ -96,14 +99,23 @@ def table(rows: list[Row]) -> str:
     lines = ["| attribution | deletion area | insertion area | infidelity | sensitivity |", "|---|---|---|---|---|"]
     for r in rows:
         stability = "-" if r.sensitivity is None else f"{r.sensitivity.mean():.3f}"
-        areas = area(r.deletion, reference.deletion, -1), area(r.insertion, reference.insertion, 1)
-        lines.append(f"| {r.name} | {areas[0]} | {areas[1]} | {r.infidelity.mean():.2f} | {stability} |")
+        areas = (
+            area(values, random, better, spread)
+            for values, random, better, spread in zip(
+                (r.deletion, r.insertion),
+                (reference.deletion, reference.insertion),
+                (-1, 1),
+                reference.spread,
+                strict=True,
+            )
+        )
+        lines.append(f"| {r.name} | {' | '.join(areas)} | {r.infidelity.mean():.2f} | {stability} |")
     return "\n".join(lines)
 
 
 def page(args: argparse.Namespace, rows: list[Row], cell: tuple[int, int], cells: int) -> str:
     """The table with its protocol."""
-    name, data = Path(args.checkpoint).name, Path(args.data).resolve().name
+    name = Path(args.checkpoint).name
     return f"""# Faithfulness of attributions: {name}
 
     python -m benchmarks.faithfulness weights/{name} --data FOLDER --count {args.count}
@@ -112,14 +124,14 @@ def page(args: argparse.Namespace, rows: list[Row], cell: tuple[int, int], cells
 
 In brackets: the difference from the random order, and whether it is significant.
 
-- **Images**: {args.count} of the test split of `{data}`, taken evenly; the class explained is the predicted one.
+- **Images**: {args.count} of FOLDER/val, taken evenly; the class explained is the predicted one.
 - **Deletion**: the cells of the image, those of the largest attribution first, give way to the image's mean colour;
   the area under the probability of the class. Smaller is more faithful.
 - **Insertion**: the cells come back to the blurred image (Gaussian of 1/8 of the side) in the same order. Larger is
   more faithful.
 - **Cells** are {cell[0]}x{cell[1]} pixels, {cells} in all; their value is the mean of the signed attribution.
   {min(args.steps, cells)} steps of equally many cells, area by trapezoids.
-- **Random order**: the mean of {ORDERS} orders for every image.
+- **Random order**: the mean of {ORDERS} orders for every image, ± the standard deviation of the means of the orders.
 - **Significance**: two-sided Wilcoxon signed-rank test, paired by image, p times the number of tests (Bonferroni),
   below {LEVEL}.
 - **Infidelity** (Captum): half of the cells, drawn {INFIDELITY_DRAWS} times, give way to the mean colour; the mean

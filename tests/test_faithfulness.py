@@ -6,7 +6,10 @@ import torch
 from scipy.ndimage import gaussian_filter1d, sobel
 from torch import nn
 
+from benchmarks.faithfulness import Row, measure, table
+from tests.test_maps import make_vca_vit
 from vca import faithfulness
+from vca.attribution import METHODS
 from vca.faithfulness import BASELINES, Curves, curves, infidelity, sensitivity
 
 WEIGHTS = torch.tensor([[3.0, -1.0, 0.0], [0.5, 2.0, -2.0]], dtype=torch.float64)
@@ -150,3 +153,43 @@ def test_sensitivity():
     got = sensitivity(model, x, classes, first_colour)
     torch.testing.assert_close(got.double(), want[None], rtol=1e-6, atol=0)
     assert sensitivity(model, x, classes, lambda model, images, classes: torch.ones(len(images), 4, 6)) == 0
+
+
+def test_the_table_of_the_benchmark():
+    """A shift of every image is found and named; noise is not; p is counted once for every test."""
+    generator = np.random.default_rng(0)
+    base, noise, shift = generator.random(40), generator.normal(0, 1e-3, 40), np.linspace(0.05, 0.15, 40)
+
+    def row(name, deletion, insertion, **more):
+        return Row(name, *(torch.from_numpy(v) for v in (deletion, insertion, base)), **more)
+
+    rows = [
+        row("random order", base, base, spread=(0.001, 0.002)),
+        row("good", base - shift, base + shift, sensitivity=torch.tensor([0.25])),
+        row("bad", base + shift, base - shift),
+        row("none", base + noise, base - noise),
+    ]
+    lines = table(rows).splitlines()
+    assert lines[2].startswith(f"| random order | {base.mean():.3f} ± 0.001 | {base.mean():.3f} ± 0.002 |")
+    p = 6 * 2 * 0.5**40  # all 40 differences of one sign, in 6 tests
+    assert lines[3].count("p < 1e-9: better") == lines[4].count("p < 1e-9: worse") == 2 and p < 1e-9
+    assert lines[5].count("not significant") == 2 and lines[3].endswith("| 0.250 |") and lines[4].endswith("| - |")
+    assert f"({-0.1:+.3f}, p" in lines[3]
+
+
+def test_the_benchmark_measures_all_that_is_defined():
+    model = make_vca_vit()
+    images, notes = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), []
+    rows = measure(model, images, 4, 2, notes.append)
+    assert [r.name for r in rows] == ["random order", *METHODS, *BASELINES]
+    with torch.no_grad():
+        classes = model(images).argmax(1)
+    values = METHODS["occlusion"](model, images, classes)
+    found = curves(model, images, classes, dict(a=values), 4)["a"]
+    occluded = next(r for r in rows if r.name == "occlusion")
+    torch.testing.assert_close(occluded.deletion, found.deletion_area.double())
+    torch.testing.assert_close(occluded.insertion, found.insertion_area.double())
+    assert all((r.sensitivity is not None) == (r.name in METHODS) for r in rows)
+    orders = [curves(model, images, classes, dict(a=faithfulness.random_map(images, s)), 4)["a"] for s in range(3)]
+    means = torch.stack([c.deletion_area.mean() for c in orders])
+    np.testing.assert_allclose([rows[0].deletion.mean(), rows[0].spread[0]], [means.mean(), means.std()], rtol=1e-4)
