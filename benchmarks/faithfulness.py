@@ -140,9 +140,9 @@ In brackets: the difference from the random order, and whether it is significant
 - **Sensitivity** (Captum): the largest relative change of the attribution under {SENSITIVITY_DRAWS} draws of uniform
   noise of +-0.02 in every normalised pixel. Mean of the same {args.measured} images. Smaller is more stable.
 
-The two maps are `vca.attribution.gradient_weighted` and `vca.attribution.rollout`. Variants of them were compared on 40
-images of the training split only. The centre prior and the edge map do not look at the model at all: photos put
-their subject in the centre, and whatever beats the random order should be held against them too.
+The two maps are `vca.attribution.gradient_weighted` and `vca.attribution.rollout`; their form was chosen among variants
+on 40 CIFAR-10 training images. The centre prior and the edge map never look at the model: photos put their subject in
+the centre, so whatever beats the random order should be held against these two as well.
 """
 
 

@@ -1,5 +1,6 @@
 """Visual-Contrast Attention: the layer, its maps, its models and their checkpoints."""
 
+from vca import attribution, faithfulness
 from vca.attention import VisualContrastAttention
 from vca.controls import create_attention
 from vca.hub import CheckpointError, PushError, load, push, save
@@ -15,8 +16,10 @@ __all__ = [
     "PushError",
     "StageMaps",
     "VisualContrastAttention",
+    "attribution",
     "create_attention",
     "create_model",
+    "faithfulness",
     "list_models",
     "load",
     "push",
