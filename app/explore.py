@@ -72,10 +72,11 @@ class Explorer:
         Raises:
             gr.Error: the maps are larger than the server keeps.
         """
-        return json.dumps(_run(self.store, maps, draw.muted(picture), caption, list(prefix_names), sample))
+        return json.dumps(run_of(self.store, maps, draw.muted(picture), caption, list(prefix_names), sample))
 
 
-def _run(store: MapStore, maps, picture: Image.Image, caption, prefix_names: list[str], sample: int = 0) -> dict:
+def run_of(store: MapStore, maps, picture: Image.Image, caption, prefix_names: list[str], sample: int = 0) -> dict:
+    """What the page needs to draw recorded maps, as JSON values: a token to fetch them with, or a problem."""
     layers = models.pack_all(maps, sample)
     if not layers:
         return dict(problem=NO_GRID)
@@ -86,6 +87,14 @@ def _run(store: MapStore, maps, picture: Image.Image, caption, prefix_names: lis
         prefixNames=prefix_names,
         blocks=[layer.facts() for layer in layers],
     )
+
+
+def fetched(store: MapStore, request: dict) -> dict:
+    """The arrays of the block of a run that the page's request names: name -> shape, type and base64 bytes."""
+    try:
+        return _arrays(store.get(request["token"])[request["block"]])
+    except (LookupError, TypeError):  # forgotten, or not a request of our page
+        return dict(expired=True)
 
 
 def _arrays(layer: models.Layer) -> dict:
@@ -115,7 +124,7 @@ def build(choice: ModelChoice, examples: list[str]) -> Explorer:
         [(label, probability)] = models.top_labels(model, probabilities, 1).items()
         crop = draw.muted(models.centre_crop(model, image))
         says = ("The model says", f"{label} {probability:.0%}")
-        run = _run(store, maps, crop, says, models.prefix_names(model))
+        run = run_of(store, maps, crop, says, models.prefix_names(model))
         public_name = None if name.startswith(opening.UPLOADED) else name  # a visitor's own model is in no link
         return json.dumps(run | dict(repeatable=True, model=public_name, example=example_of(uploaded_file(upload))))
 
@@ -124,11 +133,7 @@ def build(choice: ModelChoice, examples: list[str]) -> Explorer:
         return next((name for name, example in by_name.items() if filecmp.cmp(path, example, shallow=False)), None)
 
     def fetch_maps(request: dict) -> dict:
-        """The arrays of the block of a run that the request names: name -> shape, type and base64 bytes."""
-        try:
-            return _arrays(store.get(request["token"])[request["block"]])
-        except (LookupError, TypeError):  # forgotten, or not a request of our page
-            return dict(expired=True)
+        return fetched(store, request)
 
     def export_numbers(request: dict) -> dict:
         """The numbers of a view as an .npz file in base64."""

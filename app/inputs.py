@@ -101,22 +101,22 @@ class ModelChoice:
             try:
                 name, model = opening.open_upload(list(map(Path, files)))
             except vca.CheckpointError as error:
-                return nothing(str(error))
-            return add(tab, f"{name} (uploaded)", self.checkpoints.keep(model), known)
+                return [*nothing(str(error)), None]
+            return [*add(tab, f"{name} (uploaded)", self.checkpoints.keep(model), known), None]
 
         for tab, (_, reference, button, files, said) in enumerate(self._loaders):
-            shared = dict(outputs=[said, others, *self._dropdowns], show_progress_on=said, api_visibility="private")
-            gr.on([button.click, reference.submit], partial(by_reference, tab), [reference, others], **shared)
-            files.upload(partial(by_files, tab), [files, others], **shared)
+            joined, shared = [said, others, *self._dropdowns], dict(show_progress_on=said, api_visibility="private")
+            gr.on([button.click, reference.submit], partial(by_reference, tab), [reference, others], joined, **shared)
+            files.upload(partial(by_files, tab), [files, others], [*joined, files], **shared)
 
 
-def image_and_model(choice: ModelChoice, examples: list[str], height: int) -> tuple[gr.Image, gr.Dropdown]:
-    """An image with examples, and a choice of model.
+def image_input(height: int) -> gr.Image:
+    """An image to upload, take or paste.
 
     Functions that take the image should be registered with `preprocess=False`, so that they get the uploaded file and
     gradio does not decode it first; `images.uploaded_file` and `images.read_image` read it.
     """
-    image = gr.Image(
+    return gr.Image(
         type="filepath",
         image_mode=None,
         label="Image",
@@ -124,7 +124,11 @@ def image_and_model(choice: ModelChoice, examples: list[str], height: int) -> tu
         buttons=[],
         height=height,
     )
-    model = choice.dropdown()
+
+
+def image_and_model(choice: ModelChoice, examples: list[str], height: int) -> tuple[gr.Image, gr.Dropdown]:
+    """An image with examples, and a choice of model."""
+    image, model = image_input(height), choice.dropdown()
     choice.loader(model)
     gr.Examples(examples, image, label="Examples", api_visibility="private")
     return image, model

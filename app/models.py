@@ -165,6 +165,11 @@ def centre_crop(model: nn.Module, image: Image.Image) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC, box)
 
 
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model takes."""
+    return tuple(timm.data.resolve_data_config(model=model)["input_size"])
+
+
 def crop_box(model: nn.Module, image: Image.Image) -> tuple[float, float, float, float]:
     """The part of `image` that reaches the model, in its pixels: left, top, right, bottom; outside it where padded."""
     config = timm.data.resolve_data_config(model=model)

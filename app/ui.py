@@ -5,7 +5,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from app import about, api, classify, explore, generate, public
+from app import about, api, classify, compare, explore, generate, public
 from app.images import uploaded_file
 from app.inputs import ModelChoice, write_examples
 from app.models import Checkpoints
@@ -58,6 +58,8 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
                 explorer = explore.build(choice, examples)
             with gr.Tab("Generate", id="generate"):
                 generate.build(checkpoints, explorer, image, tabs)
+            with gr.Tab("Compare", id="compare"):
+                compare.build(choice, examples, explorer.store)
             with gr.Tab("About", id="about"):
                 about.build(checkpoints)
         choice.connect()

@@ -1,0 +1,351 @@
+// Two models under one query. `props.value` is what compare.py sent (JSON): two sides, each a run like the explorer's.
+// The query is a point of the photo, so that it means the same in models that see different parts of it. The functions
+// are those of maps.js.
+
+const root = element.querySelector(".vc");
+const find = (selector) => root.querySelector(selector);
+const make = (name, more = {}) => Object.assign(document.createElement(name), more);
+const colours = colourTables(props.palette);
+
+const state = { mode: "effective", stream: "differential", depth: Infinity, head: MEAN, scale: "shared", query: { x: 0.5, y: 0.5, prefix: null } };
+let pair = null; // as received
+let sides = []; // of both models: { run, photo, layers, rows, root }
+
+// ---- Data
+
+async function receive() {
+  const received = props.value ? JSON.parse(props.value) : null;
+  pair = received?.sides ? received : null;
+  sides = [];
+  root.dataset.state = pair ? "loading" : "empty";
+  find(".vc-body").hidden = !pair;
+  if (!pair) return note(received?.problem ?? EMPTY, received ? "vc-problem" : "");
+  note("");
+  const mine = pair;
+  const opened = mine.sides.map((run, i) => {
+    const photo = Object.assign(new Image(), { src: run.image });
+    return { run, photo, layers: [], rows: null, root: find(`[data-side="${i}"]`) };
+  });
+  await Promise.all(opened.map(({ photo }) => photo.decode()));
+  if (pair !== mine) return;
+  sides = opened;
+  state.depth = Math.min(state.depth, depths() - 1);
+  sides.forEach(writeSide);
+  writeFacts();
+  drawLambdas();
+  drawControls();
+  measure(mine);
+  const arrived = await Promise.all(sides.map((side) => fetchSide(side, mine)));
+  if (pair !== mine) return;
+  if (arrived.includes("expired")) return note("These maps are no longer kept on the server.", "vc-above", true);
+  if (arrived.includes("lost")) return note("The server does not answer.", "vc-above", true);
+  root.dataset.state = "complete";
+}
+
+// The maps of every block, those on show first.
+async function fetchSide(side, mine) {
+  const { blocks, token } = side.run;
+  for (let left = blocks.length; left; left--) {
+    const shown = blockOf(side);
+    const block = side.layers[shown] ? blocks.findIndex((_, b) => !side.layers[b]) : shown;
+    const arrays = await server.fetch_maps({ token, block }).catch(() => ({ lost: true }));
+    if (pair !== mine) return "";
+    if (arrays.expired) return "expired";
+    if (arrays.lost) return "lost";
+    side.layers[block] = prepare(blocks[block], arrays);
+    if (block === blockOf(side)) draw();
+  }
+  return "";
+}
+
+async function measure(mine) {
+  const names = mine.sides.map(({ model }) => model);
+  for (;;) {
+    const answer = await server.measure(names).catch(() => ({ failed: true }));
+    if (pair !== mine) return;
+    if (!answer.busy) return writeLatency(answer);
+    await new Promise((done) => setTimeout(done, 1500));
+  }
+}
+
+const EMPTY = find(".vc-note span").textContent;
+function note(text, style = "", again = false) {
+  find(".vc-note").hidden = !text;
+  find(".vc-note").className = `vc-note ${style}`;
+  find(".vc-note span").textContent = text;
+  find(".vc-note button").hidden = !again;
+}
+
+// ---- What a side shows of the common state
+
+const depths = () => Math.max(...pair.sides.map(({ blocks }) => blocks.length));
+
+// The block at the chosen depth: the same number, or, in a model of fewer blocks, the same part of the way through.
+function blockOf({ run: { blocks } }) {
+  return depths() === 1 ? 0 : Math.round((state.depth * (blocks.length - 1)) / (depths() - 1));
+}
+const infoOf = (side) => side.layers[blockOf(side)]?.info ?? side.run.blocks[blockOf(side)];
+const headOf = (side) => (state.head < infoOf(side).heads ? state.head : MEAN);
+const modeOn = (side) => modeOf(infoOf(side), state.mode);
+const streamOn = (side) => (isSigned(infoOf(side), modeOn(side)) ? state.stream : "positive");
+
+function pointOn({ run: { box: [left, top, right, bottom] } }) {
+  const { x, y, prefix } = state.query;
+  return { x: clamp((x - left) / (right - left), 0, 0.9999), y: clamp((y - top) / (bottom - top), 0, 0.9999), prefix };
+}
+
+function queryAt({ run: { box: [left, top, right, bottom] } }, { x, y, prefix }) {
+  return { x: left + x * (right - left), y: top + y * (bottom - top), prefix };
+}
+
+// ---- Drawing
+
+function draw() {
+  if (!sides.length || !root.clientWidth || !sides.every((side) => side.layers[blockOf(side)])) return;
+  for (const side of sides) side.rows = rowsOf(side.layers[blockOf(side)], modeOn(side), headOf(side), pointOn(side));
+  drawControls();
+  sides.forEach(drawSide);
+}
+
+function limitsOf(stream) {
+  const own = sides.map((side) => limitOf(side.rows, isSigned(infoOf(side), modeOn(side)) ? stream : "positive"));
+  return state.scale === "own" ? own : own.map(() => Math.max(...own));
+}
+
+function drawSide(side, i) {
+  const [info, mode] = [infoOf(side), modeOn(side)];
+  const titles = titlesOf(info, mode);
+  const signed = isSigned(info, mode);
+  const queries = latticeOf(info, mode, "query");
+  const query = nameOf(queries, indexAt(info, queries, pointOn(side)), side.run.prefixNames);
+  const head = headOf(side) === MEAN ? `mean of ${info.heads} heads` : `head ${headOf(side) + 1}`;
+  const title = titles[streamOn(side)];
+  const where = `${title}: block ${blockOf(side) + 1} of ${side.run.blocks.length}, ${head}; ${query}`;
+  side.root.querySelector("figcaption").textContent = where;
+  const large = side.root.querySelector(".vc-large canvas");
+  large.setAttribute("aria-label", `${side.run.name}. ${where}. Arrow keys move the query.`);
+  drawCanvas(side, large, streamOn(side), limitsOf(streamOn(side))[i], true);
+  for (const figure of side.root.querySelectorAll(".vc-panels figure")) {
+    const { stream } = figure.dataset;
+    figure.hidden = !signed && stream !== "positive";
+    if (figure.hidden) continue;
+    const limit = limitsOf(stream)[i];
+    const button = figure.querySelector("button");
+    button.textContent = titles[stream];
+    button.setAttribute("aria-pressed", stream === streamOn(side));
+    figure.querySelector("canvas").setAttribute("aria-label", `${side.run.name}. ${titles[stream]}: map.`);
+    figure.querySelector("i").style.background = barOf(props.palette, theme(), stream);
+    const marks = stream === "differential" ? [`−${number(limit)}`, "0", `+${number(limit)}`] : ["0", number(limit)];
+    figure.querySelector("p").replaceChildren(...marks.map((textContent) => make("span", { textContent })));
+    drawCanvas(side, figure.querySelector("canvas"), stream, limit, false);
+  }
+}
+
+function drawCanvas(side, canvas, stream, limit, isLarge) {
+  drawMap(canvas, {
+    info: infoOf(side),
+    mode: modeOn(side),
+    aspect: side.photo.naturalHeight / side.photo.naturalWidth,
+    painted: paint(side.rows[stream], stream, limit, colours[isLarge ? "veil" : theme()]),
+    photo: isLarge ? side.photo : null,
+    prefixNames: isLarge ? side.run.prefixNames : null,
+    point: pointOn(side),
+  });
+}
+
+// ---- Words and numbers
+
+function writeSide(side) {
+  const { run } = side;
+  side.root.querySelector("h2").textContent = run.name;
+  const top = run.top.map(([label, part]) => {
+    const item = make("li");
+    item.style.setProperty("--part", `${100 * part}%`);
+    item.append(make("span", { textContent: label }), make("span", { textContent: `${(100 * part).toFixed(1)} %` }));
+    return item;
+  });
+  side.root.querySelector(".vc-top").replaceChildren(...top);
+  listen(side, side.root.querySelector(".vc-large canvas"));
+  side.root.querySelector(".vc-panels").replaceChildren(...STREAMS.map((stream) => {
+    const figure = make("figure");
+    figure.dataset.stream = stream;
+    const button = make("button", { type: "button", onclick: () => show({ stream }) });
+    const canvas = make("canvas");
+    canvas.setAttribute("role", "img");
+    figure.append(button, canvas, make("i"), make("p", { className: "vc-marks" }));
+    listen(side, canvas);
+    return figure;
+  }));
+}
+
+const FACTS = [
+  ["Architecture", (facts) => facts.architecture],
+  ["Attention", (facts) => facts.attention],
+  ["Trained on", (facts) => facts.trained_on ?? "not said"],
+  ["Top-1, by its card", (facts) => (facts.top1 === null ? "not said" : `${facts.top1.toFixed(2)} %`)],
+  ["Classes", (facts) => facts.classes.toLocaleString("en")],
+  ["Input", (facts) => `${facts.input[1]} × ${facts.input[0]} px`],
+  ["Parameters", (facts) => facts.parameters.toLocaleString("en")],
+  ["Multiply-adds, one image", (facts) => `${facts.gmacs.toPrecision(3)} G`],
+  ["Latency, one image", () => "measuring …"],
+];
+
+function writeFacts() {
+  const cells = (name, head, texts, scope) => {
+    const line = make("tr");
+    const first = make(head === null ? "td" : "th", { textContent: head ?? "" });
+    if (head !== null) first.scope = "row";
+    line.append(first, ...texts.map((textContent) => make(name, scope ? { textContent, scope } : { textContent })));
+    return line;
+  };
+  find(".vc-facts thead").replaceChildren(cells("th", null, pair.sides.map(({ name }) => name), "col"));
+  find(".vc-facts tbody").replaceChildren(...FACTS.map(([head, tell]) => cells("td", head, pair.sides.map(({ facts }) => tell(facts)))));
+  find(".vc-measured").textContent = "";
+}
+
+function writeLatency({ milliseconds, threads }) {
+  const cells = [...find(".vc-facts tbody").lastChild.querySelectorAll("td")];
+  cells.forEach((cell, i) => (cell.textContent = milliseconds ? `${milliseconds[i].toPrecision(3)} ms` : "not measured"));
+  if (!milliseconds) return;
+  find(".vc-measured").textContent =
+    `Measured now on this server: medians of passes in turns, one image, float32, ${threads} ${threads === 1 ? "thread" : "threads"}. Other visitors' work slows both.`;
+}
+
+// λ by depth: circles and a solid line for stage I, squares and a dashed line for stage II.
+const CHART = { height: 200, left: 44, right: 12, top: 12, bottom: 34 };
+function drawLambdas() {
+  const width = Math.min(find(".vc-chart").clientWidth || 640, 760);
+  const series = pair.sides.flatMap(({ blocks }, side) =>
+    [1, 2].map((stage) => ({ side, stage, values: blocks.map((info) => info[`lambda${stage}`]) })),
+  ).filter(({ values }) => values.some((value) => value !== null));
+  find(".vc-legend").replaceChildren(...pair.sides.map(({ name }, side) => {
+    const item = make("span");
+    const label = make("b", { textContent: name });
+    label.dataset.side = side;
+    const has = series.some((line) => line.side === side);
+    item.append(label, has ? ": λ₁ ● solid, λ₂ ■ dashed" : ": no λ");
+    return item;
+  }));
+  if (!series.length) return find(".vc-chart").replaceChildren();
+  const all = series.flatMap(({ values }) => values.filter((value) => value !== null));
+  const [low, high] = [Math.min(0, ...all), Math.max(0, ...all)];
+  const { height, left, right, top, bottom } = CHART;
+  const at = (part, value) => [
+    left + part * (width - left - right),
+    top + ((high - value) / (high - low || 1)) * (height - top - bottom),
+  ].map((position) => position.toFixed(1));
+  const parts = [low, 0, high].filter((value, i, list) => list.indexOf(value) === i).map((value) => {
+    const [x, y] = at(0, value);
+    return `<line class="vc-axis" x1="${x}" x2="${width - right}" y1="${y}" y2="${y}" stroke-width="${value === 0 ? 1 : 0.4}"/>
+      <text x="${left - 8}" y="${y}" text-anchor="end" dominant-baseline="middle">${value === 0 ? 0 : number(value)}</text>`;
+  });
+  const style = [...root.querySelectorAll(".vc-side")].map((side) => getComputedStyle(side).getPropertyValue("--side"));
+  for (const { side, stage, values } of series) {
+    const points = values.flatMap((value, b) => (value === null ? [] : [{ b, value, at: at(values.length === 1 ? 0.5 : b / (values.length - 1), value) }]));
+    parts.push(`<polyline fill="none" stroke="${style[side]}" stroke-width="2" ${stage === 2 ? 'stroke-dasharray="5 4"' : ""} points="${points.map((p) => p.at.join(",")).join(" ")}"/>`);
+    for (const { b, value, at: [x, y] } of points) {
+      const says = `<title>Block ${b + 1} of ${values.length}, λ${"₁₂"[stage - 1]} = ${value.toFixed(3)}</title>`;
+      parts.push(stage === 1 ? `<circle cx="${x}" cy="${y}" r="4" fill="${style[side]}">${says}</circle>`
+        : `<rect x="${x - 3.5}" y="${y - 3.5}" width="7" height="7" fill="${style[side]}">${says}</rect>`);
+    }
+  }
+  parts.push(`<text x="${left}" y="${height - 8}">first block</text><text x="${width - right}" y="${height - 8}" text-anchor="end">last block</text>`);
+  const words = series.map(({ side, stage, values }) => `${side ? "second" : "first"} model, lambda ${stage}: ${values.map((value) => value?.toFixed(3) ?? "none").join(", ")}`);
+  const chart = make("div", { innerHTML: `<svg viewBox="0 0 ${width} ${height}" role="img">${parts.join("")}</svg>` }).firstChild;
+  chart.setAttribute("aria-label", `Lambda by block. ${words.join(". ")}.`);
+  find(".vc-chart").replaceChildren(chart);
+}
+
+// ---- Controls
+
+const press = (button, pressed) => button.setAttribute("aria-pressed", pressed);
+
+function choices(container, labels, chosen, choose) {
+  if (container.children.length !== labels.length) {
+    container.replaceChildren(...labels.map(() => make("button", { type: "button" })));
+  }
+  labels.forEach((textContent, i) => {
+    const button = Object.assign(container.children[i], { textContent, onclick: () => choose(i) });
+    press(button, i === chosen);
+  });
+}
+
+function drawControls() {
+  const infos = sides.map(infoOf);
+  const equal = pair.sides[0].blocks.length === pair.sides[1].blocks.length;
+  const heads = Math.max(...infos.map(({ heads }) => heads));
+  find(".vc-depth").textContent = equal ? "Block" : "Depth";
+  choices(find(".vc-blocks"), Array.from({ length: depths() }, (_, i) => i + 1), state.depth, (depth) => show({ depth }));
+  choices(find(".vc-heads"), ["mean", ...Array.from({ length: heads }, (_, i) => i + 1)], state.head + 1, (i) => show({ head: i - 1 }));
+  for (const button of find(".vc-modes").children) {
+    button.disabled = !infos.some((info) => modesOf(info).includes(button.dataset.mode));
+    press(button, button.dataset.mode === (infos.some((info) => modesOf(info).includes(state.mode)) ? state.mode : "effective"));
+  }
+  for (const button of find(".vc-scales").children) press(button, button.dataset.scale === state.scale);
+}
+
+function show(change) {
+  Object.assign(state, change);
+  state.depth = clamp(state.depth, 0, depths() - 1);
+  state.head = clamp(state.head, MEAN, Math.max(...sides.map((side) => infoOf(side).heads)) - 1);
+  draw();
+}
+
+// Moves the query by one cell of a side.
+function moveQuery(side, right, down) {
+  const info = infoOf(side);
+  const lattice = latticeOf(info, modeOn(side), "query");
+  const point = pointOn(side);
+  if (lattice.prefix && point.prefix !== null && point.prefix < lattice.prefix) {
+    const next = down > 0 ? { ...point, y: 0, prefix: null } : { ...point, prefix: clamp(point.prefix + right, 0, lattice.prefix - 1) };
+    return show({ query: queryAt(side, next) });
+  }
+  const [r, c] = cellAt(info, lattice, point);
+  if (down < 0 && r === 0 && lattice.prefix) return show({ query: queryAt(side, { ...point, prefix: 0 }) });
+  const [row, column] = [clamp(r + down, 0, lattice.size[0] - 1), clamp(c + right, 0, lattice.size[1] - 1)];
+  const [left, top, rightEdge, bottom] = outline(info, lattice, lattice.prefix + row * lattice.size[1] + column);
+  show({ query: queryAt(side, { x: (left + rightEdge) / 2, y: (top + bottom) / 2, prefix: null }) });
+}
+
+const KEYS = {
+  ArrowLeft: (side) => moveQuery(side, -1, 0),
+  ArrowRight: (side) => moveQuery(side, 1, 0),
+  ArrowUp: (side) => moveQuery(side, 0, -1),
+  ArrowDown: (side) => moveQuery(side, 0, 1),
+  "[": () => show({ depth: state.depth - 1 }),
+  "]": () => show({ depth: state.depth + 1 }),
+  ",": () => show({ head: state.head - 1 }),
+  ".": () => show({ head: state.head + 1 }),
+};
+
+root.addEventListener("keydown", (event) => {
+  if (!sides.length || !KEYS[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
+  event.preventDefault();
+  const side = sides.find((each) => each.root.contains(event.target)) ?? sides[0];
+  KEYS[event.key](side);
+});
+
+function listen(side, canvas) {
+  canvas.onclick = (event) => {
+    if (!side.rows) return;
+    const named = canvas.parentElement.matches(".vc-large") ? side.run.prefixNames : null;
+    const place = layout(canvas, infoOf(side), side.photo.naturalHeight / side.photo.naturalWidth, named);
+    const point = pointUnder(canvas, event, place);
+    const { prefix } = latticeOf(infoOf(side), modeOn(side), "query");
+    if (point && (point.prefix === null || point.prefix < prefix)) show({ query: queryAt(side, point) });
+  };
+}
+
+for (const button of find(".vc-modes").children) button.onclick = () => show({ mode: button.dataset.mode });
+for (const button of find(".vc-scales").children) button.onclick = () => show({ scale: button.dataset.scale });
+find(".vc-note button").onclick = () => trigger("submit");
+const redraw = () => {
+  if (!sides.length) return;
+  draw();
+  drawLambdas();
+};
+new ResizeObserver(redraw).observe(root);
+new MutationObserver(redraw).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+watch("value", receive);
+root.compare = { state, get sides() { return sides; } };
+receive();
