@@ -234,7 +234,7 @@ def smoke(recipe: Shared, train: Callable, device: torch.device, steps: int) -> 
     short = dict(save_every=steps, log_every=1)
     if recipe.model in GENERATORS:
         grids = GENERATORS[recipe.model]["vae"] is None
-        short |= dict(steps=steps, val_every=steps, sample_every=steps if grids else 0)
+        short |= dict(steps=steps, val_every=steps, sample_every=steps if grids else 0, sample_steps=2)
     else:
         short |= dict(epochs=1, cooldown_epochs=0)
     with tempfile.TemporaryDirectory() as folder:
