@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 ARGUMENTS = [
     "--headless",
@@ -17,6 +17,7 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 NO_BROWSER = "no Chromium is installed"
+ABANDONED = "AbortError: signal is aborted without reason"  # Gradio's own streams, when a page closes
 
 
 def chromium() -> str | None:
@@ -32,3 +33,21 @@ def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         yield (running := playwright.chromium.launch(executable_path=chromium(), args=ARGUMENTS))
         running.close()
+
+
+def note_faults(page: Page, allowed: tuple[str, ...], faults: list[str]) -> None:
+    """Notes what a page must not do: log an error, or ask anything of another machine.
+
+    Args:
+        page: the page.
+        allowed: how the addresses begin that it may ask.
+        faults: the list to note it in.
+    """
+
+    def note(text: str) -> None:
+        if ABANDONED not in text:
+            faults.append(text)
+
+    page.on("console", lambda message: message.type == "error" and note(message.text))
+    page.on("pageerror", lambda error: note(str(error)))
+    page.on("request", lambda r: r.url.startswith((*allowed, "data:", "blob:")) or note(f"asked for {r.url}"))

@@ -15,7 +15,7 @@ WIDE, PHONE = dict(width=1400, height=900), dict(width=390, height=844)
 
 
 def take(url: str, folder: Path) -> None:
-    """Writes `classify`, `explore` and `about`, each as -light, -dark and -phone .png."""
+    """Writes a picture of every tab, each as -light, -dark and -phone .png."""
     with browser() as chromium:
         for name, theme, size in (("light", "light", WIDE), ("dark", "dark", WIDE), ("phone", "light", PHONE)):
             page = chromium.new_page(viewport=size)
@@ -28,9 +28,12 @@ def take(url: str, folder: Path) -> None:
             page.wait_for_selector(".vx[data-state=complete]")
             page.wait_for_timeout(500)
             page.screenshot(path=folder / f"explore-{name}.png", full_page=True)
-            page.get_by_role("tab", name="About").click()
-            page.wait_for_timeout(500)
-            page.screenshot(path=folder / f"about-{name}.png", full_page=True)
+            for tab in ("Generate", "Compare", "About"):
+                page.get_by_role("tab", name=tab).click()
+                if tab == "Compare":
+                    page.locator(".gallery-item:visible").first.click()
+                page.wait_for_timeout(3000)
+                page.screenshot(path=folder / f"{tab.lower()}-{name}.png", full_page=True)
             page.close()
 
 

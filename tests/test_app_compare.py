@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from app import compare, models, opening
 from app.images import read_image
 from app.ui import LAUNCH, build
-from tests.browser import NO_BROWSER, browser, chromium
+from tests.browser import NO_BROWSER, browser, chromium, note_faults
 from tests.test_app import MHSA, PLAIN, PREFIXED, photo, recorded, save_checkpoints
 from tests.test_browser import PATIENCE, cell, expected_rows, our_faults, points_in_cells, signed_colours
 from tests.test_opening import save_timm
@@ -69,9 +69,7 @@ def page(running, url):
     faults = []
     page = running.new_page(viewport=dict(width=1400, height=1000))
     page.set_default_timeout(PATIENCE)
-    page.on("console", lambda message: message.type == "error" and faults.append(message.text))
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("request", lambda r: r.url.startswith((url, "data:", "blob:")) or faults.append(f"asked for {r.url}"))
+    note_faults(page, (url,), faults)
     page.goto(url)
     yield page
     page.close()

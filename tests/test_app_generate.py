@@ -14,7 +14,7 @@ from PIL import Image
 import vca
 from app.generation import Run, check_request
 from app.ui import LAUNCH, build
-from tests.browser import NO_BROWSER, browser, chromium
+from tests.browser import NO_BROWSER, browser, chromium, note_faults
 from tests.test_app import LABELS, PLAIN, save_checkpoints
 from tests.test_browser import PATIENCE, READ, expected_rows, our_faults
 from vca.models.dit import DiffusionTransformer
@@ -264,9 +264,7 @@ def page(running, url):
     faults = []
     page = running.new_page(viewport=dict(width=1400, height=1000))
     page.set_default_timeout(PATIENCE)
-    page.on("console", lambda message: message.type == "error" and faults.append(message.text))
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("request", lambda r: r.url.startswith((url, "data:", "blob:")) or faults.append(f"asked for {r.url}"))
+    note_faults(page, (url,), faults)
     open_tab(page, url)
     yield page
     page.close()

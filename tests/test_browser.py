@@ -17,7 +17,7 @@ from app import draw, models
 from app.attribution import BOTTOM, HEIGHT, STEPS
 from app.images import read_image
 from app.ui import LAUNCH, build
-from tests.browser import NO_BROWSER, browser, chromium
+from tests.browser import NO_BROWSER, browser, chromium, note_faults
 from tests.test_app import MHSA, PLAIN, PREFIXED, photo, recorded, save_checkpoints
 from vca.attribution import METHODS, head_map
 from vca.faithfulness import curves
@@ -73,9 +73,7 @@ def page(running, url):
     faults = []
     page = running.new_page(viewport=dict(width=1400, height=1000))
     page.set_default_timeout(PATIENCE)
-    page.on("console", lambda message: message.type == "error" and faults.append(message.text))
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("request", lambda r: r.url.startswith((url, "data:", "blob:")) or faults.append(f"asked for {r.url}"))
+    note_faults(page, (url,), faults)
     page.goto(url)
     yield page
     page.close()

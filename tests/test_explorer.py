@@ -15,7 +15,7 @@ from app import draw, export, models
 from app.images import read_image
 from app.inputs import write_examples
 from app.ui import LAUNCH, WEIGHTS, build
-from tests.browser import NO_BROWSER, browser, chromium
+from tests.browser import NO_BROWSER, browser, chromium, note_faults
 from tests.test_app import PREFIXED, SMALL_PYRAMID, save_checkpoints
 from tests.test_browser import PATIENCE, PIXELS, READ, REQUIRED, our_faults, points_in_cells, signed_colours
 
@@ -83,9 +83,7 @@ def running():
 def watched(page, faults: list[str], *allowed: str):
     """Notes what a page must not do: log an error, or ask anything of another machine."""
     page.set_default_timeout(PATIENCE)
-    page.on("console", lambda message: message.type == "error" and faults.append(message.text))
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("request", lambda r: r.url.startswith((*allowed, "data:", "blob:")) or faults.append(f"asked for {r.url}"))
+    note_faults(page, allowed, faults)
     return page
 
 
