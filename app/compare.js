@@ -1,55 +1,85 @@
-// Two models under one query. `props.value` is what compare.py sent (JSON): two sides, each a run like the explorer's.
-// The query is a point of the photo, so that it means the same in models that see different parts of it. The functions
-// are those of maps.js.
+// Two models under one query. `props.value` is what compare.py sent (JSON): two sides, each a run like the explorer's;
+// of generators also a film, the steps and pictures that can be looked into. The query is a point of the photo, so that
+// it means the same in models that see different parts of it. The functions are those of maps.js.
 
 const root = element.querySelector(".vc");
 const find = (selector) => root.querySelector(selector);
-const make = (name, more = {}) => Object.assign(document.createElement(name), more);
 const colours = colourTables(props.palette);
 
 const state = { mode: "effective", stream: "differential", depth: Infinity, head: MEAN, scale: "shared", query: { x: 0.5, y: 0.5, prefix: null } };
 let pair = null; // as received
 let sides = []; // of both models: { run, photo, layers, rows, root }
+let isStopped = false; // by the visitor, while pictures were made
+let ask = ""; // what is said to who has not asked for pictures yet
+let film = null; // of generators: what is shown of pair.film, { step, picture, withoutClass }, the step as an index
+const sections = [...root.querySelectorAll(".vc-side")];
+const range = find(".vv-timeline input");
 
 // ---- Data
 
 async function receive() {
   const received = props.value ? JSON.parse(props.value) : null;
+  if (isStopped && received?.steps) return; // sent before the server knew
+  isStopped = false;
+  ask = received?.note ?? ask;
   pair = received?.sides ? received : null;
   sides = [];
-  root.dataset.state = pair ? "loading" : "empty";
+  root.dataset.state = pair ? "loading" : received?.working ? "working" : "empty";
   find(".vc-body").hidden = !pair;
-  if (!pair) return note(received?.problem ?? EMPTY, received ? "vc-problem" : "");
-  note("");
-  const mine = pair;
-  const opened = mine.sides.map((run, i) => {
-    const photo = Object.assign(new Image(), { src: run.image });
-    return { run, photo, layers: [], rows: null, root: find(`[data-side="${i}"]`) };
-  });
-  await Promise.all(opened.map(({ photo }) => photo.decode()));
-  if (pair !== mine) return;
-  sides = opened;
+  if (received?.working) return work(received);
+  if (!pair) return note(received?.problem ?? received?.note ?? EMPTY, { style: received?.problem ? "vv-problem" : "" });
   state.depth = Math.min(state.depth, depths() - 1);
-  sides.forEach(writeSide);
+  film = pair.film.token ? { step: pair.film.steps.length - 1, picture: 0, withoutClass: false } : null;
+  range.max = film ? film.step : 0;
+  writeFilm();
   writeFacts();
   drawLambdas();
+  measure(pair);
+  await open(pair);
+}
+
+// Shows the sides of the pair, as they were sent first or for another step or picture.
+async function open(mine) {
+  const runs = mine.sides;
+  const isShown = () => pair === mine && mine.sides === runs;
+  root.dataset.state = "loading";
+  note("");
+  const opened = runs.map((run, i) => ({ run, photo: Object.assign(new Image(), { src: run.image }), layers: [], rows: null, root: sections[i] }));
+  await Promise.all(opened.map(({ photo }) => photo.decode()));
+  if (!isShown()) return;
+  sides = opened;
+  sides.forEach(writeSide);
   drawControls();
-  measure(mine);
-  const arrived = await Promise.all(sides.map((side) => fetchSide(side, mine)));
-  if (pair !== mine) return;
-  if (arrived.includes("expired")) return note("These maps are no longer kept on the server.", "vc-above", true);
-  if (arrived.includes("lost")) return note("The server does not answer.", "vc-above", true);
+  const arrived = await Promise.all(sides.map((side) => fetchSide(side, isShown)));
+  if (!isShown()) return;
+  if (arrived.includes("expired")) return forgotten();
+  if (arrived.includes("lost")) return note("The server does not answer.", { style: "vv-above", button: film ? null : ".vc-again" });
   root.dataset.state = "complete";
 }
 
+// What the server is about: the name of a model and its steps, or that it will start.
+function work(received) {
+  const { working, step, steps } = received;
+  note(steps ? `Pictures of ${working}` : working, { button: ".vc-stop" });
+  find(".vv-note progress").hidden = !steps;
+  Object.assign(find(".vv-note progress"), { value: step ?? 0, max: steps ?? 1 });
+  const mine = props.value;
+  if (!steps) setTimeout(() => props.value === mine && !isStopped && note("Waiting for the pictures of other visitors …", { button: ".vc-stop" }), 2000);
+}
+
+function forgotten() {
+  if (film) return note("These pictures are no longer kept on the server. Please generate them again.", { style: "vv-above" });
+  note("These maps are no longer kept on the server.", { style: "vv-above", button: ".vc-again" });
+}
+
 // The maps of every block, those on show first.
-async function fetchSide(side, mine) {
+async function fetchSide(side, isShown) {
   const { blocks, token } = side.run;
   for (let left = blocks.length; left; left--) {
     const shown = blockOf(side);
     const block = side.layers[shown] ? blocks.findIndex((_, b) => !side.layers[b]) : shown;
     const arrays = await server.fetch_maps({ token, block }).catch(() => ({ lost: true }));
-    if (pair !== mine) return "";
+    if (!isShown()) return "";
     if (arrays.expired) return "expired";
     if (arrays.lost) return "lost";
     side.layers[block] = prepare(blocks[block], arrays);
@@ -68,12 +98,74 @@ async function measure(mine) {
   }
 }
 
-const EMPTY = find(".vc-note span").textContent;
-function note(text, style = "", again = false) {
-  find(".vc-note").hidden = !text;
-  find(".vc-note").className = `vc-note ${style}`;
-  find(".vc-note span").textContent = text;
-  find(".vc-note button").hidden = !again;
+const EMPTY = find(".vv-note span").textContent;
+function note(text, { style = "", button = null } = {}) {
+  find(".vv-note").hidden = !text;
+  find(".vv-note").className = `vv-note ${style}`;
+  if (find(".vv-note span").textContent !== text) find(".vv-note span").textContent = text; // a screen reader says it once
+  find(".vv-note progress").hidden = true;
+  for (const each of find(".vv-note").querySelectorAll("button")) each.hidden = !each.matches(button ?? "none");
+}
+
+// ---- Steps and pictures of generators
+
+let isLooking = false;
+
+// Shows another step, picture or branch; of many wishes at once, the last.
+async function look(wish) {
+  Object.assign(film, wish);
+  writeFilm();
+  if (isLooking) return;
+  isLooking = true;
+  const mine = pair;
+  for (let asked = {}; pair === mine && Object.keys(film).some((key) => asked[key] !== film[key]); ) {
+    asked = { ...film };
+    const request = { ...asked, step: mine.film.steps[asked.step], token: mine.film.token };
+    const answer = await server.look(request).catch(() => ({ expired: true }));
+    if (pair !== mine) break;
+    if (answer.expired) {
+      forgotten();
+      break;
+    }
+    mine.sides = mine.sides.map((side, i) => ({ ...side, ...answer.sides[i] }));
+    await open(mine);
+  }
+  isLooking = false;
+}
+
+function writeFilm() {
+  find(".vc-film").hidden = !film;
+  if (!film) return;
+  const { steps, label, guided } = pair.film;
+  const total = steps.at(-1);
+  const where = film.step === steps.length - 1 ? "finished; the maps are those of the last step" : `after ${steps[film.step]} of ${total} steps`;
+  range.value = film.step;
+  range.setAttribute("aria-valuetext", `after ${steps[film.step]} of ${total} steps`);
+  find(".vv-says").textContent = `${label}, picture ${film.picture + 1}: ${where}`;
+  find(".vv-branch").hidden = !guided;
+  find(".vv-branch input").checked = film.withoutClass;
+}
+
+// The pictures of a side, from a frame that holds them one below another.
+async function drawPictures({ run, root }) {
+  const { count, label } = pair.film;
+  const pictures = root.querySelector(".vc-pictures");
+  if (pictures.children.length !== count) {
+    pictures.replaceChildren(...Array.from({ length: count }, (_, i) => {
+      const button = make("button", { type: "button", onclick: () => look({ picture: i }) });
+      button.append(make("canvas"));
+      return button;
+    }));
+  }
+  const frame = Object.assign(new Image(), { src: run.frame });
+  await frame.decode();
+  const [width, height] = [frame.naturalWidth, frame.naturalHeight / count];
+  [...pictures.children].forEach((button, i) => {
+    press(button, i === film?.picture);
+    button.setAttribute("aria-label", `${run.name}: ${label}, picture ${i + 1}`);
+    const canvas = Object.assign(button.firstChild, { width, height });
+    canvas.getContext("2d").drawImage(frame, 0, i * height, width, height, 0, 0, width, height);
+  });
 }
 
 // ---- What a side shows of the common state
@@ -125,7 +217,7 @@ function drawSide(side, i) {
   const large = side.root.querySelector(".vc-large canvas");
   large.setAttribute("aria-label", `${side.run.name}. ${where}. Arrow keys move the query.`);
   drawCanvas(side, large, streamOn(side), limitsOf(streamOn(side))[i], true);
-  for (const figure of side.root.querySelectorAll(".vc-panels figure")) {
+  for (const figure of side.root.querySelectorAll(".vv-panels figure")) {
     const { stream } = figure.dataset;
     figure.hidden = !signed && stream !== "positive";
     if (figure.hidden) continue;
@@ -158,6 +250,9 @@ function drawCanvas(side, canvas, stream, limit, isLarge) {
 function writeSide(side) {
   const { run } = side;
   side.root.querySelector("h2").textContent = run.name;
+  side.root.querySelector(".vc-top").hidden = Boolean(film);
+  side.root.querySelector(".vc-pictures").hidden = !film;
+  if (film) return drawPictures(side);
   const top = run.top.map(([label, part]) => {
     const item = make("li");
     item.style.setProperty("--part", `${100 * part}%`);
@@ -165,30 +260,7 @@ function writeSide(side) {
     return item;
   });
   side.root.querySelector(".vc-top").replaceChildren(...top);
-  listen(side, side.root.querySelector(".vc-large canvas"));
-  side.root.querySelector(".vc-panels").replaceChildren(...STREAMS.map((stream) => {
-    const figure = make("figure");
-    figure.dataset.stream = stream;
-    const button = make("button", { type: "button", onclick: () => show({ stream }) });
-    const canvas = make("canvas");
-    canvas.setAttribute("role", "img");
-    figure.append(button, canvas, make("i"), make("p", { className: "vc-marks" }));
-    listen(side, canvas);
-    return figure;
-  }));
 }
-
-const FACTS = [
-  ["Architecture", (facts) => facts.architecture],
-  ["Attention", (facts) => facts.attention],
-  ["Trained on", (facts) => facts.trained_on ?? "not said"],
-  ["Top-1, by its card", (facts) => (facts.top1 === null ? "not said" : `${facts.top1.toFixed(2)} %`)],
-  ["Classes", (facts) => facts.classes.toLocaleString("en")],
-  ["Input", (facts) => `${facts.input[1]} × ${facts.input[0]} px`],
-  ["Parameters", (facts) => facts.parameters.toLocaleString("en")],
-  ["Multiply-adds, one image", (facts) => `${facts.gmacs.toPrecision(3)} G`],
-  ["Latency, one image", () => "measuring …"],
-];
 
 function writeFacts() {
   const cells = (name, head, texts, scope) => {
@@ -199,7 +271,8 @@ function writeFacts() {
     return line;
   };
   find(".vc-facts thead").replaceChildren(cells("th", null, pair.sides.map(({ name }) => name), "col"));
-  find(".vc-facts tbody").replaceChildren(...FACTS.map(([head, tell]) => cells("td", head, pair.sides.map(({ facts }) => tell(facts)))));
+  const rows = Object.keys(pair.sides[0].facts);
+  find(".vc-facts tbody").replaceChildren(...rows.map((head) => cells("td", head, pair.sides.map(({ facts }) => facts[head]))));
   find(".vc-measured").textContent = "";
 }
 
@@ -258,18 +331,6 @@ function drawLambdas() {
 
 // ---- Controls
 
-const press = (button, pressed) => button.setAttribute("aria-pressed", pressed);
-
-function choices(container, labels, chosen, choose) {
-  if (container.children.length !== labels.length) {
-    container.replaceChildren(...labels.map(() => make("button", { type: "button" })));
-  }
-  labels.forEach((textContent, i) => {
-    const button = Object.assign(container.children[i], { textContent, onclick: () => choose(i) });
-    press(button, i === chosen);
-  });
-}
-
 function drawControls() {
   const infos = sides.map(infoOf);
   const equal = pair.sides[0].blocks.length === pair.sides[1].blocks.length;
@@ -325,9 +386,10 @@ root.addEventListener("keydown", (event) => {
   KEYS[event.key](side);
 });
 
-function listen(side, canvas) {
+function listen(i, canvas) {
   canvas.onclick = (event) => {
-    if (!side.rows) return;
+    const side = sides[i];
+    if (!side?.rows) return;
     const named = canvas.parentElement.matches(".vc-large") ? side.run.prefixNames : null;
     const place = layout(canvas, infoOf(side), side.photo.naturalHeight / side.photo.naturalWidth, named);
     const point = pointUnder(canvas, event, place);
@@ -336,9 +398,30 @@ function listen(side, canvas) {
   };
 }
 
+sections.forEach((section, i) => {
+  listen(i, section.querySelector(".vc-large canvas"));
+  section.querySelector(".vv-panels").replaceChildren(...STREAMS.map((stream) => {
+    const figure = make("figure");
+    figure.dataset.stream = stream;
+    const canvas = make("canvas");
+    canvas.setAttribute("role", "img");
+    figure.append(make("button", { type: "button", onclick: () => show({ stream }) }), canvas, make("i"), make("p", { className: "vv-marks" }));
+    listen(i, canvas);
+    return figure;
+  }));
+});
+
 for (const button of find(".vc-modes").children) button.onclick = () => show({ mode: button.dataset.mode });
 for (const button of find(".vc-scales").children) button.onclick = () => show({ scale: button.dataset.scale });
-find(".vc-note button").onclick = () => trigger("submit");
+find(".vc-again").onclick = () => trigger("submit");
+find(".vc-stop").onclick = () => {
+  trigger("stop");
+  isStopped = true;
+  root.dataset.state = "empty";
+  note(ask);
+};
+range.oninput = () => look({ step: Number(range.value) });
+find(".vv-branch input").onchange = (event) => look({ withoutClass: event.target.checked });
 const redraw = () => {
   if (!sides.length) return;
   draw();
@@ -347,5 +430,5 @@ const redraw = () => {
 new ResizeObserver(redraw).observe(root);
 new MutationObserver(redraw).observe(document.body, { attributes: true, attributeFilter: ["class"] });
 watch("value", receive);
-root.compare = { state, get sides() { return sides; } };
+root.compare = { state, get sides() { return sides; }, get film() { return film; }, get isIdle() { return !isLooking; } };
 receive();

@@ -171,7 +171,7 @@ def build(choice: ModelChoice, examples: list[str]) -> Explorer:
             explorer = gr.HTML(
                 "",
                 html_template=export.text("explorer.html"),
-                css_template=export.text("explorer.css"),
+                css_template=export.text("view.css", "explorer.css"),
                 js_on_load=export.text("maps.js", "explorer.js"),
                 apply_default_css=False,
                 server_functions=[fetch_maps, export_numbers, export_page],

@@ -5,9 +5,9 @@
 const root = element.querySelector(".vx");
 const find = (selector) => root.querySelector(selector);
 const large = find(".vx-large canvas");
-const panels = [...root.querySelectorAll(".vx-panels figure")];
+const panels = [...root.querySelectorAll(".vv-panels figure")];
 const slider = find(".vx-what-if input");
-const empty = find(".vx-note span").textContent;
+const empty = find(".vv-note span").textContent;
 const AWAITED = "The view of this link waits for its picture: drop it on the left.";
 
 const state = {
@@ -37,7 +37,7 @@ async function receive() {
   current = whatIf = null;
   root.dataset.state = run ? "loading" : "empty";
   find(".vx-body").hidden = !run;
-  if (!run) return note(received?.problem ?? (linked().get("model") && !linked().get("image") ? AWAITED : empty), received ? "vx-problem" : "");
+  if (!run) return note(received?.problem ?? (linked().get("model") && !linked().get("image") ? AWAITED : empty), received ? "vv-problem" : "");
   note("");
   const mine = run;
   photo = new Image();
@@ -53,8 +53,8 @@ async function receive() {
     const block = layers[state.block] ? run.blocks.findIndex((_, b) => !layers[b]) : state.block;
     const arrays = await server.fetch_maps({ token: run.token, block }).catch(() => ({ lost: true }));
     if (run !== mine) return;
-    if (arrays.expired) return note("These maps are no longer kept on the server.", "vx-above", run.repeatable);
-    if (arrays.lost) return note("The server does not answer.", "vx-above", run.repeatable);
+    if (arrays.expired) return note("These maps are no longer kept on the server.", "vv-above", run.repeatable);
+    if (arrays.lost) return note("The server does not answer.", "vv-above", run.repeatable);
     layers[block] = prepare(run.blocks[block], arrays);
     if (block === state.block) draw();
     else if (table.length) {
@@ -67,10 +67,10 @@ async function receive() {
 }
 
 function note(text, style = "", again = false) {
-  find(".vx-note").hidden = !text;
-  find(".vx-note").className = `vx-note ${style}`;
-  find(".vx-note span").textContent = text;
-  find(".vx-note button").hidden = !again;
+  find(".vv-note").hidden = !text;
+  find(".vv-note").className = `vv-note ${style}`;
+  find(".vv-note span").textContent = text;
+  find(".vv-note button").hidden = !again;
 }
 
 // ---- The block on show
@@ -102,7 +102,6 @@ const colours = colourTables(props.palette);
 const aspect = () => photo.naturalHeight / photo.naturalWidth;
 const hundredths = (value) => value.toFixed(2).replace("-", "−");
 const thousandths = (value) => value.toFixed(3).replace("-", "−");
-const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
 
 function drawCanvas(canvas, stream) {
   const isLarge = canvas === large;
@@ -154,7 +153,7 @@ function drawWords() {
     panel.querySelector("button").title = `Show “${title}” over the image`;
     panel.querySelector("canvas").setAttribute("aria-label", `${title}: ${summary(stream)} Arrow keys move the query.`);
     panel.querySelector("i").style.background = barOf(props.palette, theme(), stream);
-    panel.querySelector(".vx-scale").replaceChildren(...marksOf(stream, limit).map((textContent) => make("span", { textContent })));
+    panel.querySelector(".vv-marks").replaceChildren(...marksOf(stream, limit).map((textContent) => make("span", { textContent })));
     panel.querySelector(".vx-sum").textContent = sumOf(stream);
   }
   const title = titles[signed ? state.stream : "positive"];
@@ -287,21 +286,6 @@ slider.oninput = () => show({ stream: "differential" }, Number(slider.value));
 find(".vx-what-if button").onclick = () => show({}, null);
 
 // ---- Controls
-
-const press = (button, pressed) => button.setAttribute("aria-pressed", pressed);
-
-// A row of buttons; kept while their number stays, so that the focus does too.
-function choices(container, labels, chosen, choose) {
-  if (container.children.length !== labels.length) {
-    container.replaceChildren(...labels.map(() => make("button", { type: "button" })));
-  }
-  labels.forEach((text, i) => {
-    const button = container.children[i];
-    button.textContent = text;
-    button.onclick = () => choose(i);
-    press(button, i === chosen);
-  });
-}
 
 function drawControls() {
   const heads = ["mean", ...Array.from({ length: info().heads }, (_, head) => head + 1)];
@@ -547,7 +531,7 @@ for (const button of root.querySelectorAll("[data-save]")) {
   };
 }
 
-find(".vx-note button").onclick = () => trigger("submit");
+find(".vv-note button").onclick = () => trigger("submit");
 new ResizeObserver(() => (root.clientWidth ? (draw(), writeLink()) : clearLink())).observe(root);
 new MutationObserver(draw).observe(document.body, { attributes: true, attributeFilter: ["class"] });
 watch("value", receive);

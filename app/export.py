@@ -135,7 +135,7 @@ def page(run: dict, maps: list[dict], view: dict) -> str:
     title = " · ".join(filter(None, [run.get("model"), ": ".join(run["caption"])]))
     return PAGE % dict(
         title=_escaped(title),
-        css=text("page.css") + text("explorer.css"),
+        css=text("page.css", "view.css", "explorer.css"),
         html=text("explorer.html"),
         js=text("maps.js", "explorer.js"),
         data=json.dumps(dict(props=props, maps=maps)).replace("<", "\\u003c"),

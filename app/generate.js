@@ -4,8 +4,8 @@
 
 const root = element.querySelector(".vg");
 const find = (selector) => root.querySelector(selector);
-const range = find(".vg-timeline input");
-const EMPTY = find(".vg-note span").textContent;
+const range = find(".vv-timeline input");
+const EMPTY = find(".vv-note span").textContent;
 
 let run = null; // what the server said last
 let film = {}; // step -> the frame's image
@@ -19,10 +19,10 @@ const ordinal = (i) => `picture ${i + 1}`;
 const time = (t) => (Number.isInteger(t) ? `${t}` : t.toFixed(3));
 
 function note(text, { isProblem = false, canCancel = false } = {}) {
-  find(".vg-note").hidden = !text;
-  find(".vg-note").classList.toggle("vg-problem", isProblem);
-  find(".vg-note span").textContent = text;
-  find(".vg-note button").hidden = !canCancel;
+  find(".vv-note").hidden = !text;
+  find(".vv-note").classList.toggle("vv-problem", isProblem);
+  find(".vv-note span").textContent = text;
+  find(".vv-note button").hidden = !canCancel;
   find(".vg-body").hidden = Boolean(text);
 }
 
@@ -122,9 +122,9 @@ const seen = () => run.timeline[at].t === undefined ? run.timeline[at - 1] : run
 function drawWords() {
   const { step, t } = run.timeline[at];
   const where = t === undefined ? "finished" : `after ${step} of ${run.steps} steps, t = ${time(t)}`;
-  find(".vg-says").textContent = `${run.label}, ${ordinal(picture)}: ${where}`;
+  find(".vv-says").textContent = `${run.label}, ${ordinal(picture)}: ${where}`;
   find(".vg-explore").textContent = t === undefined ? "Explore the last step" : "Explore this step";
-  find(".vg-branch").hidden = !run.guided;
+  find(".vv-branch").hidden = !run.guided;
 }
 
 // ---- Controls
@@ -150,7 +150,7 @@ function choose(index) {
   if (run.timeline) drawWords();
 }
 
-find(".vg-note button").onclick = () => {
+find(".vv-note button").onclick = () => {
   trigger("stop");
   run = null;
   root.dataset.state = "empty";
@@ -159,7 +159,7 @@ find(".vg-note button").onclick = () => {
 range.oninput = () => move(Number(range.value));
 find(".vg-stop").onclick = () => server.stop_run({ token: run.token });
 find(".vg-explore").onclick = () =>
-  trigger("select", { token: run.token, step: seen().step, picture, withoutClass: run.guided && find(".vg-branch input").checked });
+  trigger("select", { token: run.token, step: seen().step, picture, withoutClass: run.guided && find(".vv-branch input").checked });
 find(".vg-classify").onclick = () => trigger("submit", { token: run.token, step: run.timeline[at].step, picture });
 watch("value", receive);
 receive();

@@ -16,6 +16,7 @@ from app.arguments import refused, whole
 from app.explore import Explorer
 from app.export import text
 from app.generation import Run
+from app.inputs import sampling_settings
 from app.models import Checkpoints
 from app.store import Store
 from vca.models import GENERATORS
@@ -23,7 +24,6 @@ from vca.models.dit import OBJECTIVES
 from vca.vae import DecoderError
 
 STORE_BYTES = 256 * 2**20
-EXPLORED_SIDE = 384
 NO_GENERATOR = """<p class="vca-empty">There is no generator yet. Train one with
 <code>python -m training.generate cifar10_sit_vca --data FOLDER</code>, copy
 <code>runs/cifar10_sit_vca/checkpoint</code> to <code>weights/NAME</code>, and start the app again.</p>"""
@@ -31,8 +31,6 @@ LATENTS = """<p class="vca-hint">This model makes latents. The autoencoder {sour
 turns them into pictures; it is fetched when it is first used. Before the last step you see three channels of the
 latents.</p>"""
 FORGOTTEN = "These pictures are no longer kept on the server. Please generate them again."
-TOO_LARGE = "These pictures are too large to be generated here."
-NEW_SEED = "() => Math.floor(Math.random() * 2 ** 32)"
 WAITING = '() => JSON.stringify({ state: "waiting" })'
 FAILED = '() => JSON.stringify({ state: "failed" })'
 
@@ -49,7 +47,7 @@ def build(checkpoints: Checkpoints, explorer: Explorer, image: gr.Image, tabs: g
     if not checkpoints.generators:
         gr.HTML(NO_GENERATOR)
         return
-    store = Store(STORE_BYTES, lambda run: run.size, TOO_LARGE)
+    store = Store(STORE_BYTES, lambda run: run.size, generation.TOO_LARGE)
 
     def generate(name, *arguments) -> Iterator[str]:
         try:
@@ -107,10 +105,8 @@ def build(checkpoints: Checkpoints, explorer: Explorer, image: gr.Image, tabs: g
         if step not in run.states:
             raise refused(FORGOTTEN)
         maps = run.record(step, number, without_class)
-        size = (EXPLORED_SIDE * picture.width // picture.height, EXPLORED_SIDE)
-        larger = picture.resize(size, Image.Resampling.NEAREST)
         caption = ("This step", run.caption(step, number, without_class))
-        return explorer.opened(maps, larger, caption), gr.Tabs(selected="explore")
+        return explorer.opened(maps, generation.enlarged(picture), caption), gr.Tabs(selected="explore")
 
     def classify_picture(event: gr.EventData):
         return draw.png_file(chosen(event)[-1], "generated.png"), gr.Tabs(selected="classify")
@@ -124,18 +120,14 @@ def build(checkpoints: Checkpoints, explorer: Explorer, image: gr.Image, tabs: g
             note = gr.HTML(about_first, visible=bool(about_first))
             label = gr.Dropdown(labels, label="Class", value=labels[0])
             count = gr.Slider(1, generation.MAX_COUNT, 8, step=1, label="Pictures", buttons=[])
-            with gr.Row(equal_height=True):
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=generation.MAX_SEED, min_width=120)
-                new_seed = gr.Button("New seed", size="sm", min_width=90, elem_classes="vca-new-seed")
-            steps = gr.Slider(1, generation.MAX_STEPS, 50, step=1, label="Steps", buttons=[])
-            guidance = gr.Slider(1, generation.MAX_GUIDANCE, 2, step=0.1, label="Guidance (1 is none)", buttons=[])
+            seed, steps, guidance = sampling_settings()
             sampler = gr.Dropdown(samplers, label="Sampler", value=samplers[0])
             button = gr.Button("Generate", variant="primary")
         with gr.Column(scale=7, min_width=320):
             viewer = gr.HTML(
                 "",
                 html_template=text("generate.html"),
-                css_template=text("generate.css"),
+                css_template=text("view.css", "generate.css"),
                 js_on_load=text("generate.js"),
                 apply_default_css=False,
                 server_functions=[fetch_frame, stop_run],
@@ -155,7 +147,6 @@ def build(checkpoints: Checkpoints, explorer: Explorer, image: gr.Image, tabs: g
     running.failure(None, outputs=viewer, js=FAILED, **quiet)
     viewer.stop(None, cancels=[running], **quiet)
     name.change(choose_model, name, [label, sampler, note], **quiet)
-    new_seed.click(None, outputs=seed, js=NEW_SEED, **quiet)
     viewer.select(explore_step, outputs=[explorer.view, tabs], **quiet)
     viewer.submit(classify_picture, outputs=[image, tabs], **quiet)
 

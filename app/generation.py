@@ -22,6 +22,8 @@ from vca.sampling import Callback, at_time, silent, to_bytes
 MAX_COUNT, MAX_STEPS, MAX_GUIDANCE, MAX_SEED = 16, 250, 10, 2**32 - 1
 MAX_WORK = 1600  # pictures times steps; a step of Heun's method is two
 KEPT_STATES = 50
+EXPLORED_SIDE = 384
+TOO_LARGE = "These pictures are too large to be generated here."
 FRAMES_PER_SECOND = 12
 QUEUE = dict(concurrency_limit=1, concurrency_id="generate")  # gradio's: one at a time, of all visitors together
 
@@ -223,6 +225,12 @@ def preview(model: DiffusionTransformer, x: Tensor) -> Tensor:
 def strip(images: Tensor) -> Image.Image:
     """Images (B, 3, H, W) in [0, 1] as one picture of B * H rows."""
     return Image.fromarray(to_bytes(images).permute(0, 2, 3, 1).flatten(0, 1).cpu().numpy())
+
+
+def enlarged(picture: Image.Image) -> Image.Image:
+    """A small picture as one to look into: `EXPLORED_SIDE` pixels high, every pixel a square."""
+    size = (EXPLORED_SIDE * picture.width // picture.height, EXPLORED_SIDE)
+    return picture.resize(size, Image.Resampling.NEAREST)
 
 
 def one_line(error: Exception, limit: int = 400) -> str:

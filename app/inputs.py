@@ -10,12 +10,14 @@ import skimage.data
 from PIL import Image
 
 import vca
-from app import opening, public
+from app import generation, opening, public
 from app.models import Checkpoints
 
 FILE_TYPES = [".json", ".safetensors", ".zip"]
 HINT = """<p class='vca-hint'>One of ours, or any ViT, DeiT or Swin of timm: by its id on the Hub, or as config.json and
 model.safetensors, or a zip file of these, up to {limit}. Nobody else sees what you upload.</p>"""
+
+NEW_SEED = "() => Math.floor(Math.random() * 2 ** 32)"
 
 EXAMPLES = {
     "cat": skimage.data.cat,
@@ -132,3 +134,14 @@ def image_and_model(choice: ModelChoice, examples: list[str], height: int) -> tu
     choice.loader(model)
     gr.Examples(examples, image, label="Examples", api_visibility="private")
     return image, model
+
+
+def sampling_settings() -> tuple[gr.Number, gr.Slider, gr.Slider]:
+    """Seed, steps and guidance of a generator."""
+    with gr.Row(equal_height=True):
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=generation.MAX_SEED, min_width=120)
+        new_seed = gr.Button("New seed", size="sm", min_width=90, elem_classes="vca-new-seed")
+    steps = gr.Slider(1, generation.MAX_STEPS, 50, step=1, label="Steps", buttons=[])
+    guidance = gr.Slider(1, generation.MAX_GUIDANCE, 2, step=0.1, label="Guidance (1 is none)", buttons=[])
+    new_seed.click(None, outputs=seed, js=NEW_SEED, show_progress="hidden", api_visibility="private")
+    return seed, steps, guidance

@@ -503,3 +503,18 @@ const PLAIN = {
   window: "Where the boxed patch looks: nowhere but in its window, whose borders are drawn. A shifted window goes on at the opposite edge.",
   stripes: "Where the boxed patch looks: nowhere but in its stripe, whose borders are drawn. Half the heads look up and down, half sideways.",
 };
+
+// ---- The page
+
+const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
+const press = (button, pressed) => button.setAttribute("aria-pressed", pressed);
+
+// A row of buttons; kept while their number stays, so that the focus does too.
+function choices(container, labels, chosen, choose) {
+  if (container.children.length !== labels.length) {
+    container.replaceChildren(...labels.map(() => make("button", { type: "button" })));
+  }
+  labels.forEach((textContent, i) => {
+    press(Object.assign(container.children[i], { textContent, onclick: () => choose(i) }), i === chosen);
+  });
+}

@@ -1,9 +1,11 @@
 """A headless Chromium for the browser tests and the README's pictures."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 ARGUMENTS = [
@@ -17,12 +19,17 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 NO_BROWSER = "no Chromium is installed"
+REQUIRED = os.environ.get("VCA_REQUIRE_BROWSER") == "1"
+PATIENCE = 60_000  # milliseconds
 ABANDONED = "AbortError: signal is aborted without reason"  # Gradio's own streams, when a page closes
 
 
 def chromium() -> str | None:
     """Path of an installed Chromium, or None."""
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+needs_browser = pytest.mark.skipif(not chromium() and not REQUIRED, reason=NO_BROWSER)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tests.browser import NO_BROWSER  # noqa: E402
+from tests.browser import NO_BROWSER, PATIENCE, browser, note_faults  # noqa: E402
 
 
 @pytest.fixture
@@ -38,6 +38,57 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder of checkpoints for the app."""
+    from tests.test_app import save_checkpoints
+
+    folder = tmp_path_factory.mktemp("weights")
+    save_checkpoints(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(weights):
+    """The address of the app, started with `weights`."""
+    from app.ui import LAUNCH, build
+
+    demo = build(weights)
+    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+    yield address
+    demo.close()
+
+
+@pytest.fixture(scope="module")
+def running():
+    """A browser."""
+    with browser() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def page(running, url):
+    """An open page of the app, which must neither log an error nor ask anything of another machine."""
+    faults = []
+    page = running.new_page(viewport=dict(width=1400, height=1000))
+    page.set_default_timeout(PATIENCE)
+    note_faults(page, (url,), faults)
+    page.goto(url)
+    yield page
+    page.close()
+    assert not faults
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """The path of a photo to upload."""
+    from tests.test_app import photo
+
+    path = tmp_path_factory.mktemp("pictures") / "photo.png"
+    photo(200, 160, seed=3).save(path)
+    return path
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -22,7 +22,7 @@ from app.explore import MapStore
 from app.images import MAX_PIXELS, WORKING_SIDE, read_image
 from app.inputs import ModelChoice
 from app.models import Checkpoints
-from app.ui import LAUNCH, build
+from app.ui import build
 
 LABELS = ["left", "right", "up", "down"]
 PLAIN, PREFIXED, MHSA = "vca_small", "vca_with_prefix", "mhsa_small"
@@ -53,21 +53,6 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     """A smooth picture with structure at every scale."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    save_checkpoints(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def url(weights):
-    demo = build(weights)
-    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
-    yield address
-    demo.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The Compare tab, and "Load another model" in every tab, in a real browser."""
 
-import os
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,14 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from app import compare, models, opening
 from app.images import read_image
-from app.ui import LAUNCH, build
-from tests.browser import NO_BROWSER, browser, chromium, note_faults
-from tests.test_app import MHSA, PLAIN, PREFIXED, photo, recorded, save_checkpoints
-from tests.test_browser import PATIENCE, cell, expected_rows, our_faults, points_in_cells, signed_colours
+from tests.browser import needs_browser
+from tests.test_app import MHSA, PLAIN, PREFIXED, recorded
+from tests.test_browser import cell, expected_rows, our_faults, points_in_cells, signed_colours
 from tests.test_opening import save_timm
 
-REQUIRED = os.environ.get("VCA_REQUIRE_BROWSER") == "1"
-in_browser = pytest.mark.skipif(not chromium() and not REQUIRED, reason=NO_BROWSER)
 READ = """() => document.querySelector(".vc").compare.sides.map(({ rows }) =>
     Object.fromEntries(Object.entries(rows).map(([name, row]) => [name, [...row]])))"""
 PIXELS = """([side, stream, points, aspect]) => {
@@ -29,51 +26,10 @@ PIXELS = """([side, stream, points, aspect]) => {
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    save_checkpoints(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def timm_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("other") / "vit"
     save_timm(folder, "vit")
     return folder
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "photo.png"
-    photo(200, 160, seed=3).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def url(weights):
-    demo = build(weights)
-    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
-    yield address
-    demo.close()
-
-
-@pytest.fixture(scope="module")
-def running():
-    with browser() as chromium:
-        yield chromium
-
-
-@pytest.fixture
-def page(running, url):
-    """An open page, which must neither log an error nor ask anything of another machine."""
-    faults = []
-    page = running.new_page(viewport=dict(width=1400, height=1000))
-    page.set_default_timeout(PATIENCE)
-    note_faults(page, (url,), faults)
-    page.goto(url)
-    yield page
-    page.close()
-    assert not faults
 
 
 def panel_of(page, tab: str):
@@ -112,7 +68,7 @@ def canvas_point(page, side: int, x: float, y: float, aspect: float) -> tuple:
 # ---- Compare
 
 
-@in_browser
+@needs_browser
 def test_one_query_and_one_scale_for_two_models(page, weights, picture):
     """The models see different parts of the photo on different grids; a click in either is the same place in both."""
     names = (PLAIN, PREFIXED)
@@ -164,11 +120,11 @@ def test_one_query_and_one_scale_for_two_models(page, weights, picture):
 
     own = max(np.abs(expected[0][s]).max() for s in ("positive", "negative"))
     page.locator("[data-scale=own]").click()
-    mark = page.locator(".vc-side").first.locator("figure[data-stream=positive] .vc-marks span").last.inner_text()
+    mark = page.locator(".vc-side").first.locator("figure[data-stream=positive] .vv-marks span").last.inner_text()
     assert float(mark) == pytest.approx(own, rel=6e-3)
 
 
-@in_browser
+@needs_browser
 def test_what_each_model_says_and_costs(page, weights, picture):
     pair(page, picture, PLAIN, MHSA)
     for side, name in enumerate((PLAIN, MHSA)):
@@ -197,7 +153,7 @@ def test_what_each_model_says_and_costs(page, weights, picture):
         assert f"first model, lambda {stage}: {values}" in words
 
 
-@in_browser
+@needs_browser
 def test_models_of_other_depths_are_met_at_the_same_part_of_the_way(page, picture, timm_folder):
     assert "is loaded" in load_another(page, "Compare", str(timm_folder))
     panel = panel_of(page, "Compare")
@@ -215,31 +171,25 @@ def test_models_of_other_depths_are_met_at_the_same_part_of_the_way(page, pictur
     assert "block 2 of 3, head 1" in page.locator(".vc figcaption").first.inner_text()
 
 
-@in_browser
+@needs_browser
 def test_forgotten_maps_are_made_anew(page, picture):
     page.route("**/component_server/", lambda route: route.fulfill(json=dict(expired=True)))
     panel_of(page, "Compare").locator("input[type=file]").first.set_input_files(picture)
-    page.wait_for_selector(".vc-note:has-text('no longer kept')")
+    page.wait_for_selector(".vc .vv-note:has-text('no longer kept')")
     page.unroute("**/component_server/")
-    page.locator(".vc-note").get_by_role("button", name="Run again").click()
+    page.locator(".vc .vv-note").get_by_role("button", name="Run again").click()
     page.wait_for_selector(".vc[data-state=complete]")
 
 
 def test_latencies_take_turns():
     order = []
 
-    class Model(torch.nn.Module):
-        def __init__(self, name, seconds):
-            super().__init__()
-            self.name, self.seconds = name, seconds
-            self.pretrained_cfg = dict(input_size=(3, 8, 8))
+    def forward(name, seconds):
+        assert not torch.is_grad_enabled()
+        order.append(name)
+        compare.time.sleep(seconds)
 
-        def forward(self, x):
-            assert x.shape == (1, 3, 8, 8) and not torch.is_grad_enabled()
-            order.append(self.name)
-            compare.time.sleep(self.seconds)
-
-    fast, slow = compare.latencies([Model("fast", 0.001), Model("slow", 0.02)])
+    fast, slow = compare.latencies([partial(forward, "fast", 0.001), partial(forward, "slow", 0.02)])
     assert order == ["fast", "slow"] * (len(order) // 2) and len(order) == 2 * (compare.ROUNDS + 1)
     assert 1 <= fast < 10 and 20 <= slow < 40
 
@@ -247,7 +197,7 @@ def test_latencies_take_turns():
 # ---- Any model, in every tab
 
 
-@in_browser
+@needs_browser
 def test_a_model_loaded_in_one_tab_is_in_the_choice_of_all(page, picture, timm_folder):
     assert "config.json: file not found" in load_another(page, "Classify", str(timm_folder.parent))
     panel = panel_of(page, "Classify")
@@ -264,7 +214,7 @@ def test_a_model_loaded_in_one_tab_is_in_the_choice_of_all(page, picture, timm_f
         page.keyboard.press("Escape")
 
 
-@in_browser
+@needs_browser
 def test_by_hub_id_in_the_explorer(page, hub, picture, timm_folder):
     hub.put("timm/vit_of_the_test", {file.name: file.read_bytes() for file in timm_folder.iterdir()})
     assert "is loaded" in load_another(page, "Explore", "hf-hub:timm/vit_of_the_test")
@@ -276,7 +226,7 @@ def test_by_hub_id_in_the_explorer(page, hub, picture, timm_folder):
     assert maps[0].kind == "mhsa"
 
 
-@in_browser
+@needs_browser
 def test_a_visitors_own_file_and_what_is_none(page, tmp_path, timm_folder):
     with zipfile.ZipFile(tmp_path / "my model.zip", "w") as archive:
         for file in timm_folder.iterdir():
@@ -294,7 +244,7 @@ def test_a_visitors_own_file_and_what_is_none(page, tmp_path, timm_folder):
 # ---- For everybody
 
 
-@in_browser
+@needs_browser
 def test_a_phone_never_scrolls_sideways(page, picture):
     page.set_viewport_size(dict(width=390, height=844))
     panel_of(page, "Compare").locator("input[type=file]").first.set_input_files(picture)
@@ -304,7 +254,7 @@ def test_a_phone_never_scrolls_sideways(page, picture):
     assert page.locator(".vc-large canvas").nth(1).bounding_box()["width"] > 140
 
 
-@in_browser
+@needs_browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_accessibility(page, url, picture, theme):
     page.goto(f"{url}?__theme={theme}")

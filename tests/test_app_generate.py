@@ -1,7 +1,6 @@
 """Generating in the app: over HTTP, in a real browser, and what a run keeps."""
 
 import json
-import os
 import time
 
 import numpy as np
@@ -13,17 +12,15 @@ from PIL import Image
 
 import vca
 from app.generation import Run, check_request
-from app.ui import LAUNCH, build
-from tests.browser import NO_BROWSER, browser, chromium, note_faults
+from app.ui import build
+from tests.browser import PATIENCE, needs_browser
 from tests.test_app import LABELS, PLAIN, save_checkpoints
-from tests.test_browser import PATIENCE, READ, expected_rows, our_faults
+from tests.test_browser import READ, expected_rows, our_faults
 from vca.models.dit import DiffusionTransformer
 from vca.sampling import to_bytes
 
 SIT, DIT, LATENT = "vca_small_sit", "vca_small_dit", "a_latent_dit"
 SETTINGS = dict(label="right", count=3, steps=6, guidance=2.0, seed=11, sampler="euler")
-REQUIRED = os.environ.get("VCA_REQUIRE_BROWSER") == "1"
-needs_browser = pytest.mark.skipif(not chromium() and not REQUIRED, reason=NO_BROWSER)
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +28,20 @@ def weights(tmp_path_factory):
     """Small generators of pixels, one of latents whose autoencoder is nowhere, and classifiers."""
     folder = tmp_path_factory.mktemp("weights")
     save_checkpoints(folder)
-    small = dict(num_classes=len(LABELS), dim=24, depth=2, num_heads=3)
-    for name, architecture, options in (
-        (SIT, "vca_sit_xs_4", dict(input_size=(16, 24))),
-        (DIT, "vca_dit_xs_4", dict(input_size=16)),
-        (LATENT, "dit_s_8", dict(input_size=8, vae=str(folder / "no autoencoder"))),
-    ):
-        model = vca.create_model(architecture, **small, **options)
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                if parameter_name != "pos_embed":
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-        vca.save(model, folder / name, label_names=LABELS)
+    save_generator(folder / SIT, "vca_sit_xs_4", input_size=(16, 24))
+    save_generator(folder / DIT, "vca_dit_xs_4", input_size=16)
+    save_generator(folder / LATENT, "dit_s_8", input_size=8, vae=str(folder / "no autoencoder"))
     return folder
 
 
-@pytest.fixture(scope="module")
-def url(weights):
-    demo = build(weights)
-    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
-    yield address
-    demo.close()
+def save_generator(folder, architecture: str, labels=LABELS, **options) -> None:
+    """Saves a small generator with random weights."""
+    model = vca.create_model(architecture, num_classes=len(labels), dim=24, depth=2, num_heads=3, **options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "pos_embed":
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    vca.save(model, folder, label_names=labels)
 
 
 @pytest.fixture(scope="module")
@@ -252,23 +242,11 @@ def test_the_maps_of_a_step_are_those_of_the_sampling(weights, forwards, name, s
 # ---- In the browser
 
 
-@pytest.fixture(scope="module")
-def running():
-    with browser() as chromium:
-        yield chromium
-
-
 @pytest.fixture
-def page(running, url):
-    """The Generate tab, which must neither log an error nor ask anything of another machine."""
-    faults = []
-    page = running.new_page(viewport=dict(width=1400, height=1000))
-    page.set_default_timeout(PATIENCE)
-    note_faults(page, (url,), faults)
+def page(page, url):
+    """The Generate tab."""
     open_tab(page, url)
-    yield page
-    page.close()
-    assert not faults
+    return page
 
 
 def open_tab(page, url: str) -> None:
@@ -319,11 +297,11 @@ def test_pictures_come_step_by_step_and_every_step_can_be_explored(page, weights
     np.testing.assert_array_equal(shown(page), sampled(weights, callback=lambda step, _, x: states.update({step: x})))
     assert page.locator(".vg-count").inner_text() == "6 of 6 steps"
 
-    page.locator(".vg-timeline input").fill("4")
+    page.locator(".vg .vv-timeline input").fill("4")
     page.locator(".vg-grid button").nth(2).click()
     model = vca.load(weights / SIT)
     np.testing.assert_array_equal(shown(page), to_bytes(model.decode(states[4])).permute(0, 2, 3, 1))
-    assert "right, picture 3: after 4 of 6 steps, t = 0.667" in page.locator(".vg-says").inner_text()
+    assert "right, picture 3: after 4 of 6 steps, t = 0.667" in page.locator(".vg .vv-says").inner_text()
 
     page.get_by_role("button", name="Explore this step").click()
     page.wait_for_selector(".vx[data-state=complete]")
@@ -334,7 +312,7 @@ def test_pictures_come_step_by_step_and_every_step_can_be_explored(page, weights
     np.testing.assert_allclose(page.evaluate(READ)["rows"]["differential"], row["differential"], atol=2e-3)
 
     page.get_by_role("tab", name="Generate").click()
-    page.locator(".vg-branch input").check()
+    page.locator(".vg .vv-branch input").check()
     page.get_by_role("button", name="Explore this step").click()
     page.wait_for_selector(".vx-caption:has-text('told no class')")
 
@@ -355,15 +333,15 @@ def test_stop_ends_at_the_next_step_and_what_was_reached_can_be_looked_at(page, 
     sampled(weights, steps=250, callback=lambda step, _, x: states.update({step: x}))
     preview = vca.load(weights / SIT).decode(states[reached])
     np.testing.assert_array_equal(shown(page), to_bytes(preview).permute(0, 2, 3, 1))
-    page.locator(".vg-timeline input").fill("0")
-    assert "after 0 of 250 steps, t = 0" in page.locator(".vg-says").inner_text()
+    page.locator(".vg .vv-timeline input").fill("0")
+    assert "after 0 of 250 steps, t = 0" in page.locator(".vg .vv-says").inner_text()
 
 
 @needs_browser
 def test_a_picture_moves_to_classify(page, weights):
     generate(page, guidance=1)
     ended(page, "complete")
-    assert page.locator(".vg-branch").is_hidden()
+    assert page.locator(".vg .vv-branch").is_hidden()
     page.locator(".vg-grid button").nth(1).click()
     page.get_by_role("button", name="Classify this picture").click()
     page.wait_for_selector(".vca-strip")
@@ -373,11 +351,11 @@ def test_a_picture_moves_to_classify(page, weights):
 @needs_browser
 def test_problems_are_said_in_a_sentence(page):
     generate(page, count=16, steps=250)
-    page.wait_for_selector(".vg-problem:has-text('count times steps may be at most 1600 with euler.')")
+    page.wait_for_selector(".vg .vv-problem:has-text('count times steps may be at most 1600 with euler.')")
     choose(page, "Model", LATENT)
     page.wait_for_selector(".vca-hint:has-text('335 MB')")
     generate(page)
-    page.wait_for_selector(".vg-problem:has-text('cannot load the autoencoder')")
+    page.wait_for_selector(".vg .vv-problem:has-text('cannot load the autoencoder')")
     choose_pixels(page)
     generate(page)
     ended(page, "complete")
@@ -392,9 +370,9 @@ def test_who_has_to_wait_is_told_so_and_may_give_up(page, running, url, forwards
     second.set_default_timeout(PATIENCE)
     open_tab(second, url)
     generate(second, seed=1)
-    second.wait_for_selector(".vg-note:has-text('Waiting for the pictures of other visitors')")
+    second.wait_for_selector(".vg .vv-note:has-text('Waiting for the pictures of other visitors')")
     second.get_by_role("button", name="Cancel").click()
-    second.wait_for_selector(".vg-note:has-text('Choose a class')")
+    second.wait_for_selector(".vg .vv-note:has-text('Choose a class')")
     page.get_by_role("button", name="Stop").click()
     ended(page, "stopped")
     done = len(forwards)

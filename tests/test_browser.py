@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 from functools import partial
 from itertools import pairwise
 
@@ -16,15 +15,12 @@ from PIL import Image
 from app import draw, models
 from app.attribution import BOTTOM, HEIGHT, STEPS
 from app.images import read_image
-from app.ui import LAUNCH, build
-from tests.browser import NO_BROWSER, browser, chromium, note_faults
-from tests.test_app import MHSA, PLAIN, PREFIXED, photo, recorded, save_checkpoints
+from tests.browser import needs_browser
+from tests.test_app import MHSA, PLAIN, PREFIXED, recorded
 from vca.attribution import METHODS, head_map
 from vca.faithfulness import curves
 
-REQUIRED = os.environ.get("VCA_REQUIRE_BROWSER") == "1"
-pytestmark = pytest.mark.skipif(not chromium() and not REQUIRED, reason=NO_BROWSER)
-PATIENCE = 60_000  # milliseconds
+pytestmark = needs_browser
 
 READ = """() => {
     const root = document.querySelector(".vx");
@@ -37,47 +33,6 @@ PIXELS = """([stream, points]) => {
     return points.map(([x, y]) => [...context.getImageData(
         Math.floor(x * canvas.width), Math.floor(canvas.height - (1 - y) * canvas.width * ASPECT), 1, 1).data]);
 }"""
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    save_checkpoints(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "photo.png"
-    photo(200, 160, seed=3).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def url(weights):
-    demo = build(weights)
-    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
-    yield address
-    demo.close()
-
-
-@pytest.fixture(scope="module")
-def running():
-    with browser() as chromium:
-        yield chromium
-
-
-@pytest.fixture
-def page(running, url):
-    """An open page, which must neither log an error nor ask anything of another machine."""
-    faults = []
-    page = running.new_page(viewport=dict(width=1400, height=1000))
-    page.set_default_timeout(PATIENCE)
-    note_faults(page, (url,), faults)
-    page.goto(url)
-    yield page
-    page.close()
-    assert not faults
 
 
 def upload(page, path, tab: str = "Classify", model: str | None = None) -> None:
@@ -147,7 +102,7 @@ def test_upload_is_classified(page, weights, picture):
 def test_a_broken_file_is_met_with_a_sentence_and_the_app_goes_on(page, tmp_path, picture):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not a picture")
-    for tab, problem, good in (("Classify", ".vca-problem", ".vca-strip"), ("Explore", ".vx-problem", ".vx-body")):
+    for tab, problem, good in (("Classify", ".vca-problem", ".vca-strip"), ("Explore", ".vx .vv-problem", ".vx-body")):
         upload(page, broken, tab)
         page.wait_for_selector(f"{problem}:has-text('This file is not a JPEG, PNG')")
         page.get_by_role("tabpanel").locator("visible=true").get_by_label("Remove Image").click()
@@ -197,7 +152,7 @@ def test_clicks_show_what_numpy_computes(page, weights, picture, name):
 def test_self_attention_has_one_map(page, weights, picture):
     explore(page, picture, MHSA)
     assert page.locator(".vx [data-mode=stage1]").is_disabled()
-    assert page.locator(".vx-panels figure:visible").count() == 1
+    assert page.locator(".vx .vv-panels figure:visible").count() == 1
     _, _, maps = recorded(weights, MHSA, picture)
     shown = page.evaluate(READ)["rows"]["positive"]
     np.testing.assert_allclose(shown, maps[2].effective[0, :, 4 * 8 + 4].mean(0), atol=1e-4)
@@ -231,7 +186,7 @@ def test_keys_move_query_block_and_head(page, picture):
 def test_forgotten_maps_are_fetched_anew(page, picture):
     page.route("**/component_server/", lambda route: route.fulfill(json=dict(expired=True)))
     upload(page, picture, "Explore")
-    page.wait_for_selector(".vx-note:has-text('no longer kept')")
+    page.wait_for_selector(".vx .vv-note:has-text('no longer kept')")
     page.unroute("**/component_server/")
     page.get_by_role("button", name="Run again").click()
     page.wait_for_selector(".vx[data-state=complete]")

@@ -14,12 +14,12 @@ import vca
 from app import draw, export, models
 from app.images import read_image
 from app.inputs import write_examples
-from app.ui import LAUNCH, WEIGHTS, build
-from tests.browser import NO_BROWSER, browser, chromium, note_faults
+from app.ui import WEIGHTS
+from tests.browser import PATIENCE, needs_browser, note_faults
 from tests.test_app import PREFIXED, SMALL_PYRAMID, save_checkpoints
-from tests.test_browser import PATIENCE, PIXELS, READ, REQUIRED, our_faults, points_in_cells, signed_colours
+from tests.test_browser import PIXELS, READ, our_faults, points_in_cells, signed_colours
 
-pytestmark = pytest.mark.skipif(not chromium() and not REQUIRED, reason=NO_BROWSER)
+pytestmark = needs_browser
 SHIPPED = "vca_vit_pico_patch4_32_cifar10"
 LABELS = ["left", "right", "up", "down"]
 
@@ -64,20 +64,6 @@ def weights(tmp_path_factory):
 def cat():
     """The first example's picture."""
     return Path(write_examples()[0])
-
-
-@pytest.fixture(scope="module")
-def url(weights):
-    demo = build(weights)
-    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
-    yield address
-    demo.close()
-
-
-@pytest.fixture(scope="module")
-def running():
-    with browser() as chromium:
-        yield chromium
 
 
 def watched(page, faults: list[str], *allowed: str):
@@ -257,7 +243,7 @@ def test_scale_of_a_map_of_a_block_and_of_all(page, weights, cat):
     assert len({float(value) for value in expected.values()}) == 3
     for scale, limit in expected.items():
         page.locator(f".vx [data-scale={scale}]").click()
-        mark = page.locator("figure[data-stream=differential] .vx-scale span").last.inner_text()
+        mark = page.locator("figure[data-stream=differential] .vv-marks span").last.inner_text()
         assert float(mark) == pytest.approx(float(limit), rel=6e-3), scale
         row = rows_shown(page)["differential"]
         points = [(x, y) for y in points_in_cells(4, 8) for x in points_in_cells(4, 8)]
