@@ -32,12 +32,14 @@ def contrast_lambda(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, init: float)
 
 def as_image(tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
     """Patch tokens (B, N, C) as a channels-last view (B, C, Hg, Wg), without a copy."""
-    return tokens.unflatten(1, grid_size).permute(0, 3, 1, 2)
+    batch, _, dim = tokens.shape
+    return tokens.view(batch, *grid_size, dim).permute(0, 3, 1, 2)
 
 
 def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
     """(B, T, C) -> (BH, T, d), without a copy if B is 1."""
-    return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2).flatten(0, 1)
+    batch, length, dim = tokens.shape
+    return tokens.view(batch, length, num_heads, dim // num_heads).transpose(1, 2).flatten(0, 1)
 
 
 def pool_queries(
