@@ -7,11 +7,17 @@ import sys
 from pathlib import Path
 
 import torch
+from playwright.sync_api import Page
 
 from app.ui import LAUNCH, WEIGHTS, build
 from tests.browser import browser
 
 WIDE, PHONE = dict(width=1400, height=900), dict(width=390, height=844)
+
+
+def choose(page: Page, label: str, option: str) -> None:
+    page.get_by_role("tabpanel").locator("visible=true").get_by_label(label, exact=True).click()
+    page.get_by_role("option", name=option, exact=True).click()
 
 
 def take(url: str, folder: Path) -> None:
@@ -32,7 +38,12 @@ def take(url: str, folder: Path) -> None:
                 page.get_by_role("tab", name=tab).click()
                 if tab == "Compare":
                     page.locator(".gallery-item:visible").first.click()
-                page.wait_for_timeout(3000)
+                    page.wait_for_selector(".vc-facts tr:last-child td:has-text(' ms')")
+                elif tab == "Generate":
+                    choose(page, "Class", "ship")
+                    page.get_by_role("button", name="Generate", exact=True).locator("visible=true").click()
+                    page.wait_for_selector(".vg[data-film=complete]", timeout=300_000)
+                page.wait_for_timeout(1000)
                 page.screenshot(path=folder / f"{tab.lower()}-{name}.png", full_page=True)
             page.close()
 
