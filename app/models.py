@@ -17,7 +17,8 @@ from torch import nn
 
 import vca
 from app import opening
-from vca.hub import fetch, read_config
+from vca.checkpoint import read_config
+from vca.hub import fetch
 from vca.models import CLASSIFIERS, GENERATORS
 from vca.models.dit import DiffusionTransformer
 

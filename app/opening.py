@@ -27,7 +27,8 @@ from torch import nn
 
 import vca
 from app import public
-from vca.hub import LOADING_ARGS, REPO_ID, fetch, load_weights, read_config
+from vca.checkpoint import LOADING_ARGS, load_weights, read_config
+from vca.hub import REPO_ID, fetch
 from vca.models import BASELINES, CLASSIFIERS, GENERATORS
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"

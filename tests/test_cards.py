@@ -12,7 +12,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from training.card import card_text, write_table
 from training.data import Images
-from vca.hub import read_config, sha256, stated_sha256
+from vca.checkpoint import read_config, sha256, stated_sha256
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(file.parent for file in (ROOT / "weights").glob("*/config.json"))

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vca
 from vca import CheckpointError, diffusion, flow
+from vca.checkpoint import load_official
 from vca.controls import KINDS
-from vca.hub import load_official
 from vca.models.dit import MODELS, sincos_positions
 from vca.vae import SCALE, DecoderError, LatentDecoder, sample_latents
 

@@ -19,7 +19,7 @@ import vca
 from tests.disk import full_at
 from training.card import STATED
 from vca import CheckpointError
-from vca.hub import load_weights, sha256, write_atomically
+from vca.checkpoint import load_weights, sha256, write_atomically
 
 NAME = "vca_vit_pico_patch4_32"
 SMALL = dict(embed_dim=16, depth=2, num_heads=2, num_classes=3, token_grid=(3, 5))

@@ -24,7 +24,7 @@ from training import classify, evaluate, generate, publish
 from training.card import write_card
 from training.recipe import read as read_recipe
 from vca import CheckpointError, PushError
-from vca.hub import sha256
+from vca.checkpoint import sha256, write_atomically
 
 RUN = dict(command="python -m training.x", init=None, steps=10, epochs=2, train_images=9, torch="2", device="cpu")
 CARDS = [("classifier", make_model), ("generator", tiny)]
@@ -272,7 +272,7 @@ REFUSED = {
     "a link to elsewhere": (lambda f: (f / "key.txt").symlink_to("/etc/hostname"), r"key\.txt: is a link that leads"),
     "no card": (lambda f: (f / "README.md").unlink(), "no README.md"),
     "damaged weights": (damage, "not a complete safetensors file"),
-    "other weights": (lambda f: vca.hub.write_atomically(f / "README.md", b"`model.safetensors`: 1 bytes, sha256 `"
+    "other weights": (lambda f: write_atomically(f / "README.md", b"`model.safetensors`: 1 bytes, sha256 `"
                       + b"0" * 64 + b"`"), "its sha256 is"),
     "no checkpoint": (lambda f: (f / "config.json").unlink(), r"config\.json: file not found"),
 }  # fmt: skip

@@ -17,7 +17,7 @@ import vca
 from tests.test_hub import LABELS, images, make_model
 from training.card import STATED
 from vca import CheckpointError
-from vca.hub import FILES
+from vca.checkpoint import FILES
 
 KEY = "blocks.1.attn.stage2.lambda_k1"
 

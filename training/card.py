@@ -12,7 +12,7 @@ import yaml
 from safetensors import safe_open
 
 from training.recipe import defaults
-from vca.hub import load_unverified, place, sha256, write_atomically
+from vca.checkpoint import load_unverified, place, sha256, write_atomically
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
 

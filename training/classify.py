@@ -41,7 +41,7 @@ from training.recipe import key
 from training.sample import grid_png
 from training.start import build_model
 from training.world import ALONE, World, join
-from vca.hub import write_atomically
+from vca.checkpoint import write_atomically
 from vca.models import CLASSIFIERS
 
 

@@ -27,8 +27,8 @@ from safetensors import safe_open
 from training import recipe as recipes
 from training.classify import Recipe
 from training.engine import RunError
+from vca.checkpoint import write_atomically
 from vca.controls import KINDS
-from vca.hub import write_atomically
 
 
 class Run(NamedTuple):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from training.data import seed_everything
 from training.recipe import defaults
 from training.world import ALONE, World, local_device
-from vca.hub import write_atomically
+from vca.checkpoint import write_atomically
 
 KEEP_STATES = 2
 MAX_SKIPPED = 10

@@ -32,7 +32,7 @@ from training.engine import RunError, open_device
 from training.generate import validation_data, validation_loss
 from training.latents import Latents
 from training.world import ALONE, World
-from vca.hub import write_atomically
+from vca.checkpoint import write_atomically
 from vca.models.dit import DiffusionTransformer
 
 NAMES = dict(val="", real="ImageNet-Real", v2="ImageNet-V2", a="ImageNet-A", r="ImageNet-R")

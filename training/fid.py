@@ -34,7 +34,7 @@ import vca
 from training.card import write_card
 from training.engine import RunError, open_device
 from training.sample import weights_digest
-from vca.hub import sha256, write_atomically
+from vca.checkpoint import sha256, write_atomically
 
 FEATURES, LOGITS = "2048", "logits_unbiased"
 FEWEST = 10

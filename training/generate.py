@@ -39,7 +39,7 @@ from training.sample import grid_png
 from training.start import build_model
 from training.world import ALONE, World, join
 from vca import diffusion, flow
-from vca.hub import write_atomically
+from vca.checkpoint import write_atomically
 from vca.models import GENERATORS
 from vca.models.dit import DiffusionTransformer
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from training.data import DataError, Images, derive_seed, epoch_order, eval_transform, generator_cfg
-from vca.hub import write_atomically
+from vca.checkpoint import write_atomically
 from vca.vae import SD_VAE, DecoderError, LatentDecoder, sample_latents
 
 CHUNK = 1024

@@ -17,7 +17,8 @@ from pathlib import Path
 import yaml
 
 import vca
-from vca.hub import FILES, REPO_ID, published_files, upload
+from vca.checkpoint import FILES
+from vca.hub import REPO_ID, published_files, upload
 
 ROOT = Path(__file__).parent.parent
 TITLE = "Visual-Contrast Attention"
@@ -60,7 +61,7 @@ def space_files(folders: list[Path], repositories: list[str]) -> dict[str, Path 
     front = yaml.safe_dump(front_matter(repositories), sort_keys=False, allow_unicode=True)
     files["README.md"] = f"---\n{front}---\n{BODY}".encode()
     for folder in folders:
-        carried = published_files(folder, vca.hub.place(folder))
+        carried = published_files(folder, vca.checkpoint.place(folder))
         files |= {f"weights/{folder.resolve().name}/{name}": content for name, content in carried.items()}
     return files
 

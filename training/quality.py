@@ -30,7 +30,7 @@ from training.card import write_card
 from training.data import DataError, Images, eval_transform, generator_cfg, normalize
 from training.engine import RunError, open_device
 from training.sample import SampleError, grid_png, sample_files
-from vca.hub import place, write_atomically
+from vca.checkpoint import place, write_atomically
 from vca.models.dit import DiffusionTransformer
 from vca.vae import DecoderError
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import vca
 from training.engine import RunError, open_device
 from training.world import local_device
-from vca.hub import write_atomically
+from vca.checkpoint import write_atomically
 from vca.models.dit import DiffusionTransformer
 from vca.sampling import to_bytes
 from vca.vae import DecoderError

@@ -2,8 +2,9 @@
 
 from vca import attribution, faithfulness
 from vca.attention import VisualContrastAttention
+from vca.checkpoint import CheckpointError, save
 from vca.controls import create_attention
-from vca.hub import CheckpointError, PushError, load, push, save
+from vca.hub import PushError, load, push
 from vca.maps import LayerMaps, StageMaps, record
 from vca.models import create_model, list_models
 from vca.replace import replace_attention
