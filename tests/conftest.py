@@ -62,6 +62,14 @@ def url(weights):
 
 
 @pytest.fixture(scope="module")
+def client(url):
+    """A client of the app."""
+    from gradio_client import Client
+
+    return Client(url, verbose=False)
+
+
+@pytest.fixture(scope="module")
 def running():
     """A browser."""
     with browser() as chromium:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
@@ -53,11 +53,6 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     """A smooth picture with structure at every scale."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-
-
-@pytest.fixture(scope="module")
-def client(url):
-    return Client(url, verbose=False)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
@@ -42,11 +41,6 @@ def save_generator(folder, architecture: str, labels=LABELS, **options) -> None:
             if name != "pos_embed":
                 parameter.add_(0.1 * torch.randn_like(parameter))
     vca.save(model, folder, label_names=labels)
-
-
-@pytest.fixture(scope="module")
-def client(url):
-    return Client(url, verbose=False)
 
 
 class Calls(list):

@@ -16,14 +16,13 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image, ImageOps
 
 import vca
 from app import models
 from app.images import ImageError, read_image
-from app.ui import LAUNCH, build
 from tests.test_app import LABELS, MHSA, PLAIN, PREFIXED, photo, save_checkpoints
 from training import classify, evaluate
 
@@ -243,19 +242,6 @@ def weights(tmp_path_factory):
             (copy / file.name).write_bytes(file.read_bytes())
         damage(copy)
     return folder
-
-
-@pytest.fixture(scope="module")
-def url(weights):
-    demo = build(weights)
-    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
-    yield address
-    demo.close()
-
-
-@pytest.fixture(scope="module")
-def client(url):
-    return Client(url, verbose=False)
 
 
 @pytest.fixture(scope="module")
