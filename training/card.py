@@ -241,6 +241,10 @@ Protocol: {quality["sampler"]}, {quality["steps"]} steps, guidance on all channe
     python -m training.quality {place(folder)} {quality["options"]}"""
 
 
+TWINS = """Twins: the same data, recipe, seed and budget, another model; one run each. VCA has a depthwise convolution
+of the values, which self-attention has not: a difference is that of both."""
+
+
 def _twins(folder: Path, config: dict) -> str:
     """A table of this checkpoint and of those beside it that the same recipe, seed and budget made; or nothing."""
     rows = []
@@ -252,7 +256,7 @@ def _twins(folder: Path, config: dict) -> str:
     if len(rows) < 2:
         return ""
     head = ["| checkpoint | architecture | parameters | result |", "|---|---|---|---|"]
-    return "\n".join(["", "Twins: the same data, recipe, seed and budget, another model.", "", *head, *rows, ""])
+    return "\n".join(["", TWINS, "", *head, *rows, ""])
 
 
 def _protocol(config: dict) -> list[dict]:
