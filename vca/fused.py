@@ -1,0 +1,153 @@
+"""Both stages of Visual-Contrast Attention as fused operators, `vca.triton_kernels`, on a GPU.
+
+The operators are `vca.functional.contrast` for two streams with a softmax each and n <= 64, d <= 128, in bfloat16,
+float16 or float32. They are known to autograd (first derivatives), torch.compile, torch.export and FlopCounterMode.
+They are off until a layer's `fused_attn` is True, which is its initial value under the environment variable
+VCA_FUSED=1. Triton is imported when one runs.
+"""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+ENABLED = os.environ.get("VCA_FUSED") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # runs the kernels on a CPU, for tests
+MAX_TOKENS, MAX_HEAD_DIM = 64, 128
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def supported(x: Tensor, num_tokens: int) -> bool:
+    """Whether the operators take queries, keys or values x (..., d) and n = `num_tokens` contrast tokens."""
+    where = HAS_TRITON and (x.is_cuda or INTERPRETED)
+    return where and num_tokens <= MAX_TOKENS and x.shape[-1] <= MAX_HEAD_DIM and x.dtype in DTYPES
+
+
+@torch.library.custom_op("vca::contrast_stage1", mutates_args=())
+def contrast_stage1(tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Stage I of `vca.functional.contrast`; all tensors but lambda are of one type.
+
+    Args:
+        tokens: both streams of contrast tokens, scaled (BH, 2 * n, d).
+        k, v: keys and values (B, H, T, d).
+        lam: lambda, a scalar in float32.
+        gain: 1 - lambda_init.
+
+    Returns:
+        The output (BH, n, d); and for the backward pass, in float32, A+- v (BH, 2 * n, d) and the logarithms of the
+        denominators of the softmax (BH, 2 * n).
+    """
+    from vca import triton_kernels
+
+    return triton_kernels.stage1(tokens, k, v, lam, gain)
+
+
+@contrast_stage1.register_fake
+def _(tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float) -> tuple[Tensor, Tensor, Tensor]:
+    groups, rows, d = tokens.shape
+    float32 = dict(dtype=torch.float32)
+    out = tokens.new_empty(groups, rows // 2, d)
+    return out, tokens.new_empty(groups, rows, d, **float32), tokens.new_empty(groups, rows, **float32)
+
+
+@torch.library.custom_op("vca::contrast_stage1_backward", mutates_args=())
+def contrast_stage1_backward(
+    grad: Tensor, tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float, products: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of tokens, k, v and lambda from `grad`, that of the output (BH, n, d) of `contrast_stage1`."""
+    from vca import triton_kernels
+
+    return triton_kernels.stage1_backward(grad, tokens, k, v, lam, gain, products, lse)
+
+
+@contrast_stage1_backward.register_fake
+def _(
+    grad: Tensor, tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float, products: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tokens.new_empty(tokens.shape), empty_sequence(k), empty_sequence(v), torch.empty_like(lam)
+
+
+@torch.library.custom_op("vca::contrast_stage2", mutates_args=())
+def contrast_stage2(tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain: float) -> Tensor:
+    """Stage II of `vca.functional.contrast`; all tensors but lambda are of one type.
+
+    Args:
+        tokens, lam, gain: see `contrast_stage1`.
+        q: queries (B, H, T, d).
+        values: vhat (BH, n, d).
+
+    Returns:
+        (B, H, T, d), a view of (B, T, H, d).
+    """
+    from vca import triton_kernels
+
+    return triton_kernels.stage2(tokens, q, values, lam, gain)
+
+
+@contrast_stage2.register_fake
+def _(tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain: float) -> Tensor:
+    return empty_sequence(q)
+
+
+@torch.library.custom_op("vca::contrast_stage2_backward", mutates_args=())
+def contrast_stage2_backward(
+    grad: Tensor, tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of tokens, q, values and lambda from `grad`, that of the output of `contrast_stage2`."""
+    from vca import triton_kernels
+
+    return triton_kernels.stage2_backward(grad, tokens, q, values, lam, gain)
+
+
+@contrast_stage2_backward.register_fake
+def _(
+    grad: Tensor, tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tokens.new_empty(tokens.shape), empty_sequence(q), values.new_empty(values.shape), torch.empty_like(lam)
+
+
+def empty_sequence(x: Tensor) -> Tensor:
+    """Memory for a result (B, H, T, d) in the order (B, T, H, d), in which a layer joins its heads."""
+    batch, heads, length, d = x.shape
+    return x.new_empty(batch, length, heads, d).transpose(1, 2)
+
+
+def _save_stage1(ctx, inputs, output) -> None:
+    tokens, k, v, lam, ctx.gain = inputs
+    _, products, lse = output
+    ctx.mark_non_differentiable(products, lse)
+    ctx.save_for_backward(tokens, k, v, lam, products, lse)
+
+
+def _backward_stage1(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
+    tokens, k, v, lam, products, lse = ctx.saved_tensors
+    return *contrast_stage1_backward(grad, tokens, k, v, lam, ctx.gain, products, lse), None
+
+
+def _save_stage2(ctx, inputs, output) -> None:
+    *tensors, ctx.gain = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_stage2(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *contrast_stage2_backward(grad, *ctx.saved_tensors, ctx.gain), None
+
+
+contrast_stage1.register_autograd(_backward_stage1, setup_context=_save_stage1)
+contrast_stage2.register_autograd(_backward_stage2, setup_context=_save_stage2)
+
+
+@register_flop_formula([torch.ops.vca.contrast_stage1, torch.ops.vca.contrast_stage2])
+def contrast_flops(tokens_shape, x_shape, *_, **__) -> int:
+    """Those of `vca.functional.contrast`: two products for the scores, one for the difference of the maps."""
+    groups, rows, d = tokens_shape
+    return 2 * groups * (rows + rows // 2) * x_shape[2] * d
+
+
+@register_flop_formula([torch.ops.vca.contrast_stage1_backward, torch.ops.vca.contrast_stage2_backward])
+def contrast_backward_flops(grad_shape, tokens_shape, x_shape, *_, **__) -> int:
+    """Twice those of the forward pass, as without recomputation."""
+    return 2 * contrast_flops(tokens_shape, x_shape)
