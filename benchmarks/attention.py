@@ -3,6 +3,7 @@
     python -m benchmarks.attention                          # about 10 minutes on one CPU thread
     python -m benchmarks.attention --quick                  # under a minute
     python -m benchmarks.attention --device cuda --dtypes bfloat16 --out runs/benchmark
+    python -m benchmarks.attention --device cuda --dtypes bfloat16 --variants mhsa vca vca_fused  # the Triton kernels
     python -m benchmarks.attention --variants mhsa vca vca_compiled --scopes core  # needs a C++ compiler on a CPU
 
 Scopes: `core` is what a layer does between its projections, from a given qkv to what it hands to `proj`; `layer` is
@@ -27,10 +28,12 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 import vca
+from vca import fused
 
 REFERENCE = "mhsa"
 VARIANTS = ("mhsa", "vca", "mhsa_eager", "diff", "agent", "mhsa_dwc", "vca_maps")
 COMPILED = ("vca_compiled", "mhsa_compiled")
+FUSED = "vca_fused"
 SCOPES = ("core", "layer", "model")
 DIM, HEADS = 192, 3
 RATIOS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)  # marks of the plot
@@ -72,7 +75,7 @@ class WithMaps(nn.Module):
 
 
 def kind_of(variant: str) -> str:
-    return variant.removesuffix("_eager").removesuffix("_maps").removesuffix("_compiled")
+    return variant.removesuffix("_eager").removesuffix("_maps").removesuffix("_compiled").removesuffix("_fused")
 
 
 def make_layer(variant: str, side: int, token_side: int) -> nn.Module:
@@ -91,6 +94,9 @@ def finish(module: nn.Module, variant: str) -> nn.Module:
         for layer in module.modules():
             if isinstance(layer, Attention):
                 layer.fused_attn = False
+    for layer in module.modules():
+        if isinstance(layer, vca.VisualContrastAttention):
+            layer.fused_attn = variant == FUSED
     if variant == "vca_maps":
         if hasattr(module, "blocks"):
             for block in module.blocks:
@@ -253,7 +259,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--scopes", nargs="+", default=SCOPES, choices=SCOPES)
     parser.add_argument("--steps", nargs="+", default=["forward", "train"], choices=["forward", "train"])
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS + COMPILED)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=(*VARIANTS, *COMPILED, FUSED))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15, help="measurements of which the median is taken")
     parser.add_argument("--slice", type=float, default=0.05, help="seconds that one measurement of the reference takes")
@@ -267,6 +273,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--variants must name {REFERENCE}, which all are compared with")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device")
+    if FUSED in args.variants:
+        if args.device != "cuda" or "float32" in args.dtypes or not fused.HAS_TRITON:
+            parser.error(f"{FUSED} needs triton, --device cuda, and --dtypes bfloat16 or float16")
+        if args.token_side**2 > fused.MAX_TOKENS:
+            parser.error(f"{FUSED} takes at most {fused.MAX_TOKENS} contrast tokens; lower --token-side")
     if min(*args.sides, *args.model_sides, args.token_side, args.batch, args.rounds) < 1:
         parser.error("sides, batch and rounds must be positive")
     return args

@@ -1,5 +1,6 @@
 """Visual-Contrast Attention as a drop-in replacement for the self-attention layer of a vision transformer."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from vca import functional as VF
+from vca import fused
 from vca.grid import OnGrid, check_token_grid
 
 TOKENS = ("pool+emb", "emb", "pool")
@@ -83,6 +85,9 @@ class VisualContrastAttention(OnGrid, nn.Module):
         pooling: the average of a pooling cell's queries, or one weighted by softmax(a . q_i), one vector a per head.
         stage1_differential, stage2_differential: False leaves a stage with its positive stream, without lambda.
 
+    Attributes:
+        fused_attn: use the operators of `vca.fused` where they apply; initially False, or True under VCA_FUSED=1.
+
     Raises:
         ValueError: the arguments contradict one another; the message says how.
     """
@@ -132,6 +137,7 @@ class VisualContrastAttention(OnGrid, nn.Module):
         self.tokens = tokens
         self.stage2_softmax = stage2_softmax
         self.lambda_init = VF.lambda_init(depth)
+        self.fused_attn = fused.ENABLED
 
         num_tokens = token_grid[0] * token_grid[1]
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -208,7 +214,9 @@ class VisualContrastAttention(OnGrid, nn.Module):
 
         q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).unbind(2)
         q_patches, v_patches = ((y[:, prefix:] if prefix else y).flatten(2) for y in (q, v))
-        q, k, v = (y.transpose(1, 2).flatten(0, 1) for y in (q, k, v))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        if keep_maps or not self._is_fused(q):
+            q, k, v = (y.flatten(0, 1) for y in (q, k, v))
         tokens = self._contrast_tokens(q_patches, grid_size).to(q.dtype)
         v_hat, maps1 = self._stage(self.stage1, tokens, k, v, VF.STAGE1, keep_maps)
         v_hat = (v_hat * self.stage1.norm.weight).to(v.dtype)
@@ -247,6 +255,10 @@ class VisualContrastAttention(OnGrid, nn.Module):
             lambda2=lambda2,
         )
 
+    def _is_fused(self, q: Tensor) -> bool:
+        standard = self.kind == "vca" and self.stage2_softmax == "separate"
+        return self.fused_attn and standard and fused.supported(q, math.prod(self.token_grid))
+
     def _contrast_tokens(self, q: Tensor, grid_size: tuple[int, int]) -> Tensor:
         pooled = embeds = None
         if self.tokens != "emb":
@@ -258,10 +270,14 @@ class VisualContrastAttention(OnGrid, nn.Module):
     def _stage(
         self, stage: ContrastStage, tokens: Tensor, x: Tensor, values: Tensor, axes: tuple[int, ...], keep_maps: bool
     ) -> tuple[Tensor, tuple[StageMaps, Tensor, Tensor | None] | None]:
-        """`VF.contrast`; if `keep_maps` also the maps, the row factors and lambda, from which the output then comes."""
+        """`VF.contrast`, by the fused operators if the sequences are (B, H, T, d) and not (BH, T, d).
+
+        If `keep_maps` also the maps, the row factors and lambda, from which the output then comes.
+        """
         lam, gain = stage.contrast_lambda(self.lambda_init), 1 - self.lambda_init
         if not keep_maps:
-            return VF.contrast(tokens, x, values, lam, gain, axes), None
+            contrast = fused.contrast if x.ndim == 4 else VF.contrast
+            return contrast(tokens, x, values, lam, gain, axes), None
 
         def with_rows_of_queries(maps: Tensor) -> Tensor:
             maps = maps.unflatten(0, (-1, self.num_heads))

@@ -1,9 +1,7 @@
-"""Both stages of Visual-Contrast Attention as fused operators, `vca.triton_kernels`, on a GPU.
+"""Both stages of Visual-Contrast Attention as fused operators for a GPU, written in Triton (`vca.triton_kernels`).
 
-The operators are `vca.functional.contrast` for two streams with a softmax each and n <= 64, d <= 128, in bfloat16,
-float16 or float32. They are known to autograd (first derivatives), torch.compile, torch.export and FlopCounterMode.
 They are off until a layer's `fused_attn` is True, which is its initial value under the environment variable
-VCA_FUSED=1. Triton is imported when one runs.
+VCA_FUSED=1. They have first derivatives, and torch.compile, torch.export, autocast and FlopCounterMode know them.
 """
 
 import importlib.util
@@ -13,17 +11,41 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from vca import functional as VF
+
 ENABLED = os.environ.get("VCA_FUSED") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # runs the kernels on a CPU, for tests
 MAX_TOKENS, MAX_HEAD_DIM = 64, 128
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, *(torch.float32,) * INTERPRETED)  # float32 products have no tensor cores
 
 
 def supported(x: Tensor, num_tokens: int) -> bool:
-    """Whether the operators take queries, keys or values x (..., d) and n = `num_tokens` contrast tokens."""
-    where = HAS_TRITON and (x.is_cuda or INTERPRETED)
-    return where and num_tokens <= MAX_TOKENS and x.shape[-1] <= MAX_HEAD_DIM and x.dtype in DTYPES
+    """Whether the operators take the sequence x (..., d) and n = `num_tokens` contrast tokens."""
+    runs = HAS_TRITON and (x.is_cuda or INTERPRETED)
+    return runs and num_tokens <= MAX_TOKENS and x.shape[-1] <= MAX_HEAD_DIM and x.dtype in DTYPES
+
+
+def contrast(tokens: Tensor, x: Tensor, values: Tensor, lam: Tensor, gain: float, axes: tuple[int, ...]) -> Tensor:
+    """`vca.functional.contrast` of two streams with a softmax each, for what is `supported`.
+
+    Args:
+        tokens, lam, gain: see `contrast_stage1`.
+        x, values: keys and values in Stage I, queries and values in Stage II, see `contrast_stage1`, `contrast_stage2`.
+        axes: `STAGE1` or `STAGE2`.
+
+    Returns:
+        (BH, n, d) in Stage I, (B, H, T, d) in Stage II.
+    """
+    if axes == VF.STAGE1:
+        return contrast_stage1(tokens, x, values, lam, gain)[0]
+    return contrast_stage2(tokens, x, values, lam, gain)
+
+
+def empty_sequence(x: Tensor) -> Tensor:
+    """Memory for a result like x (B, H, T, d), in the order (B, T, H, d), in which a layer joins its heads."""
+    batch, heads, length, d = x.shape
+    return x.new_empty(batch, length, heads, d).transpose(1, 2)
 
 
 @torch.library.custom_op("vca::contrast_stage1", mutates_args=())
@@ -107,12 +129,6 @@ def _(
     grad: Tensor, tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tokens.new_empty(tokens.shape), empty_sequence(q), values.new_empty(values.shape), torch.empty_like(lam)
-
-
-def empty_sequence(x: Tensor) -> Tensor:
-    """Memory for a result (B, H, T, d) in the order (B, T, H, d), in which a layer joins its heads."""
-    batch, heads, length, d = x.shape
-    return x.new_empty(batch, length, heads, d).transpose(1, 2)
 
 
 def _save_stage1(ctx, inputs, output) -> None:

@@ -149,13 +149,12 @@ def stage1_backward_kernel(
     positive = load_rows(products + head * 2 * n * d, rows, d, n, channels, d)
     negative = load_rows(products + (head * 2 + 1) * n * d, rows, d, n, channels, d)
     grad = load_rows(grad + head * n * d, rows, d, n, channels, d).to(tl.float32)
-    grad = rms_backward(grad, positive - lam * negative, d, gain)
-    positive_mean = tl.sum(grad * positive, 1)[:, None]  # of the gradient of the map, weighted by the map
-    negative_mean = tl.sum(grad * negative, 1)[:, None]
+    grad = rms_backward(grad, positive - lam * negative, d, gain).to(positive_t.dtype)
+    positive_mean = tl.sum(grad.to(tl.float32) * positive, 1)[:, None]  # of the map's gradient, weighted by the map
+    negative_mean = tl.sum(grad.to(tl.float32) * negative, 1)[:, None]
     if index == 0:
         tl.store(grad_lam + head, -tl.sum(negative_mean))
 
-    grad = grad.to(positive_t.dtype)
     grad_positive_t = tl.zeros([ROWS, D], tl.float32)
     grad_negative_t = tl.zeros([ROWS, D], tl.float32)
     for start in range(index * part, tl.minimum(index * part + part, length), BLOCK):
@@ -165,9 +164,7 @@ def stage1_backward_kernel(
         positive_map = tl.where(inside, tl.exp(dot(positive_t, tl.trans(key)) - positive_lse), 0.0)
         negative_map = tl.where(inside, tl.exp(dot(negative_t, tl.trans(key)) - negative_lse), 0.0)
         grad_map = dot(grad, tl.trans(load_rows(v, keys, v_t, length, channels, d)))
-        store_rows(
-            grad_v, keys, heads * d, length, channels, d, dot(tl.trans(positive_map - lam * negative_map), grad)
-        )
+        store_rows(grad_v, keys, heads * d, length, channels, d, dot(tl.trans(positive_map - lam * negative_map), grad))
         grad_positive = positive_map * (grad_map - positive_mean)
         grad_negative = -lam * negative_map * (grad_map - negative_mean)
         grad_key = dot(tl.trans(grad_positive), positive_t) + dot(tl.trans(grad_negative), negative_t)
@@ -271,7 +268,7 @@ def power_of_two(size: int) -> int:
 def options(x: Tensor) -> dict:
     """Sizes of the tiles, and launch options, for the sequence x (B, H, T, d)."""
     d = power_of_two(x.shape[-1])
-    return dict(D=d, BLOCK=64 if x.element_size() == 2 else 32, num_warps=8 if d > 64 else 4, num_stages=2)
+    return dict(D=d, BLOCK=64 if d <= 64 else 32, num_warps=8, num_stages=2)
 
 
 def split(x: Tensor, block: int) -> tuple[int, int]:
@@ -299,7 +296,19 @@ def stage1(tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float) -> tu
         ROWS=power_of_two(rows), **tile,
     )  # fmt: skip
     stage1_merge_kernel[groups,](
-        part_products, part_lse, lam, out, products, lse, parts, n, d, gain, ROWS=power_of_two(n), D=tile["D"]
+        part_products,
+        part_lse,
+        lam,
+        out,
+        products,
+        lse,
+        parts,
+        n,
+        d,
+        gain,
+        ROWS=power_of_two(n),
+        D=tile["D"],
+        num_warps=8,
     )
     return out, products.squeeze(1), lse.squeeze(1)
 
