@@ -56,7 +56,7 @@ def test_a_gpu_takes_up_to_64_contrast_tokens_of_128_channels_in_half_precision(
 
 
 def test_shapes_and_flops_without_a_kernel():
-    with FakeTensorMode(), torch.device("cuda"), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         tokens, lam = torch.empty(6, 8, 16, dtype=torch.bfloat16, requires_grad=True), torch.empty(())
         q = torch.empty(2, 3, 10, 16, dtype=torch.bfloat16, requires_grad=True)
         v_hat = fused.contrast(tokens, q, q, lam, 0.7, VF.STAGE1)
