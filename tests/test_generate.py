@@ -137,7 +137,7 @@ def test_the_run_folder_shows_and_the_card_tells_what_was_trained(data, finished
     assert (finished / "curve.png").stat().st_size > 1000
     log = untimed_log(finished / "log.jsonl")
     assert [line["step"] for line in log if "val_loss" in line] == [7, 14]
-    assert [line["lr"] for line in log if "lr" in line] == [4e-4]
+    assert [line["lr"] for line in log if "lr" in line] == [5e-4]
 
     model = vca.load(checkpoint)
     assert model.label_names == list(CLASSES) and model.sample_shape == (3, 8, 8)
