@@ -60,8 +60,8 @@ def table(checkpoints: Checkpoints) -> str:
     lines = [
         "## Models served here",
         "",
-        "| model | task | architecture | classes | image | trained on | top-1 |",
-        "|---|---|---|---|---|---|---|",
+        "| model | task | classes | image | trained on | top-1 |",
+        "|---|---|---|---|---|---|",
     ]
     for name in checkpoints.classifiers + checkpoints.generators:
         config = checkpoints.configs[name]
@@ -70,7 +70,7 @@ def table(checkpoints: Checkpoints) -> str:
         data = _entry(last, "recipe", "dataset") or "-"
         top1 = _entry(last, "results", "top1")
         top1 = f"{top1:.2f} %" if isinstance(top1, int | float) else "-"
-        cells = [name, task, config["architecture"], config["num_classes"], _size(config), data, top1]
+        cells = [name, task, config["num_classes"], _size(config), data, top1]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

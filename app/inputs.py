@@ -142,6 +142,6 @@ def sampling_settings() -> tuple[gr.Number, gr.Slider, gr.Slider]:
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=generation.MAX_SEED, min_width=120)
         new_seed = gr.Button("New seed", size="sm", min_width=90, elem_classes="vca-new-seed")
     steps = gr.Slider(1, generation.MAX_STEPS, 50, step=1, label="Steps", buttons=[])
-    guidance = gr.Slider(1, generation.MAX_GUIDANCE, 2, step=0.1, label="Guidance (1 is none)", buttons=[])
+    guidance = gr.Slider(1, generation.MAX_GUIDANCE, 3, step=0.1, label="Guidance (1 is none)", buttons=[])
     new_seed.click(None, outputs=seed, js=NEW_SEED, show_progress="hidden", api_visibility="private")
     return seed, steps, guidance
