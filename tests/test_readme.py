@@ -5,6 +5,8 @@ from pathlib import Path
 
 import matplotlib
 
+from training.evaluate import table
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -18,3 +20,9 @@ def test_the_python_examples_run(monkeypatch):
             exec(example, names)
     assert names["y"].shape == (2, 197, 192)
     assert names["model"].label_names[3] == "cat"
+
+
+def test_the_table_of_results_is_that_of_the_results_files():
+    files = sorted(map(str, (ROOT / "weights").glob("*/results.json")))
+    assert len(files) >= 3
+    assert table(files) in (ROOT / "README.md").read_text()

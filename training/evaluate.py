@@ -130,7 +130,9 @@ def throughput(model: nn.Module, batch_size: int = 64, repeats: int = 5) -> dict
         start = time.perf_counter()
         model(x)[0, 0].item()
         seconds.append(time.perf_counter() - start)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    on_cpu = f"CPU, {count} thread{'s' * (count > 1)}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
     rate = batch_size / sorted(seconds[2:])[repeats // 2]
     return dict(images_per_second=round(rate, 1), batch_size=batch_size, device=name, precision="fp32")
 
