@@ -58,8 +58,7 @@ async function open(mine) {
 }
 
 // What the server is about: the name of a model and its steps, or that it will start.
-function work(received) {
-  const { working, step, steps } = received;
+function work({ working, step, steps }) {
   note(steps ? `Pictures of ${working}` : working, { button: ".vc-stop" });
   find(".vv-note progress").hidden = !steps;
   Object.assign(find(".vv-note progress"), { value: step ?? 0, max: steps ?? 1 });
@@ -109,15 +108,13 @@ function note(text, { style = "", button = null } = {}) {
 
 // ---- Steps and pictures of generators
 
-let isLooking = false;
-
 // Shows another step, picture or branch; of many wishes at once, the last.
 async function look(wish) {
   Object.assign(film, wish);
   writeFilm();
-  if (isLooking) return;
-  isLooking = true;
   const mine = pair;
+  if (mine.isLooking) return;
+  mine.isLooking = true;
   for (let asked = {}; pair === mine && Object.keys(film).some((key) => asked[key] !== film[key]); ) {
     asked = { ...film };
     const request = { ...asked, step: mine.film.steps[asked.step], token: mine.film.token };
@@ -130,7 +127,7 @@ async function look(wish) {
     mine.sides = mine.sides.map((side, i) => ({ ...side, ...answer.sides[i] }));
     await open(mine);
   }
-  isLooking = false;
+  mine.isLooking = false;
 }
 
 function writeFilm() {
@@ -224,7 +221,7 @@ function drawSide(side, i) {
     const limit = limitsOf(stream)[i];
     const button = figure.querySelector("button");
     button.textContent = titles[stream];
-    button.setAttribute("aria-pressed", stream === streamOn(side));
+    press(button, stream === streamOn(side));
     figure.querySelector("canvas").setAttribute("aria-label", `${side.run.name}. ${titles[stream]}: map.`);
     figure.querySelector("i").style.background = barOf(props.palette, theme(), stream);
     const marks = stream === "differential" ? [`−${number(limit)}`, "0", `+${number(limit)}`] : ["0", number(limit)];
@@ -430,5 +427,5 @@ const redraw = () => {
 new ResizeObserver(redraw).observe(root);
 new MutationObserver(redraw).observe(document.body, { attributes: true, attributeFilter: ["class"] });
 watch("value", receive);
-root.compare = { state, get sides() { return sides; }, get film() { return film; }, get isIdle() { return !isLooking; } };
+root.compare = { state, get sides() { return sides; }, get film() { return film; }, get isIdle() { return !pair?.isLooking; } };
 receive();

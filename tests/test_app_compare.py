@@ -58,6 +58,12 @@ def load_another(page, tab: str, reference: str) -> str:
     return said.inner_text()
 
 
+def facts_of(page, side: int) -> dict[str, str]:
+    """What the page's table says of one of the models."""
+    rows = page.locator(".vc-facts tbody tr").all()
+    return {row.locator("th").inner_text(): row.locator("td").nth(side).inner_text() for row in rows}
+
+
 def canvas_point(page, side: int, x: float, y: float, aspect: float) -> tuple:
     canvas = page.locator(".vc-large canvas").nth(side)
     box = canvas.bounding_box()
@@ -133,8 +139,7 @@ def test_what_each_model_says_and_costs(page, weights, picture):
         said = page.locator(".vc-side").nth(side).locator(".vc-top li").all_inner_texts()
         assert [line.split("\n")[0] for line in said] == [model.label_names[i] for i in order]
         assert said[0].endswith(f"{100 * probabilities.max():.1f} %")
-        cells = page.locator(".vc-facts tbody tr")
-        facts = {row.locator("th").inner_text(): row.locator("td").nth(side).inner_text() for row in cells.all()}
+        facts = facts_of(page, side)
         assert facts["Parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
         assert facts["Input"] == "32 × 32 px" and facts["Classes"] == "4"
         with FlopCounterMode(display=False) as counter, torch.no_grad():

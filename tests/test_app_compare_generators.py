@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vca
 from tests.browser import needs_browser
 from tests.test_app import LABELS, PLAIN, save_checkpoints
+from tests.test_app_compare import READ, facts_of
 from tests.test_app_generate import choose, forwards, save_generator  # noqa: F401
 from tests.test_browser import expected_rows, our_faults
 from vca.models.dit import DiffusionTransformer
@@ -17,8 +18,6 @@ pytestmark = needs_browser
 
 VCA, MHSA, OTHER = "vca_sit", "mhsa_sit", "other_dit"  # in the order of the choice: those with VCA first
 STEPS, COUNT, LABEL = 6, 4, "right"
-READ = """() => document.querySelector(".vc").compare.sides.map(({ rows }) =>
-    Object.fromEntries(Object.entries(rows).map(([name, row]) => [name, [...row]])))"""
 PICTURES = """() => [...document.querySelectorAll(".vc-pictures")].map(
     (side) => [...side.querySelectorAll("canvas")].map((canvas) => [
         ...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data]))"""
@@ -127,8 +126,7 @@ def test_what_each_generator_costs(page, weights):
     assert page.locator(".vc .vv-branch").is_hidden()
     for side, name in enumerate((VCA, MHSA)):
         model = vca.load(weights / name)
-        cells = page.locator(".vc-facts tbody tr")
-        facts = {row.locator("th").inner_text(): row.locator("td").nth(side).inner_text() for row in cells.all()}
+        facts = facts_of(page, side)
         assert facts["Architecture"] == model.architecture
         assert facts["Attention"] == ("vca" if name == VCA else "mhsa")
         assert facts["Parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"

@@ -28,6 +28,12 @@ def load_rows(start, rows, stride, count, channels, d):
 
 
 @triton.jit
+def load_streams(start, rows, n, channels, d):
+    """The positive and the negative stream, which follow one another: twice (ROWS, D)."""
+    return load_rows(start, rows, d, n, channels, d), load_rows(start + n * d, rows, d, n, channels, d)
+
+
+@triton.jit
 def store_rows(start, rows, stride, count, channels, d, x):
     mask = (rows < count)[:, None] & (channels < d)[None, :]
     tl.store(start + rows[:, None] * stride + channels[None, :], x.to(start.dtype.element_ty), mask=mask)
@@ -141,13 +147,10 @@ def stage1_backward_kernel(
     grad_k += shared
     grad_v += shared
 
-    tokens += head * 2 * n * d
-    positive_t = load_rows(tokens, rows, d, n, channels, d)
-    negative_t = load_rows(tokens + n * d, rows, d, n, channels, d)
+    positive_t, negative_t = load_streams(tokens + head * 2 * n * d, rows, n, channels, d)
     positive_lse = tl.load(lse + head * 2 * n + rows, mask=rows < n, other=float("inf"))[:, None]
     negative_lse = tl.load(lse + (head * 2 + 1) * n + rows, mask=rows < n, other=float("inf"))[:, None]
-    positive = load_rows(products + head * 2 * n * d, rows, d, n, channels, d)
-    negative = load_rows(products + (head * 2 + 1) * n * d, rows, d, n, channels, d)
+    positive, negative = load_streams(products + head * 2 * n * d, rows, n, channels, d)
     grad = load_rows(grad + head * n * d, rows, d, n, channels, d).to(tl.float32)
     grad = rms_backward(grad, positive - lam * negative, d, gain).to(positive_t.dtype)
     positive_mean = tl.sum(grad.to(tl.float32) * positive, 1)[:, None]  # of the map's gradient, weighted by the map
@@ -196,9 +199,7 @@ def stage2_kernel(
     lam = tl.load(lam)
     q += head // heads * q_b + head % heads * q_h
     out += (head // heads * length * heads + head % heads) * d
-    tokens += head * 2 * n * d
-    positive_t = load_rows(tokens, rows, d, n, channels, d)
-    negative_t = load_rows(tokens + n * d, rows, d, n, channels, d)
+    positive_t, negative_t = load_streams(tokens + head * 2 * n * d, rows, n, channels, d)
     value = load_rows(values + head * n * d, rows, d, n, channels, d)
     inside = (rows < n)[None, :]
     for start in range(index * part, tl.minimum(index * part + part, length), BLOCK):
@@ -224,9 +225,7 @@ def stage2_backward_kernel(
     shared = (head // heads * length * heads + head % heads) * d
     grad += shared
     grad_q += shared
-    tokens += head * 2 * n * d
-    positive_t = load_rows(tokens, rows, d, n, channels, d)
-    negative_t = load_rows(tokens + n * d, rows, d, n, channels, d)
+    positive_t, negative_t = load_streams(tokens + head * 2 * n * d, rows, n, channels, d)
     value = load_rows(values + head * n * d, rows, d, n, channels, d)
     inside = (rows < n)[None, :]
 
