@@ -3,6 +3,7 @@
     python -m benchmarks.attention                          # about 10 minutes on one CPU thread
     python -m benchmarks.attention --quick                  # under a minute
     python -m benchmarks.attention --device cuda --dtypes bfloat16 --out runs/benchmark
+    python -m benchmarks.attention --variants mhsa vca vca_fused  # the C++ kernels; needs a C++ compiler
     python -m benchmarks.attention --device cuda --dtypes bfloat16 --variants mhsa vca vca_fused  # the Triton kernels
     python -m benchmarks.attention --variants mhsa vca vca_compiled --scopes core  # needs a C++ compiler on a CPU
 
@@ -15,6 +16,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -28,12 +30,12 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 import vca
-from vca import fused
+from vca import cpu_kernels, fused
 
 REFERENCE = "mhsa"
 VARIANTS = ("mhsa", "vca", "mhsa_eager", "diff", "agent", "mhsa_dwc", "vca_maps")
-COMPILED = ("vca_compiled", "mhsa_compiled")
-FUSED = "vca_fused"
+COMPILED = ("vca_compiled", "vca_fused_compiled", "mhsa_compiled")
+FUSED = ("vca_fused", "vca_fused_compiled")
 SCOPES = ("core", "layer", "model")
 DIM, HEADS = 192, 3
 RATIOS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)  # marks of the plot
@@ -75,7 +77,7 @@ class WithMaps(nn.Module):
 
 
 def kind_of(variant: str) -> str:
-    return variant.removesuffix("_eager").removesuffix("_maps").removesuffix("_compiled").removesuffix("_fused")
+    return re.sub("_(eager|maps|fused|compiled)", "", variant)
 
 
 def make_layer(variant: str, side: int, token_side: int) -> nn.Module:
@@ -96,7 +98,7 @@ def finish(module: nn.Module, variant: str) -> nn.Module:
                 layer.fused_attn = False
     for layer in module.modules():
         if isinstance(layer, vca.VisualContrastAttention):
-            layer.fused_attn = variant == FUSED
+            layer.fused_attn = variant in FUSED
     if variant == "vca_maps":
         if hasattr(module, "blocks"):
             for block in module.blocks:
@@ -259,7 +261,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--scopes", nargs="+", default=SCOPES, choices=SCOPES)
     parser.add_argument("--steps", nargs="+", default=["forward", "train"], choices=["forward", "train"])
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=(*VARIANTS, *COMPILED, FUSED))
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=(*VARIANTS, "vca_fused", *COMPILED))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15, help="measurements of which the median is taken")
     parser.add_argument("--slice", type=float, default=0.05, help="seconds that one measurement of the reference takes")
@@ -273,11 +275,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--variants must name {REFERENCE}, which all are compared with")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device")
-    if FUSED in args.variants:
-        if args.device != "cuda" or "float32" in args.dtypes or not fused.HAS_TRITON:
-            parser.error(f"{FUSED} needs triton, --device cuda, and --dtypes bfloat16 or float16")
-        if args.token_side**2 > fused.MAX_TOKENS:
-            parser.error(f"{FUSED} takes at most {fused.MAX_TOKENS} contrast tokens; lower --token-side")
+    if set(FUSED) & set(args.variants):
+        if args.device == "cpu" and cpu_kernels.kernels() is None:
+            parser.error("vca_fused needs a C++ compiler and ninja, to compile its kernels for this CPU")
+        if args.device == "cuda" and ("float32" in args.dtypes or not fused.HAS_TRITON):
+            parser.error("vca_fused needs triton on a GPU, and --dtypes bfloat16 or float16")
+        if args.device == "cuda" and args.token_side**2 > fused.MAX_TOKENS:
+            parser.error(f"vca_fused takes at most {fused.MAX_TOKENS} contrast tokens on a GPU; lower --token-side")
     if min(*args.sides, *args.model_sides, args.token_side, args.batch, args.rounds) < 1:
         parser.error("sides, batch and rounds must be positive")
     return args

@@ -1,5 +1,6 @@
-"""The fused operators: their switch here, their kernels in a process of their own (`tests/triton_interpreter.py`)."""
+"""The fused operators: their switch, and what runs `tests/test_fused_kernels.py` in processes of their own."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.test_attention import SMALL, make
+from vca import cpu_kernels, fused
 from vca import functional as VF
-from vca import fused
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,8 +25,16 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(not fused.HAS_TRITON, reason="Triton is not installed")
 def test_the_kernels_in_the_interpreter():
-    done = python("-m", "pytest", "-x", "tests/triton_interpreter.py", TRITON_INTERPRET="1")
+    done = python("-m", "pytest", "-x", "tests/test_fused_kernels.py", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.skipif(cpu_kernels.kernels() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_the_kernels_of_older_processors(capability):
+    done = python("-m", "pytest", "-x", "tests/test_fused_kernels.py", ATEN_CPU_CAPABILITY=capability)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout
 
 
 def test_the_environment_turns_them_on_and_nothing_else_needs_triton():
@@ -38,11 +47,16 @@ def test_the_environment_turns_them_on_and_nothing_else_needs_triton():
     assert python("-c", code, VCA_FUSED="0").stdout == "False\n"
 
 
-def test_a_cpu_takes_the_plain_path():
-    layer, x = make(torch.float32, **SMALL)
+def test_without_a_compiler_a_cpu_takes_the_plain_path_and_says_why(monkeypatch, tmp_path):
+    layer, x = make(torch.float32, **SMALL | dict(dim=32, heads=2))
     want = layer(x)
     layer.fused_attn = True
-    assert torch.equal(layer(x), want)
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(cpu_kernels, "kernels", functools.cache(cpu_kernels.kernels.__wrapped__))
+    with pytest.warns(UserWarning, match="could not be compiled .* the plain path is taken") as warned:
+        assert torch.equal(layer(x), want) and torch.equal(layer(x), want)
+    assert len(warned) == 1
 
 
 @pytest.mark.skipif(not fused.HAS_TRITON, reason="Triton is not installed")

@@ -1,29 +1,49 @@
-"""Both stages of Visual-Contrast Attention as fused operators for a GPU, written in Triton (`vca.triton_kernels`).
+"""Both stages of Visual-Contrast Attention as fused operators.
 
-They are off until a layer's `fused_attn` is True, which is its initial value under the environment variable
-VCA_FUSED=1. They have first derivatives, and torch.compile, torch.export, autocast and FlopCounterMode know them.
+Their kernels are Triton's on a GPU (`vca.triton_kernels`) and C++ on a CPU (`vca.cpu_kernels`). They are off until a
+layer's `fused_attn` is True, which is its initial value under the environment variable VCA_FUSED=1. They have first
+derivatives, and torch.compile, torch.export, autocast and FlopCounterMode know them.
 """
 
 import importlib.util
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from vca import cpu_kernels
 from vca import functional as VF
 
 ENABLED = os.environ.get("VCA_FUSED") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # runs the kernels on a CPU, for tests
-MAX_TOKENS, MAX_HEAD_DIM = 64, 128
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # runs the kernels of a GPU on a CPU, for tests
+MAX_TOKENS, MAX_HEAD_DIM = 64, 128  # of the kernels for a GPU
 DTYPES = (torch.bfloat16, torch.float16, *(torch.float32,) * INTERPRETED)  # float32 products have no tensor cores
 
 
 def supported(x: Tensor, num_tokens: int) -> bool:
-    """Whether the operators take the sequence x (..., d) and n = `num_tokens` contrast tokens."""
-    runs = HAS_TRITON and (x.is_cuda or INTERPRETED)
-    return runs and num_tokens <= MAX_TOKENS and x.shape[-1] <= MAX_HEAD_DIM and x.dtype in DTYPES
+    """Whether the operators take the sequence x (..., d) and n = `num_tokens` contrast tokens.
+
+    The first question about a CPU compiles its kernels, see `vca.cpu_kernels.kernels`.
+    """
+    if x.is_cuda or INTERPRETED:
+        return HAS_TRITON and num_tokens <= MAX_TOKENS and x.shape[-1] <= MAX_HEAD_DIM and x.dtype in DTYPES
+    return x.is_cpu and x.shape[-1] % 16 == 0 and x.dtype != torch.float64 and _cpu_kernels_exist()
+
+
+@torch.compiler.assume_constant_result
+def _cpu_kernels_exist() -> bool:
+    return cpu_kernels.kernels() is not None
+
+
+def _kernels(x: Tensor) -> ModuleType:
+    if x.is_cpu and not INTERPRETED:
+        return cpu_kernels.kernels()
+    from vca import triton_kernels
+
+    return triton_kernels
 
 
 def contrast(tokens: Tensor, x: Tensor, values: Tensor, lam: Tensor, gain: float, axes: tuple[int, ...]) -> Tensor:
@@ -62,9 +82,7 @@ def contrast_stage1(tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: flo
         The output (BH, n, d); and for the backward pass, in float32, A+- v (BH, 2 * n, d) and the logarithms of the
         denominators of the softmax (BH, 2 * n).
     """
-    from vca import triton_kernels
-
-    return triton_kernels.stage1(tokens, k, v, lam, gain)
+    return _kernels(k).stage1(tokens, k, v, lam, gain)
 
 
 @contrast_stage1.register_fake
@@ -80,9 +98,7 @@ def contrast_stage1_backward(
     grad: Tensor, tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float, products: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of tokens, k, v and lambda from `grad`, that of the output (BH, n, d) of `contrast_stage1`."""
-    from vca import triton_kernels
-
-    return triton_kernels.stage1_backward(grad, tokens, k, v, lam, gain, products, lse)
+    return _kernels(k).stage1_backward(grad, tokens, k, v, lam, gain, products, lse)
 
 
 @contrast_stage1_backward.register_fake
@@ -104,9 +120,7 @@ def contrast_stage2(tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain
     Returns:
         (B, H, T, d), a view of (B, T, H, d).
     """
-    from vca import triton_kernels
-
-    return triton_kernels.stage2(tokens, q, values, lam, gain)
+    return _kernels(q).stage2(tokens, q, values, lam, gain)
 
 
 @contrast_stage2.register_fake
@@ -119,9 +133,7 @@ def contrast_stage2_backward(
     grad: Tensor, tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of tokens, q, values and lambda from `grad`, that of the output of `contrast_stage2`."""
-    from vca import triton_kernels
-
-    return triton_kernels.stage2_backward(grad, tokens, q, values, lam, gain)
+    return _kernels(q).stage2_backward(grad, tokens, q, values, lam, gain)
 
 
 @contrast_stage2_backward.register_fake
