@@ -191,6 +191,7 @@ def peak_memory(run: Callable[[], None], device: str) -> int:
 
 def measure(args, scope: str, step: str, dtype: str, side: int) -> list[Row]:
     """All variants of one row, in turn."""
+    torch.compiler.reset()  # it would leave uncompiled what it has compiled for many other sizes
     runs = {v: make_run(args, scope, step, getattr(torch, dtype), side, v) for v in args.variants}
     for run in runs.values():
         run()

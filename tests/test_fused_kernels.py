@@ -1,7 +1,7 @@
 """The kernels of the fused operators on a CPU against float64: the C++ ones, or the Triton ones in its interpreter.
 
-Triton reads TRITON_INTERPRET when it is imported, so that its kernels need a process of their own: `tests/test_fused.py`
-runs this file once more with TRITON_INTERPRET=1.
+Triton reads TRITON_INTERPRET when it is imported, so that its kernels need a process of their own, in which
+`tests/test_fused.py` runs this file once more.
 """
 
 import copy
