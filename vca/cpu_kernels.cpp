@@ -4,9 +4,9 @@
 // sequence is a view (B, H, T, d), what has the length of the contrast tokens is (BH, 2 * n, d) or (BH, n, d). d is a
 // multiple of 16. They compute in float32 whatever type they are given.
 //
-// Threads share the heads. A head's sequence is walked through in tiles of 64 tokens, whose scores lie transposed: a row
-// for each contrast token, so that a vector holds neighbouring tokens and a softmax over contrast tokens needs no sums
-// within a vector. Everything of a tile stays in the first two caches.
+// Threads share the heads. A head's sequence is walked through in tiles of 64 tokens, whose scores lie transposed: a
+// row for each contrast token, so that a vector holds neighbouring tokens and a softmax over contrast tokens needs no
+// sums within a vector. Everything of a tile stays in the first two caches.
 
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
@@ -58,8 +58,8 @@ inline float largest(Vec x) {
   return found;
 }
 
-// exp(x) of x <= 0 to about 2e-7 of its value: 2^round(x / ln 2) times a Taylor polynomial. Below -87 it is exp(-87); NaN
-// stays NaN.
+// exp(x) of x <= 0 to about 2e-7 of its value: 2^round(x / ln 2) times a Taylor polynomial. Below -87 it is exp(-87);
+// NaN stays NaN.
 inline Vec exponential(Vec x) {
   x = x < -87.0f ? Vec{} - 87.0f : x;
   Vec rounded = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23, beside which no fraction has a place
@@ -100,16 +100,21 @@ inline void multiply_block(int64_t k, Entries a, const float* b, int64_t b_row, 
 }
 
 template <int VECS>
-inline void multiply_columns(
-    int64_t rows, int64_t k, Entries a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+inline void multiply_columns(int64_t rows, int64_t k, Entries a, const float* b, int64_t b_row, float* c, int64_t c_row,
+                             bool add) {
   for (; rows >= 6; rows -= 6, a.data += 6 * a.row, c += 6 * c_row)
     multiply_block<6, VECS>(k, a, b, b_row, c, c_row, add);
   switch (rows) {
-    case 5: return multiply_block<5, VECS>(k, a, b, b_row, c, c_row, add);
-    case 4: return multiply_block<4, VECS>(k, a, b, b_row, c, c_row, add);
-    case 3: return multiply_block<3, VECS>(k, a, b, b_row, c, c_row, add);
-    case 2: return multiply_block<2, VECS>(k, a, b, b_row, c, c_row, add);
-    case 1: return multiply_block<1, VECS>(k, a, b, b_row, c, c_row, add);
+    case 5:
+      return multiply_block<5, VECS>(k, a, b, b_row, c, c_row, add);
+    case 4:
+      return multiply_block<4, VECS>(k, a, b, b_row, c, c_row, add);
+    case 3:
+      return multiply_block<3, VECS>(k, a, b, b_row, c, c_row, add);
+    case 2:
+      return multiply_block<2, VECS>(k, a, b, b_row, c, c_row, add);
+    case 1:
+      return multiply_block<1, VECS>(k, a, b, b_row, c, c_row, add);
   }
 }
 
@@ -210,7 +215,8 @@ float largest(const float* scores, int64_t count) {
 std::tuple<Tensor, Tensor, Tensor> stage1(Tensor tokens, Tensor k, Tensor v, Tensor lam, double gain) {
   const auto type = tokens.scalar_type();
   tokens = with_adjacent_channels(tokens), k = with_adjacent_channels(k), v = with_adjacent_channels(v);
-  const auto [groups, n, d, length] = sizes(tokens, k);
+  int64_t groups, n, d, length;
+  std::tie(groups, n, d, length) = sizes(tokens, k);
   Tensor out = at::empty({groups, n, d}, tokens.options());
   Tensor products = at::empty({groups, 2 * n, d}, tokens.options());
   Tensor lse = at::empty({groups, 2 * n}, tokens.options());
@@ -226,7 +232,8 @@ std::tuple<Tensor, Tensor, Tensor> stage1(Tensor tokens, Tensor k, Tensor v, Ten
         for (int64_t tile = 0; tile < count; tile += TILE) {
           const int64_t inside = std::min(TILE, count - tile);
           transpose(keys.of(group) + (start + tile) * keys.token, keys.token, inside, d, transposed.data());
-          multiply(2 * n, whole_vectors(inside), d, {t, tokens.stride(1), 1}, transposed.data(), TILE, scores.data() + tile, CHUNK);
+          multiply(2 * n, whole_vectors(inside), d, {t, tokens.stride(1), 1}, transposed.data(), TILE,
+                   scores.data() + tile, CHUNK);
         }
         for (int64_t row = 0; row < 2 * n; row++) {
           float* line = scores.data() + row * CHUNK;
@@ -236,8 +243,7 @@ std::tuple<Tensor, Tensor, Tensor> stage1(Tensor tokens, Tensor k, Tensor v, Ten
           if (start) {
             const float decay = std::exp(shift[row] - higher);
             total[row] = total[row] * decay + found;
-            for (int64_t i = 0; i < d; i += WIDTH)
-              store(product + row * d + i, load(product + row * d + i) * decay);
+            for (int64_t i = 0; i < d; i += WIDTH) store(product + row * d + i, load(product + row * d + i) * decay);
           } else {
             total[row] = found;
           }
@@ -248,8 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> stage1(Tensor tokens, Tensor k, Tensor v, Ten
       }
       float* result = start_of(out) + group * n * d;
       for (int64_t row = 0; row < 2 * n; row++) {
-        for (int64_t i = 0; i < d; i += WIDTH)
-          store(product + row * d + i, load(product + row * d + i) / total[row]);
+        for (int64_t i = 0; i < d; i += WIDTH) store(product + row * d + i, load(product + row * d + i) / total[row]);
         start_of(lse)[group * 2 * n + row] = shift[row] + std::log(total[row]);
       }
       for (int64_t row = 0; row < n; row++) {
@@ -265,8 +270,10 @@ std::tuple<Tensor, Tensor, Tensor> stage1(Tensor tokens, Tensor k, Tensor v, Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor> stage1_backward(Tensor grad, Tensor tokens, Tensor k, Tensor v, Tensor lam,
                                                            double gain, Tensor products, Tensor lse) {
   const auto type = tokens.scalar_type();
-  grad = dense(grad), tokens = with_adjacent_channels(tokens), k = with_adjacent_channels(k), v = with_adjacent_channels(v);
-  const auto [groups, n, d, length] = sizes(tokens, k);
+  grad = dense(grad), tokens = with_adjacent_channels(tokens), k = with_adjacent_channels(k),
+  v = with_adjacent_channels(v);
+  int64_t groups, n, d, length;
+  std::tie(groups, n, d, length) = sizes(tokens, k);
   Tensor grad_tokens = at::empty({groups, 2 * n, d}, tokens.options());
   Tensor grad_k = empty_sequence(k), grad_v = empty_sequence(v), grad_lam = at::empty({groups}, lam.options());
   const Sequence keys(k), values(v), grad_keys(grad_k), grad_values(grad_v);
@@ -308,8 +315,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage1_backward(Tensor grad, Tensor t
           }
         multiply(count, d, n, {difference.data(), 1, TILE}, inner.data(), d,
                  grad_values.of(group) + start * grad_values.token, grad_values.token);
-        multiply(count, d, 2 * n, {maps.data(), 1, TILE}, t, tokens.stride(1), grad_keys.of(group) + start * grad_keys.token,
-                 grad_keys.token);
+        multiply(count, d, 2 * n, {maps.data(), 1, TILE}, t, tokens.stride(1),
+                 grad_keys.of(group) + start * grad_keys.token, grad_keys.token);
         multiply(2 * n, d, count, {maps.data(), TILE, 1}, key, keys.token, grad_t, d, start > 0);
       }
     }
@@ -337,13 +344,15 @@ void softmax_over_tokens(float* scores, int64_t n, int64_t count) {
 // to = A+ - lambda A- of the maps of both streams (2 * n, TILE).
 void subtract_streams(const float* maps, float lambda, int64_t n, int64_t count, float* to) {
   for (int64_t row = 0; row < n * TILE; row += TILE)
-    for (int64_t i = row; i < row + count; i += WIDTH) store(to + i, load(maps + i) - lambda * load(maps + n * TILE + i));
+    for (int64_t i = row; i < row + count; i += WIDTH)
+      store(to + i, load(maps + i) - lambda * load(maps + n * TILE + i));
 }
 
 Tensor stage2(Tensor tokens, Tensor q, Tensor values, Tensor lam, double gain) {
   const auto type = tokens.scalar_type();
   tokens = with_adjacent_channels(tokens), q = with_adjacent_channels(q), values = dense(values);
-  const auto [groups, n, d, length] = sizes(tokens, q);
+  int64_t groups, n, d, length;
+  std::tie(groups, n, d, length) = sizes(tokens, q);
   Tensor out = empty_sequence(q);
   const Sequence queries(q), outputs(out);
   const float lambda = lam.item<float>();
@@ -358,8 +367,7 @@ Tensor stage2(Tensor tokens, Tensor q, Tensor values, Tensor lam, double gain) {
         multiply(2 * n, whole_vectors(count), d, {t, tokens.stride(1), 1}, transposed.data(), TILE, maps.data(), TILE);
         softmax_over_tokens(maps.data(), n, count);
         subtract_streams(maps.data(), lambda, n, count, maps.data());
-        multiply(count, d, n, {maps.data(), 1, TILE}, start_of(values) + group * n * d, d, result,
-                 outputs.token);
+        multiply(count, d, n, {maps.data(), 1, TILE}, start_of(values) + group * n * d, d, result, outputs.token);
         for (int64_t i = 0; i < count; i++) rms_norm(result + i * outputs.token, d, gain);
       }
   });
@@ -369,8 +377,10 @@ Tensor stage2(Tensor tokens, Tensor q, Tensor values, Tensor lam, double gain) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> stage2_backward(Tensor grad, Tensor tokens, Tensor q, Tensor values,
                                                            Tensor lam, double gain) {
   const auto type = tokens.scalar_type();
-  grad = with_adjacent_channels(grad), tokens = with_adjacent_channels(tokens), q = with_adjacent_channels(q), values = dense(values);
-  const auto [groups, n, d, length] = sizes(tokens, q);
+  grad = with_adjacent_channels(grad), tokens = with_adjacent_channels(tokens), q = with_adjacent_channels(q),
+  values = dense(values);
+  int64_t groups, n, d, length;
+  std::tie(groups, n, d, length) = sizes(tokens, q);
   Tensor grad_tokens = at::empty({groups, 2 * n, d}, tokens.options());
   Tensor grad_values = at::empty({groups, n, d}, tokens.options());
   Tensor grad_q = empty_sequence(q), grad_lam = at::empty({groups}, lam.options());
@@ -393,9 +403,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage2_backward(Tensor grad, Tensor t
         subtract_streams(maps.data(), lambda, n, count, difference.data());
         multiply(count, d, n, {difference.data(), 1, TILE}, value, d, inner.data(), d);
         for (int64_t i = 0; i < count; i++)
-          rms_backward(grads.of(group) + (start + i) * grads.token, inner.data() + i * d, d, gain, inner.data() + i * d);
-        multiply(n, d, count, {difference.data(), TILE, 1}, inner.data(), d,
-                 start_of(grad_values) + group * n * d, d, start > 0);
+          rms_backward(grads.of(group) + (start + i) * grads.token, inner.data() + i * d, d, gain,
+                       inner.data() + i * d);
+        multiply(n, d, count, {difference.data(), TILE, 1}, inner.data(), d, start_of(grad_values) + group * n * d, d,
+                 start > 0);
         transpose(inner.data(), d, count, d, transposed.data());
         multiply(n, whole_vectors(count), d, {value, d, 1}, transposed.data(), TILE, grad_map.data(), TILE);
         for (int64_t i = 0; i < count; i += WIDTH) {
@@ -412,8 +423,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage2_backward(Tensor grad, Tensor t
             store(negative, lambda * load(negative) * (negative_mean - above));
           }
         }
-        multiply(count, d, 2 * n, {maps.data(), 1, TILE}, t, tokens.stride(1), grad_queries.of(group) + start * grad_queries.token,
-                 grad_queries.token);
+        multiply(count, d, 2 * n, {maps.data(), 1, TILE}, t, tokens.stride(1),
+                 grad_queries.of(group) + start * grad_queries.token, grad_queries.token);
         multiply(2 * n, d, count, {maps.data(), TILE, 1}, query, queries.token, grad_t, d, start > 0);
       }
       start_of(grad_lam)[group] = sum(total_lam);
