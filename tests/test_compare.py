@@ -20,14 +20,16 @@ TOP1 = {("mhsa", 0): 60.0, ("mhsa", 1): 61.0, ("mhsa", 2): 62.5, ("vca", 0): 64.
 
 def trained(out, kind, seed, top1, epochs=5):
     """What a finished run leaves."""
-    recipe = recipes.read("cifar10_compare", Recipe, dict(attention=kind, seed=str(seed), epochs=str(epochs)))
-    folder = out / f"{kind}-seed{seed}"
-    model = vca.create_model(recipe.model, attention=kind, num_classes=3)
+    given = compare.overrides(kind) | dict(seed=str(seed), epochs=str(epochs))
+    recipe = recipes.read("cifar10_compare", Recipe, given)
+    folder = out / f"{kind.replace(':', '-')}-seed{seed}"
+    model = vca.create_model(recipe.model, **recipe.model_args(), num_classes=3)
     vca.save(model, folder / "checkpoint", label_names=list(CLASSES))
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe)))
     lines = [dict(step=20, epoch=0, seconds=10.0, loss=1.0, grad_norm=1.0, lr=0.1)]
-    lines += [dict(step=20, epoch=1, top1=top1 - 9, images=30), dict(step=40, epoch=2, top1=top1, images=30)]
-    lines.append(dict(step=40, epoch=1, seconds=20.0, loss=0.5, grad_norm=1.0, lr=0.1))
+    lines += [dict(step=40, epoch=0, seconds=14.0, loss=0.7, grad_norm=1.0, lr=0.1)]
+    lines += [dict(step=40, epoch=1, top1=top1 - 9, images=30), dict(step=60, epoch=5, top1=top1, images=30)]
+    lines += [dict(step=60, epoch=1, seconds=20.0, loss=0.5, grad_norm=1.0, lr=0.1)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return model
 
@@ -46,8 +48,9 @@ def test_the_table_is_made_from_the_logs_alone(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "curves.png").stat().st_size > 5000
     count = {kind: sum(p.numel() for p in model.parameters()) for kind, model in models.items()}
     p = ttest_rel([64, 66, 65], [60, 61, 62.5]).pvalue
-    assert f"| mhsa | {count['mhsa']:,} | 61.17 ± 1.26 | 60.00 61.00 62.50 |  |  | 4 |" in printed
-    assert f"| vca | {count['vca']:,} | 65.00 ± 1.00 | 64.00 66.00 65.00 | +3.83 ± 1.26 | {p:.3f} | 4 |" in printed
+    per_epoch = 60 / 5 * 0.25  # the median of 0.2 and 0.3 s a step
+    assert f"| mhsa | {count['mhsa']:,} | 61.17 ± 1.26 | 60.00 61.00 62.50 |  | {per_epoch:.0f} |" in printed
+    assert f"| vca | {count['vca']:,} | 65.00 ± 1.00 | 64.00 66.00 65.00 | +3.83 ± 1.26 ({p:.3f}) | 3 |" in printed
     assert "CIFAR-10, 5 epochs, seeds 0, 1, 2: top-1 in percent on 30 images" in printed
     (tmp_path / "vca-seed1" / "checkpoint" / "config.json").unlink()
     command(monkeypatch, tmp_path, "--report")
@@ -56,11 +59,39 @@ def test_the_table_is_made_from_the_logs_alone(tmp_path, monkeypatch, capsys):
         command(monkeypatch, tmp_path, "--report", "--epochs", "6")
 
 
+def test_the_published_log_alone_gives_the_table_and_the_curves(tmp_path, monkeypatch, capsys):
+    for (kind, seed), top1 in TOP1.items():
+        trained(tmp_path, kind, seed, top1)
+    command(monkeypatch, tmp_path, "--report")
+    log = json.loads((tmp_path / "log.json").read_text())
+    assert compare.table(log) + "\n" == capsys.readouterr().out
+    compare.draw_curves(log, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
+
+
+def test_kinds_take_options_and_are_compared_with_the_convolution_too(tmp_path, monkeypatch, capsys):
+    kinds = ["mhsa", "mhsa_dwc", "vca", "vca:tokens=emb:dwc=false", "vca:pooling=learned"]
+    top1 = [60, 66, 64, 61, 65]
+    models = [trained(tmp_path, kind, 0, value) for kind, value in zip(kinds, top1, strict=True)]
+    command(monkeypatch, tmp_path, "--report", "--kinds", ",".join(kinds), "--seeds", "0")
+    printed = capsys.readouterr().out
+    for kind, value, model in zip(kinds, top1, models, strict=True):
+        parameters = sum(p.numel() for p in model.parameters())
+        first = "" if kind == "mhsa" else f"{value - 60:+.2f}"
+        control = "" if kind == "mhsa_dwc" else f"{value - 66:+.2f}"
+        assert f"| {kind} | {parameters:,} | {value:.2f} | {value:.2f} | {first} | {control} | 3 |" in printed
+    layer = models[3].blocks[0].attn
+    assert layer.tokens == "emb" and layer.dwc is None and models[4].blocks[0].attn.pool_query is not None
+
+
 def test_only_what_is_unfinished_is_trained_each_with_its_kind_and_seed(tmp_path, monkeypatch, capsys):
     for (kind, seed), top1 in TOP1.items():
         if seed < 2:
             trained(tmp_path, kind, seed, top1)
     started = []
+
+    def kind_of(arguments):
+        return next(argument for argument in arguments if argument.startswith("--attention=")).partition("=")[2]
 
     class Process:
         returncode = 0
@@ -70,13 +101,13 @@ def test_only_what_is_unfinished_is_trained_each_with_its_kind_and_seed(tmp_path
 
         def wait(self):
             given = dict(zip(started[-1], started[-1][1:], strict=False))
-            kind, seed = given["--attention"], int(given["--seed"])
+            kind, seed = kind_of(started[-1]), int(given["--seed"])
             trained(tmp_path, kind, seed, TOP1[kind, seed])
             return 0
 
     monkeypatch.setattr(subprocess, "Popen", Process)
     command(monkeypatch, tmp_path, "--data", "FOLDER", "--epochs", "5")
-    assert [arguments[arguments.index("--attention") + 1] for arguments in started] == ["mhsa", "vca"]
+    assert [kind_of(arguments) for arguments in started] == ["mhsa", "vca"]
     for arguments in started:
         assert arguments[1:4] == ["-m", "training.classify", "cifar10_compare"]
         assert {"--data=FOLDER", "--epochs=5"} <= set(arguments)
@@ -88,6 +119,8 @@ def test_only_what_is_unfinished_is_trained_each_with_its_kind_and_seed(tmp_path
     "extra, message",
     [
         (("--kinds", "mhsa,hydra", "--report"), "'hydra' is none of vca, mhsa"),
+        (("--kinds", "vca:heads=3", "--report"), "'heads=3' in 'vca:heads=3' is not tokens=..., num_tokens=..., dwc="),
+        (("--kinds", "vca:dwc=maybe", "--report"), "--dwc maybe: not a bool"),
         (("--seeds", "one", "--report"), "--seeds one: must be numbers"),
         (("--report",), "no seed has been trained with all kinds yet"),
         (("--lr", "fast", "--report"), "--lr fast: not a float"),

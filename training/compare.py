@@ -1,11 +1,13 @@
 """One recipe over kinds of attention and seeds: trains what is not trained yet, then draws the table and the curves.
 
     python -m training.compare cifar10_compare --data FOLDER --kinds mhsa,mhsa_dwc,agent,vca --seeds 0,1,2
+    python -m training.compare cifar10_compare --data FOLDER --kinds vca,vca:tokens=emb,vca:dwc=false:pooling=learned
     python -m training.compare cifar10_compare --out runs/compare --kinds mhsa,vca --seeds 0,1 --report
 
 The same command goes on where it was interrupted. Runs are `OUT/KIND-seedN`, what they print is `OUT/KIND-seedN.txt`;
 --jobs trains several at a time, on as many GPUs as there are. Recipe, seeds, data order and budget are the same for all
-kinds. `table.md` (also printed) and `curves.png` are made from the runs' logs alone, with --report without training.
+kinds. `log.json` keeps of the runs what `table.md` (also printed) and `curves.png` are made from; --report makes them
+without training.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
+from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -30,9 +33,12 @@ from training.engine import RunError
 from vca.checkpoint import write_atomically
 from vca.controls import KINDS
 
+OPTIONS = ("tokens", "num_tokens", "dwc", "stage2_softmax", "pooling")  # that a kind may be given after colons
+CONTROL = "mhsa_dwc"  # all other kinds are compared with the first and with this one
+
 
 class Run(NamedTuple):
-    """One kind of attention with one seed."""
+    """One kind of attention, such as "mhsa" or "vca:tokens=emb", with one seed."""
 
     kind: str
     seed: int
@@ -71,7 +77,7 @@ def train_all(runs: list[Run], arguments: list[str], jobs: int) -> None:
 
     def train(run: Run) -> None:
         gpu = gpus.get()
-        given = ["--out", str(run.folder), "--attention", run.kind, "--seed", str(run.seed)]
+        given = ["--out", str(run.folder), *_flags(overrides(run.kind)), "--seed", str(run.seed)]
         visible = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.device_count() > 1 else {})
         with open(run.folder.with_suffix(".txt"), "a") as output:
             command = [sys.executable, "-m", "training.classify", *arguments, *given]
@@ -99,53 +105,45 @@ def train_all(runs: list[Run], arguments: list[str], jobs: int) -> None:
         raise RunError(f"{len(failed)} of {len(runs)} runs failed; see {', '.join(map(str, failed))}.")
 
 
-def table(runs: list[Run]) -> str:
-    """A Markdown table of finished runs: mean and spread over the seeds, and a paired test against the first kind.
+def overrides(kind: str) -> dict[str, str]:
+    """The recipe keys that "vca:tokens=emb:dwc=false" sets.
 
-    The test is Student's t on the differences of runs with the same seed, two-sided; it needs two seeds or more.
+    Raises:
+        RunError: there is no such kind or option.
     """
-    kinds = list(dict.fromkeys(run.kind for run in runs))
-    top1 = {kind: [_result(run)["top1"] for run in runs if run.kind == kind] for kind in kinds}
-    seeds, recipe = len(top1[kinds[0]]), runs[0].recipe
-    lines = [
-        f"{recipe.model} on {recipe.dataset}, {recipe.epochs} epochs, seeds "
-        f"{', '.join(str(run.seed) for run in runs if run.kind == kinds[0])}: top-1 in percent on "
-        f"{_result(runs[0])['images']:,} images, mean and standard deviation over the seeds.",
-        "",
-        f"| attention | parameters | top-1 | each seed | against {kinds[0]}, same seed | p (paired t) | s/epoch |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for kind in kinds:
-        first = next(run for run in runs if run.kind == kind)
-        spread = f" ± {statistics.stdev(top1[kind]):.2f}" if seeds > 1 else ""
-        cells = [
-            kind, f"{_parameters(first):,}", f"{statistics.mean(top1[kind]):.2f}{spread}",
-            " ".join(f"{value:.2f}" for value in top1[kind]), *_against(top1[kind], top1[kinds[0]]),
-            f"{statistics.mean(_seconds(run) for run in runs if run.kind == kind) / recipe.epochs:.0f}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    attention, *options = kind.split(":")
+    if attention not in KINDS:
+        raise RunError(f"--kinds: {attention!r} is none of {', '.join(KINDS)}.")
+    for option in options:
+        if option.partition("=")[0] not in OPTIONS:
+            raise RunError(f"--kinds: {option!r} in {kind!r} is not {'=..., '.join(OPTIONS)}=...")
+    return dict(attention=attention) | dict(option.split("=", 1) for option in options)
 
 
-def _against(values: list[float], reference: list[float]) -> tuple[str, str]:
-    """Mean difference of paired runs, and the p-value of the paired t-test; empty for the reference itself."""
-    if values is reference:
-        return "", ""
-    differences = [a - b for a, b in zip(values, reference, strict=True)]
-    text = f"{statistics.mean(differences):+.2f}"
-    if len(values) < 2 or len(set(differences)) == 1:
-        return text, ""
-    from scipy.stats import ttest_rel
+def results(runs: list[Run]) -> dict:
+    """What `table` and `draw_curves` need of finished runs, in a form small enough to be published with them.
 
-    return f"{text} ± {statistics.stdev(differences):.2f}", f"{ttest_rel(values, reference).pvalue:.3f}"
+    Returns:
+        `model`, `dataset`, `epochs`, `steps` (in all) and `images` (evaluated); and `runs`, for each one its `kind`,
+        `seed`, `parameters`, `seconds_per_step` (the median over its log), `top1` [[epoch, percent], ...] and `loss`
+        [[step, loss], ...], thinned to at most 50 points.
+    """
+    recipe, (*_, last) = runs[0].recipe, (line for line in runs[0].log() if "top1" in line)
+    shared = dict(model=recipe.model, dataset=recipe.dataset, epochs=recipe.epochs)
+    return shared | dict(steps=last["step"], images=last["images"], runs=[_result(run) for run in runs])
 
 
 def _result(run: Run) -> dict:
-    return [line for line in run.log() if "top1" in line][-1]
-
-
-def _seconds(run: Run) -> float:
-    return [line for line in run.log() if "seconds" in line][-1]["seconds"]
+    train = [line for line in run.log() if "lr" in line]
+    pace = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairwise(train)]
+    return dict(
+        kind=run.kind,
+        seed=run.seed,
+        parameters=_parameters(run),
+        seconds_per_step=round(statistics.median(pace), 4),
+        top1=[[line["epoch"], line["top1"]] for line in run.log() if "top1" in line],
+        loss=[[line["step"], round(line["loss"], 4)] for line in train[:: max(1, len(train) // 50)]],
+    )
 
 
 def _parameters(run: Run) -> int:
@@ -153,26 +151,75 @@ def _parameters(run: Run) -> int:
         return sum(torch.Size(stored.get_slice(key).get_shape()).numel() for key in stored.keys())  # noqa: SIM118
 
 
-def draw_curves(runs: list[Run], file: Path) -> None:
-    """Draws top-1 and training loss by epoch: a line for each run, a colour for each kind."""
+def table(log: dict) -> str:
+    """A Markdown table of `results`: mean and spread over the seeds, and paired tests.
+
+    The test is Student's t on the differences of runs with the same seed, two-sided; it needs two seeds or more. The
+    time is that of the seed that was least disturbed by other work.
+    """
+    by_kind = {}
+    for run in log["runs"]:
+        by_kind.setdefault(run["kind"], []).append(run)
+    top1 = {kind: [run["top1"][-1][1] for run in runs] for kind, runs in by_kind.items()}
+    first, *others = by_kind
+    references = [first, *[CONTROL] * (CONTROL in others)]
+    seeds = ", ".join(str(run["seed"]) for run in by_kind[first])
+    columns = ["attention", "parameters", "top-1", "each seed", *(f"against {r} (p)" for r in references), "s/epoch"]
+    lines = [
+        f"{log['model']} on {log['dataset']}, {log['epochs']} epochs, seeds {seeds}: top-1 in percent on "
+        f"{log['images']:,} images, mean and standard deviation over the seeds.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    for kind, runs in by_kind.items():
+        spread = f" ± {statistics.stdev(top1[kind]):.2f}" if len(runs) > 1 else ""
+        cells = [
+            kind, f"{runs[0]['parameters']:,}", f"{statistics.mean(top1[kind]):.2f}{spread}",
+            " ".join(f"{value:.2f}" for value in top1[kind]),
+            *("" if kind == reference else _difference(top1[kind], top1[reference]) for reference in references),
+            f"{min(run['seconds_per_step'] for run in runs) * log['steps'] / log['epochs']:.0f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _difference(values: list[float], reference: list[float]) -> str:
+    """Mean and spread of the differences of paired runs, and the p-value of the paired t-test."""
+    differences = [a - b for a, b in zip(values, reference, strict=True)]
+    text = f"{statistics.mean(differences):+.2f}"
+    if len(values) < 2 or len(set(differences)) == 1:
+        return text
+    from scipy.stats import ttest_rel
+
+    return f"{text} ± {statistics.stdev(differences):.2f} ({ttest_rel(values, reference).pvalue:.3f})"
+
+
+def draw_curves(log: dict, file: Path) -> None:
+    """Draws loss by step and top-1 by epoch and by time, of `results`: a line for each run, a colour for each kind."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (loss_axis, top1_axis) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    kinds = list(dict.fromkeys(run.kind for run in runs))
-    colours = dict(zip(kinds, plt.get_cmap("tab10").colors, strict=False))
-    for run in runs:
-        label = run.kind if run is next(other for other in runs if other.kind == run.kind) else None
-        style = dict(color=colours[run.kind], label=label, linewidth=1)
-        train = [line for line in run.log() if "lr" in line]
-        loss_axis.plot([line["step"] for line in train], [line["loss"] for line in train], alpha=0.6, **style)
-        val = [line for line in run.log() if "top1" in line]
-        top1_axis.plot([line["epoch"] for line in val], [line["top1"] for line in val], marker=".", **style)
-    loss_axis.set(xlabel="step", ylabel="training loss")
-    top1_axis.set(xlabel="epoch", ylabel="top-1 (%)")
-    top1_axis.legend()
+    figure, (by_step, by_epoch, by_time) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    kinds = list(dict.fromkeys(run["kind"] for run in log["runs"]))
+    colours = dict(zip(kinds, plt.get_cmap("tab20" if len(kinds) > 10 else "tab10").colors, strict=False))
+    minutes = {
+        kind: min(run["seconds_per_step"] for run in log["runs"] if run["kind"] == kind) * log["steps"] / 60
+        for kind in kinds
+    }
+    for run in log["runs"]:
+        kind, first = run["kind"], run is next(r for r in log["runs"] if r["kind"] == run["kind"])
+        style = dict(color=colours[kind], linewidth=1)
+        epochs, top1 = zip(*run["top1"], strict=True)
+        by_step.plot(*zip(*run["loss"], strict=True), alpha=0.6, **style)
+        by_epoch.plot(epochs, top1, marker=".", label=kind if first else None, **style)
+        by_time.plot([minutes[kind] * epoch / log["epochs"] for epoch in epochs], top1, marker=".", **style)
+    by_step.set(xlabel="step", ylabel="training loss")
+    by_epoch.set(xlabel="epoch", ylabel="top-1 (%)")
+    by_time.set(xlabel="minutes of training", ylabel="top-1 (%)")
+    by_epoch.legend()
     temporary = file.with_suffix(".tmp")
     figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)
@@ -184,7 +231,9 @@ def main() -> None:
     parser.add_argument("recipe", help="a classification recipe")
     parser.add_argument("--data", metavar="FOLDER")
     parser.add_argument("--out", type=Path, help="default runs/compare-RECIPE")
-    parser.add_argument("--kinds", default="mhsa,mhsa_dwc,agent,vca", help=f"some of {', '.join(KINDS)}")
+    parser.add_argument(
+        "--kinds", default="mhsa,mhsa_dwc,agent,vca", help=f"some of {', '.join(KINDS)}; options follow colons"
+    )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--device", help="device of the runs")
@@ -198,10 +247,8 @@ def main() -> None:
         runs = []
         for seed in _numbers(args.seeds):
             for kind in args.kinds.split(","):
-                if kind not in KINDS:
-                    raise RunError(f"--kinds: {kind!r} is none of {', '.join(KINDS)}.")
-                recipe = recipes.read(args.recipe, Recipe, given | dict(attention=kind, seed=str(seed)))
-                runs.append(Run(kind, seed, recipe, out / f"{kind}-seed{seed}"))
+                recipe = recipes.read(args.recipe, Recipe, given | overrides(kind) | dict(seed=str(seed)))
+                runs.append(Run(kind, seed, recipe, out / f"{kind.replace(':', '-')}-seed{seed}"))
         if not args.report:
             if not args.data:
                 parser.error("--data is needed (or --report).")
@@ -209,9 +256,11 @@ def main() -> None:
             train_all([run for run in runs if not run.finished], arguments, max(1, args.jobs))
         if not (finished := _whole_seeds(runs)):
             raise RunError(f"{out}: no seed has been trained with all kinds yet.")
-        text = table(finished)
+        log = results(finished)
+        text = table(log)
+        write_atomically(out / "log.json", json.dumps(log).encode())
         write_atomically(out / "table.md", f"{text}\n".encode())
-        draw_curves(finished, out / "curves.png")
+        draw_curves(log, out / "curves.png")
     except (recipes.RecipeError, RunError, OSError) as error:
         sys.exit(f"error: {error}")
     print(text)

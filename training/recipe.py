@@ -38,6 +38,7 @@ class Shared:
     num_tokens: int = key(0, "contrast tokens of a layer, a square; 0 for the model's own")
     dwc: bool = key(True, "the depthwise convolution beside the attention")
     stage2_softmax: str = key("", "separate or joint; if not the model's own")
+    pooling: str = key("", "avg or learned; if not the model's own")
     clip_grad: float = key(0.0, "largest gradient norm; 0 for none")
     micro_batch: int = key(0, "samples in one forward pass of a process, accumulated to batch_size; 0 for all")
     checkpointing: bool = key(False, "compute activations again in the backward pass instead of keeping them")
@@ -51,7 +52,7 @@ class Shared:
 
     def model_args(self) -> dict:
         """The arguments of `vca.create_model` that this recipe sets."""
-        names = ("attention", "tokens", "num_tokens", "stage2_softmax")
+        names = ("attention", "tokens", "num_tokens", "stage2_softmax", "pooling")
         return {name: value for name in names if (value := getattr(self, name))} | ({} if self.dwc else dict(dwc=False))
 
     def check_shared(self) -> None:
