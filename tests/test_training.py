@@ -258,10 +258,10 @@ def folder_batches(data, workers):
     return FolderBatches(images, batch_size=16, seed=5, workers=workers, device="cpu")
 
 
-def memory_batches(data):
+def memory_batches(data, **options):
     cfg = vca.create_model("vca_vit_pico_patch4_32").pretrained_cfg
     pixels, labels = decode(Images(data, "train"), cfg)
-    return MemoryBatches(pixels, labels, batch_size=16, seed=5, padding=4, cfg=cfg, device="cpu")
+    return MemoryBatches(pixels, labels, batch_size=16, seed=5, padding=4, cfg=cfg, device="cpu", **options)
 
 
 def test_folder_batches_do_not_depend_on_workers_nor_on_where_they_start(data):
@@ -289,6 +289,16 @@ def test_pad_crop_flip_moves_pixels_as_told():
     expected = torch.zeros_like(image[1])
     expected[:, 1:, :4] = image[1][:, :3, 1:]
     assert torch.equal(out[1], expected.flip(-1))
+
+
+def test_augmentation_in_memory_is_a_function_of_seed_epoch_and_image(data):
+    strong = dict(smallest_crop=0.3, rotation=15.0, color_jitter=0.4, erasing=0.5)
+    whole, rest = (list(memory_batches(data, **strong).epoch(1, first)) for first in (0, 3))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[3:], rest, strict=True))
+    half = list(memory_batches(data, rows=slice(8, 16), **strong).epoch(1, 0))
+    assert all(torch.equal(a[0][8:], b[0]) for a, b in zip(whole, half, strict=True))
+    for name, off in dict(smallest_crop=1.0, rotation=0.0, color_jitter=0.0, erasing=0.0).items():
+        assert not torch.equal(whole[0][0], next(memory_batches(data, **strong | {name: off}).epoch(1, 0))[0]), name
 
 
 def test_decoded_images_are_what_the_app_and_timm_see(data):
@@ -322,7 +332,10 @@ def test_weight_decay_leaves_out_norms_biases_positions_lambdas_and_embeddings()
         ("", {"lr": "fast"}, "not a float"),
         ("", {"epochs": "0"}, "epochs = 0 must be positive"),
         ("", {"precision": "fp16"}, "must be bf16 or fp32"),
-        ("", {"color_jitter": "0.4"}, "need memory = false"),
+        ("", {"auto_augment": "rand-m9"}, "auto_augment and repeats need memory = false"),
+        ("", {"memory": "false", "rotation": "10"}, "smallest_crop and rotation need memory = true"),
+        ("", {"color_jitter": "1.5"}, "smallest_crop and color_jitter must be at most 1"),
+        ("", {"smallest_crop": "0"}, "smallest_crop = 0.0 must be positive"),
     ],
 )
 def test_bad_recipes_are_refused_in_words(tmp_path, text, overrides, message):

@@ -66,9 +66,11 @@ class Recipe(recipes.Shared):
     mix_group: int = key(0, "neighbouring rows of a batch that are mixed with one another; 0 for all of it")
     memory: bool = key(True, "decode all images once and augment in batches on the training device")
     padding: int = key(4, "in memory: largest shift of the random crop in pixels")
+    smallest_crop: float = key(1.0, "in memory: smallest area of a crop that is resized; 1 for none")
+    rotation: float = key(0.0, "in memory: largest rotation in degrees")
     auto_augment: str = key("", "from files: timm's AutoAugment string, such as rand-m9-mstd0.5-inc1")
-    color_jitter: float = key(0.0, "from files: colour jitter, for images without auto_augment")
-    erasing: float = key(0.0, "from files: probability of random erasing")
+    color_jitter: float = key(0.0, "brightness, contrast and saturation; from files for images without auto_augment")
+    erasing: float = key(0.0, "probability of random erasing")
     crop_scale: float = key(0.08, "from files: smallest area of the random resized crop")
     repeats: int = key(1, "from files: repeated augmentation, copies of an image in a batch")
     mean: list = key([0.5, 0.5, 0.5], "channel means, images in [0, 1]")
@@ -82,10 +84,10 @@ class Recipe(recipes.Shared):
         self.check_shared()
         recipes.check_ranges(
             self,
-            positive=("epochs", "eval_every", "crop_scale", "repeats"),
+            positive=("epochs", "eval_every", "crop_scale", "smallest_crop", "repeats"),
             not_negative=(
                 "lr_batch", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "mixup",
-                "cutmix", "mix_group", "padding", "color_jitter", "crop_pct",
+                "cutmix", "mix_group", "padding", "rotation", "color_jitter", "crop_pct",
             ),
             shares=("drop_path", "label_smoothing", "erasing"),
         )  # fmt: skip
@@ -97,8 +99,12 @@ class Recipe(recipes.Shared):
                 raise ValueError(f"{name} = {values} must be three numbers, one for each channel.")
         if min(self.std) <= 0:
             raise ValueError(f"std = {self.std} must be positive.")
-        if self.memory and (self.auto_augment or self.color_jitter or self.erasing or self.repeats > 1):
-            raise ValueError("auto_augment, color_jitter, erasing and repeats need memory = false.")
+        if self.memory and (self.auto_augment or self.repeats > 1):
+            raise ValueError("auto_augment and repeats need memory = false.")
+        if not self.memory and (self.smallest_crop < 1 or self.rotation):
+            raise ValueError("smallest_crop and rotation need memory = true; from files it is crop_scale.")
+        if max(self.smallest_crop, self.color_jitter) > 1:
+            raise ValueError("smallest_crop and color_jitter must be at most 1.")
         if self.mix_group and (self.mix_group % 2 or self.batch_size % self.mix_group):
             raise ValueError(f"mix_group = {self.mix_group} must be an even divisor of batch_size = {self.batch_size}.")
         if self.cooldown_epochs >= self.epochs:
@@ -117,7 +123,10 @@ def open_batches(recipe: Recipe, images: Images, cfg: dict, device: torch.device
     rows = world.rows(recipe.batch_size)
     shared = dict(batch_size=recipe.batch_size, seed=recipe.seed, device=device, rows=rows)
     if recipe.memory:
-        return MemoryBatches(*decode(images, cfg, recipe.workers), padding=recipe.padding, cfg=cfg, **shared)
+        augment = {
+            key: getattr(recipe, key) for key in ("padding", "smallest_crop", "rotation", "color_jitter", "erasing")
+        }
+        return MemoryBatches(*decode(images, cfg, recipe.workers), cfg=cfg, **augment, **shared)
     try:
         images.transform = create_transform(
             cfg["input_size"], is_training=True, scale=(recipe.crop_scale, 1.0),

@@ -20,6 +20,7 @@ from timm.data import create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from training import augment
 from training.shards import ShardError, ShardReader, find_shards
 from vca.images import upright_rgb
 
@@ -207,9 +208,10 @@ def _read(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def normalize(pixels: Tensor, pretrained_cfg: dict) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32, (pixels / 255 - mean) / std."""
+    """uint8 (B, 3, H, W), or floats in [0, 1] -> float32, (pixels - mean) / std of pixels in [0, 1]."""
     mean, std = (torch.tensor(pretrained_cfg[key], device=pixels.device).view(1, 3, 1, 1) for key in ("mean", "std"))
-    return (pixels.float() / 255 - mean) / std
+    images = pixels if pixels.is_floating_point() else pixels.float() / 255
+    return (images - mean) / std
 
 
 def denormalize(images: Tensor, pretrained_cfg: dict) -> Tensor:
@@ -262,26 +264,43 @@ class MemoryBatches:
     Args:
         pixels, labels: what `decode` returns.
         padding: largest shift of the random crop in pixels.
+        smallest_crop, rotation, color_jitter, erasing: see `training.augment`; 1 and 0 for none.
         rows: the rows of each batch that are wanted; default all.
     """
 
     def __init__(
         self, pixels: Tensor, labels: Tensor, *, batch_size: int, seed: int, padding: int, cfg: dict, device,
+        smallest_crop: float = 1.0, rotation: float = 0.0, color_jitter: float = 0.0, erasing: float = 0.0,
         rows: slice = slice(None),
     ):  # fmt: skip
         self.pixels, self.labels = pixels.to(device), labels.to(device)
         self.batch_size, self.seed, self.padding, self.cfg, self.rows = batch_size, seed, padding, cfg, rows
+        self.smallest_crop, self.rotation = smallest_crop, rotation
+        self.color_jitter, self.erasing = color_jitter, erasing
         self.steps_per_epoch = len(labels) // batch_size
 
     def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches `first`, `first + 1`, ... of an epoch: normalised images (B, 3, H, W) and labels (B,)."""
         order = epoch_order(len(self.labels), self.seed, epoch).to(self.pixels.device)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, 1))
-        draws = torch.rand(len(self.labels), 3, generator=generator).to(self.pixels.device)
+        shift = self._draws(3, epoch, 1)
+        warp, jitter = self._draws(augment.WARP_DRAWS, epoch, 2), self._draws(augment.JITTER_DRAWS, epoch, 3)
+        erase = self._draws(augment.ERASE_DRAWS, epoch, 4)
         for batch in order.split(self.batch_size)[first : self.steps_per_epoch]:
             chosen = batch[self.rows]
-            pixels = pad_crop_flip(self.pixels[chosen], draws[chosen], self.padding)
-            yield normalize(pixels, self.cfg), self.labels[chosen]
+            images = pad_crop_flip(self.pixels[chosen], shift[chosen], self.padding).float() / 255
+            if self.smallest_crop < 1 or self.rotation:
+                images = augment.warp(images, warp[chosen], self.smallest_crop, self.rotation)
+            if self.color_jitter:
+                images = augment.jitter(images, jitter[chosen], self.color_jitter)
+            images = normalize(images, self.cfg)
+            if self.erasing:
+                images = augment.erase(images, erase[chosen], self.erasing)
+            yield images, self.labels[chosen]
+
+    def _draws(self, count: int, epoch: int, purpose: int) -> Tensor:
+        """Uniform numbers (N, count), a row for each image of the data set."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, purpose))
+        return torch.rand(len(self.labels), count, generator=generator).to(self.pixels.device)
 
 
 class FolderBatches:
