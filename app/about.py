@@ -56,7 +56,7 @@ every block, over all heads, patches and three pictures of each class.
 TIMESTEPS_PICTURE = (
     Path(__file__).with_name("timesteps.png"),
     "States of a picture of an automobile at six times from noise to picture, the effective maps of blocks 2, 5 and 7 "
-    "at these times, and two curves of every block over time: how far its attention reaches, and how much it pushes away.",
+    "then, and two curves of every block over time: how far its attention reaches, and how much it pushes away.",
 )
 PAPER = """
 ## The paper
