@@ -192,7 +192,8 @@ def _difference(values: list[float], reference: list[float]) -> str:
         return text
     from scipy.stats import ttest_rel
 
-    return f"{text} ± {statistics.stdev(differences):.2f} ({ttest_rel(values, reference).pvalue:.3f})"
+    p = ttest_rel(values, reference).pvalue
+    return f"{text} ± {statistics.stdev(differences):.2f} ({'< 0.001' if p < 0.001 else f'{p:.3f}'})"
 
 
 def draw_curves(log: dict, file: Path) -> None:
