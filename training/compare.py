@@ -134,14 +134,15 @@ def results(runs: list[Run]) -> dict:
 
 
 def _result(run: Run) -> dict:
-    train = [line for line in run.log() if "lr" in line]
+    log = run.log()
+    train = [line for line in log if "lr" in line]
     pace = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairwise(train)]
     return dict(
         kind=run.kind,
         seed=run.seed,
         parameters=_parameters(run),
         seconds_per_step=round(statistics.median(pace), 4),
-        top1=[[line["epoch"], line["top1"]] for line in run.log() if "top1" in line],
+        top1=[[line["epoch"], line["top1"]] for line in log if "top1" in line],
         loss=[[line["step"], round(line["loss"], 4)] for line in train[:: max(1, len(train) // 50)]],
     )
 
@@ -157,9 +158,7 @@ def table(log: dict) -> str:
     The test is Student's t on the differences of runs with the same seed, two-sided; it needs two seeds or more. The
     time is that of the seed that was least disturbed by other work.
     """
-    by_kind = {}
-    for run in log["runs"]:
-        by_kind.setdefault(run["kind"], []).append(run)
+    by_kind = _by_kind(log)
     top1 = {kind: [run["top1"][-1][1] for run in runs] for kind, runs in by_kind.items()}
     first, *others = by_kind
     references = [first, *[CONTROL] * (CONTROL in others)]
@@ -178,10 +177,22 @@ def table(log: dict) -> str:
             kind, f"{runs[0]['parameters']:,}", f"{statistics.mean(top1[kind]):.2f}{spread}",
             " ".join(f"{value:.2f}" for value in top1[kind]),
             *("" if kind == reference else _difference(top1[kind], top1[reference]) for reference in references),
-            f"{min(run['seconds_per_step'] for run in runs) * log['steps'] / log['epochs']:.0f}",
+            f"{_seconds(log, runs) / log['epochs']:.0f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _by_kind(log: dict) -> dict[str, list[dict]]:
+    kinds = {}
+    for run in log["runs"]:
+        kinds.setdefault(run["kind"], []).append(run)
+    return kinds
+
+
+def _seconds(log: dict, runs: list[dict]) -> float:
+    """Time of a whole run of one kind, at the pace of the least disturbed one."""
+    return min(run["seconds_per_step"] for run in runs) * log["steps"]
 
 
 def _difference(values: list[float], reference: list[float]) -> str:
@@ -204,19 +215,16 @@ def draw_curves(log: dict, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (by_step, by_epoch, by_time) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    kinds = list(dict.fromkeys(run["kind"] for run in log["runs"]))
-    colours = dict(zip(kinds, plt.get_cmap("tab20" if len(kinds) > 10 else "tab10").colors, strict=False))
-    minutes = {
-        kind: min(run["seconds_per_step"] for run in log["runs"] if run["kind"] == kind) * log["steps"] / 60
-        for kind in kinds
-    }
-    for run in log["runs"]:
-        kind, first = run["kind"], run is next(r for r in log["runs"] if r["kind"] == run["kind"])
-        style = dict(color=colours[kind], linewidth=1)
-        epochs, top1 = zip(*run["top1"], strict=True)
-        by_step.plot(*zip(*run["loss"], strict=True), alpha=0.6, **style)
-        by_epoch.plot(epochs, top1, marker=".", label=kind if first else None, **style)
-        by_time.plot([minutes[kind] * epoch / log["epochs"] for epoch in epochs], top1, marker=".", **style)
+    by_kind = _by_kind(log)
+    colours = plt.get_cmap("tab20" if len(by_kind) > 10 else "tab10").colors
+    for (kind, runs), colour in zip(by_kind.items(), colours, strict=False):
+        minutes = _seconds(log, runs) / 60
+        for run in runs:
+            style = dict(color=colour, linewidth=1)
+            epochs, top1 = zip(*run["top1"], strict=True)
+            by_step.plot(*zip(*run["loss"], strict=True), alpha=0.6, **style)
+            by_epoch.plot(epochs, top1, marker=".", label=kind if run is runs[0] else None, **style)
+            by_time.plot([minutes * epoch / log["epochs"] for epoch in epochs], top1, marker=".", **style)
     by_step.set(xlabel="step", ylabel="training loss")
     by_epoch.set(xlabel="epoch", ylabel="top-1 (%)")
     by_time.set(xlabel="minutes of training", ylabel="top-1 (%)")

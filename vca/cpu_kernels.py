@@ -32,7 +32,7 @@ def kernels() -> ModuleType | None:
         name = f"vca_cpu_kernels_{capability.lower().replace(' ', '_')}"
         return load(name, [str(SOURCE)], extra_cflags=flags, extra_ldflags=openmp)
     except (ImportError, OSError, RuntimeError) as error:
-        lines = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "error:" in line), lines[0])
         warnings.warn(
             f"The fused attention kernels for this CPU could not be compiled ({reason}); the plain path is taken. "

@@ -28,9 +28,14 @@ def supported(x: Tensor, num_tokens: int) -> bool:
 
     The first question about a CPU compiles its kernels, see `vca.cpu_kernels.kernels`.
     """
-    if x.is_cuda or INTERPRETED:
-        return HAS_TRITON and num_tokens <= MAX_TOKENS and x.shape[-1] <= MAX_HEAD_DIM and x.dtype in DTYPES
-    return x.is_cpu and x.shape[-1] % 16 == 0 and x.dtype != torch.float64 and _cpu_kernels_exist()
+    if _takes_cpu_kernels(x):
+        return x.shape[-1] % 16 == 0 and x.dtype != torch.float64 and _cpu_kernels_exist()
+    runs = HAS_TRITON and (x.is_cuda or INTERPRETED)
+    return runs and num_tokens <= MAX_TOKENS and x.shape[-1] <= MAX_HEAD_DIM and x.dtype in DTYPES
+
+
+def _takes_cpu_kernels(x: Tensor) -> bool:
+    return x.is_cpu and not INTERPRETED
 
 
 @torch.compiler.assume_constant_result
@@ -39,7 +44,7 @@ def _cpu_kernels_exist() -> bool:
 
 
 def _kernels(x: Tensor) -> ModuleType:
-    if x.is_cpu and not INTERPRETED:
+    if _takes_cpu_kernels(x):
         return cpu_kernels.kernels()
     from vca import triton_kernels
 
