@@ -141,7 +141,7 @@ def _result(run: Run) -> dict:
         kind=run.kind,
         seed=run.seed,
         parameters=_parameters(run),
-        seconds_per_step=round(statistics.median(pace), 4),
+        seconds_per_step=round(statistics.median(pace or [train[-1]["seconds"] / train[-1]["step"]]), 4),
         top1=[[line["epoch"], line["top1"]] for line in log if "top1" in line],
         loss=[[line["step"], round(line["loss"], 4)] for line in train[:: max(1, len(train) // 50)]],
     )
