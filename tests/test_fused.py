@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.test_attention import SMALL, make
+from tests.test_fused_kernels import needs_compiler
 from vca import cpu_kernels, fused
 from vca import functional as VF
 
@@ -30,7 +31,7 @@ def test_the_kernels_in_the_interpreter():
 
 
 @pytest.mark.long
-@pytest.mark.skipif(cpu_kernels.kernels() is None, reason="there is no C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_the_kernels_of_older_processors(capability):
     done = python("-m", "pytest", "-x", "tests/test_fused_kernels.py", ATEN_CPU_CAPABILITY=capability)

@@ -81,7 +81,7 @@ struct Entries {
   int64_t row, column;
 };
 
-// c (ROWS, VECS * 16) = a b, or c += a b; k is the length of the sums.
+// c (ROWS, VECS * WIDTH) = a b, or c += a b; k is the length of the sums.
 template <int ROWS, int VECS>
 inline void multiply_block(int64_t k, Entries a, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
   Vec total[ROWS][VECS];
@@ -118,7 +118,7 @@ inline void multiply_columns(int64_t rows, int64_t k, Entries a, const float* b,
   }
 }
 
-// c (rows, columns) = a b, or c += a b, of a (rows, k) and b (k, columns); columns is a multiple of 16.
+// c (rows, columns) = a b, or c += a b, of a (rows, k) and b (k, columns); columns is a multiple of WIDTH.
 void multiply(int64_t rows, int64_t columns, int64_t k, Entries a, const float* b, int64_t b_row, float* c,
               int64_t c_row, bool add = false) {
   for (; columns >= BLOCK * WIDTH; columns -= BLOCK * WIDTH, b += BLOCK * WIDTH, c += BLOCK * WIDTH)
@@ -142,6 +142,13 @@ void transpose(const float* x, int64_t x_row, int64_t count, int64_t d, float* t
 }
 
 int64_t whole_vectors(int64_t count) { return (count + WIDTH - 1) / WIDTH * WIDTH; }
+
+// c (rows, count) = a x^T, of a (rows, d) and x (count, d), count <= TILE; `transposed` (d, TILE) is room for x^T.
+void multiply_transposed(int64_t rows, int64_t count, int64_t d, Entries a, const float* x, int64_t x_row,
+                         std::vector<float>& transposed, float* c, int64_t c_row) {
+  transpose(x, x_row, count, d, transposed.data());
+  multiply(rows, whole_vectors(count), d, a, transposed.data(), TILE, c, c_row);
+}
 
 float dot(const float* a, const float* b, int64_t d) {
   Vec total{};
@@ -172,7 +179,9 @@ struct Sequence {
   explicit Sequence(const Tensor& x)
       : data(x.data_ptr<float>()), batch(x.stride(0)), head(x.stride(1)), token(x.stride(2)), heads(x.size(1)) {}
 
-  float* of(int64_t group) const { return data + group / heads * batch + group % heads * head; }
+  float* at(int64_t group, int64_t index) const {
+    return data + group / heads * batch + group % heads * head + index * token;
+  }
 };
 
 // BH, n, d and T.
@@ -231,9 +240,8 @@ std::tuple<Tensor, Tensor, Tensor> stage1(Tensor tokens, Tensor k, Tensor v, Ten
         const int64_t count = std::min(CHUNK, length - start);
         for (int64_t tile = 0; tile < count; tile += TILE) {
           const int64_t inside = std::min(TILE, count - tile);
-          transpose(keys.of(group) + (start + tile) * keys.token, keys.token, inside, d, transposed.data());
-          multiply(2 * n, whole_vectors(inside), d, {t, tokens.stride(1), 1}, transposed.data(), TILE,
-                   scores.data() + tile, CHUNK);
+          multiply_transposed(2 * n, inside, d, {t, tokens.stride(1), 1}, keys.at(group, start + tile), keys.token,
+                              transposed, scores.data() + tile, CHUNK);
         }
         for (int64_t row = 0; row < 2 * n; row++) {
           float* line = scores.data() + row * CHUNK;
@@ -249,8 +257,8 @@ std::tuple<Tensor, Tensor, Tensor> stage1(Tensor tokens, Tensor k, Tensor v, Ten
           }
           shift[row] = higher;
         }
-        multiply(2 * n, d, count, {scores.data(), CHUNK, 1}, values.of(group) + start * values.token, values.token,
-                 product, d, start > 0);
+        multiply(2 * n, d, count, {scores.data(), CHUNK, 1}, values.at(group, start), values.token, product, d,
+                 start > 0);
       }
       float* result = start_of(out) + group * n * d;
       for (int64_t row = 0; row < 2 * n; row++) {
@@ -299,11 +307,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage1_backward(Tensor grad, Tensor t
       start_of(grad_lam)[group] = total_lam;
       for (int64_t start = 0; start < length; start += TILE) {
         const int64_t count = std::min(TILE, length - start);
-        const float* key = keys.of(group) + start * keys.token;
-        transpose(values.of(group) + start * values.token, values.token, count, d, transposed.data());
-        multiply(n, whole_vectors(count), d, {inner.data(), d, 1}, transposed.data(), TILE, grad_map.data(), TILE);
-        transpose(key, keys.token, count, d, transposed.data());
-        multiply(2 * n, whole_vectors(count), d, {t, tokens.stride(1), 1}, transposed.data(), TILE, maps.data(), TILE);
+        const float* key = keys.at(group, start);
+        multiply_transposed(n, count, d, {inner.data(), d, 1}, values.at(group, start), values.token, transposed,
+                            grad_map.data(), TILE);
+        multiply_transposed(2 * n, count, d, {t, tokens.stride(1), 1}, key, keys.token, transposed, maps.data(), TILE);
         for (int64_t row = 0; row < n; row++)
           for (int64_t i = row * TILE; i < row * TILE + count; i += WIDTH) {
             const Vec positive = exponential(load(maps.data() + i) - shift[row]);
@@ -313,10 +320,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage1_backward(Tensor grad, Tensor t
             store(maps.data() + i, positive * (above - mean[row]));
             store(maps.data() + n * TILE + i, negative * (mean[n + row] - above));
           }
-        multiply(count, d, n, {difference.data(), 1, TILE}, inner.data(), d,
-                 grad_values.of(group) + start * grad_values.token, grad_values.token);
-        multiply(count, d, 2 * n, {maps.data(), 1, TILE}, t, tokens.stride(1),
-                 grad_keys.of(group) + start * grad_keys.token, grad_keys.token);
+        multiply(count, d, n, {difference.data(), 1, TILE}, inner.data(), d, grad_values.at(group, start),
+                 grad_values.token);
+        multiply(count, d, 2 * n, {maps.data(), 1, TILE}, t, tokens.stride(1), grad_keys.at(group, start),
+                 grad_keys.token);
         multiply(2 * n, d, count, {maps.data(), TILE, 1}, key, keys.token, grad_t, d, start > 0);
       }
     }
@@ -362,9 +369,9 @@ Tensor stage2(Tensor tokens, Tensor q, Tensor values, Tensor lam, double gain) {
       for (int64_t start = 0; start < length; start += TILE) {
         const int64_t count = std::min(TILE, length - start);
         const float* t = start_of(tokens) + group * tokens.stride(0);
-        float* result = outputs.of(group) + start * outputs.token;
-        transpose(queries.of(group) + start * queries.token, queries.token, count, d, transposed.data());
-        multiply(2 * n, whole_vectors(count), d, {t, tokens.stride(1), 1}, transposed.data(), TILE, maps.data(), TILE);
+        float* result = outputs.at(group, start);
+        multiply_transposed(2 * n, count, d, {t, tokens.stride(1), 1}, queries.at(group, start), queries.token,
+                            transposed, maps.data(), TILE);
         softmax_over_tokens(maps.data(), n, count);
         subtract_streams(maps.data(), lambda, n, count, maps.data());
         multiply(count, d, n, {maps.data(), 1, TILE}, start_of(values) + group * n * d, d, result, outputs.token);
@@ -396,19 +403,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage2_backward(Tensor grad, Tensor t
       Vec total_lam{};
       for (int64_t start = 0; start < length; start += TILE) {
         const int64_t count = std::min(TILE, length - start);
-        const float* query = queries.of(group) + start * queries.token;
-        transpose(query, queries.token, count, d, transposed.data());
-        multiply(2 * n, whole_vectors(count), d, {t, tokens.stride(1), 1}, transposed.data(), TILE, maps.data(), TILE);
+        const float* query = queries.at(group, start);
+        multiply_transposed(2 * n, count, d, {t, tokens.stride(1), 1}, query, queries.token, transposed, maps.data(),
+                            TILE);
         softmax_over_tokens(maps.data(), n, count);
         subtract_streams(maps.data(), lambda, n, count, difference.data());
         multiply(count, d, n, {difference.data(), 1, TILE}, value, d, inner.data(), d);
         for (int64_t i = 0; i < count; i++)
-          rms_backward(grads.of(group) + (start + i) * grads.token, inner.data() + i * d, d, gain,
-                       inner.data() + i * d);
+          rms_backward(grads.at(group, start + i), inner.data() + i * d, d, gain, inner.data() + i * d);
         multiply(n, d, count, {difference.data(), TILE, 1}, inner.data(), d, start_of(grad_values) + group * n * d, d,
                  start > 0);
-        transpose(inner.data(), d, count, d, transposed.data());
-        multiply(n, whole_vectors(count), d, {value, d, 1}, transposed.data(), TILE, grad_map.data(), TILE);
+        multiply_transposed(n, count, d, {value, d, 1}, inner.data(), d, transposed, grad_map.data(), TILE);
         for (int64_t i = 0; i < count; i += WIDTH) {
           Vec positive_mean{}, negative_mean{};
           for (int64_t at = i; at < n * TILE; at += TILE) {
@@ -423,8 +428,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage2_backward(Tensor grad, Tensor t
             store(negative, lambda * load(negative) * (negative_mean - above));
           }
         }
-        multiply(count, d, 2 * n, {maps.data(), 1, TILE}, t, tokens.stride(1),
-                 grad_queries.of(group) + start * grad_queries.token, grad_queries.token);
+        multiply(count, d, 2 * n, {maps.data(), 1, TILE}, t, tokens.stride(1), grad_queries.at(group, start),
+                 grad_queries.token);
         multiply(2 * n, d, count, {maps.data(), TILE, 1}, query, queries.token, grad_t, d, start > 0);
       }
       start_of(grad_lam)[group] = sum(total_lam);
