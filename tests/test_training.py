@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from dataclasses import asdict
 
 import numpy as np
@@ -23,7 +24,7 @@ from training import recipe as recipes
 from training.card import write_card
 from training.classify import Recipe
 from training.data import DataError, FolderBatches, Images, MemoryBatches, decode, eval_transform, pad_crop_flip
-from training.engine import RunError, RunFolder, Trainer
+from training.engine import RunError, RunFolder, Trainer, autocast
 from training.start import build_model
 
 CLASSES = ("bird", "cat", "dog")
@@ -190,6 +191,16 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
         t.train_step((x, y))
         weights.append(torch.cat([p.detach().flatten() for p in t.model.parameters()]))
     assert torch.allclose(*weights, atol=1e-6)
+
+
+def test_a_cpu_that_is_slow_in_bf16_is_told_of(monkeypatch):
+    for supported, told in ((True, 0), (False, 1)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=supported: answer)
+        with warnings.catch_warnings(record=True) as caught:
+            for device, precision in (("cpu", "bf16"), ("cpu", "fp32"), ("cuda", "bf16")):
+                context = autocast(torch.device(device), precision)
+                assert context._enabled == (precision == "bf16" and (device == "cpu" or torch.cuda.is_available()))
+        assert [("--precision fp32" in str(w.message)) for w in caught if "bf16" in str(w.message)] == [True] * told
 
 
 def test_non_finite_steps_are_skipped_counted_saved_and_end_the_run(tmp_path):

@@ -11,6 +11,7 @@ import platform
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -47,6 +48,15 @@ def open_device(name: str) -> torch.device:
         return torch.empty(1, device=local_device(name)).device
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context that computes in "bf16" or "fp32"; warns once if a CPU is much slower in the former."""
+    bf16, mkldnn = precision == "bf16", device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if bf16 and mkldnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        text = "this CPU has no instructions for bf16; --precision fp32 is several times faster."
+        warnings.warn(text, stacklevel=2)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 class RunFolder:
@@ -214,7 +224,7 @@ class Trainer:
             seed_everything(self.seed, self.step, 4, self.world.rank * rows + first)
             last = first + size >= rows
             with nullcontext() if last or self.world.size == 1 else self._loss.no_sync():
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                with autocast(self.device, self.precision):
                     loss = self._loss(*part) * (len(part[0]) / rows)
                 loss.backward()
             total += loss.detach()

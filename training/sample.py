@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import vca
-from training.engine import RunError, open_device
+from training.engine import RunError, autocast, open_device
 from training.world import local_device
 from vca.checkpoint import write_atomically
 from vca.models.dit import DiffusionTransformer
@@ -99,14 +99,13 @@ def sample_files(
     folders = [out if flat else out / f"{label:04d}_{names[label]}" for label in range(model.num_classes)]
     files = [folders[label] / f"{index:06d}.png" for index, label in enumerate(labels)]
     arguments = {key: value for key, value in settings.items() if key != "precision"}
-    autocast = torch.autocast(model.pos_embed.device.type, torch.bfloat16, enabled=settings["precision"] == "bf16")
     number, processes = part
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     with tqdm(total=sum(map(len, batches[number::processes])), unit="image") as bar:
         for indices in batches[number::processes]:
             missing = [index for index in indices if not files[index].exists()]
             if missing:  # the whole batch is made again: in another batch an image may differ by rounding
-                with autocast:
+                with autocast(model.pos_embed.device, settings["precision"]):
                     images = model.sample([labels[i] for i in indices], indices=indices, **arguments)
                 pixels = to_bytes(images)
                 write_atomically(note, json.dumps(described, indent=2).encode())
