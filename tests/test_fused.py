@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -60,14 +61,65 @@ def test_without_a_compiler_a_cpu_takes_the_plain_path_and_says_why(monkeypatch,
     assert len(warned) == 1
 
 
+AMPERE, ADA, TURING = ((8, 163 * 1024), (8, 99 * 1024), (7, 64 * 1024))
+
+
 @pytest.mark.skipif(not fused.HAS_TRITON, reason="Triton is not installed")
-def test_a_gpu_takes_up_to_64_contrast_tokens_of_128_channels_in_half_precision():
+@pytest.mark.parametrize("gpu, max_head_dim", [(AMPERE, 128), (ADA, 64), (TURING, 0)])
+def test_a_gpu_takes_up_to_64_contrast_tokens_in_half_precision(monkeypatch, gpu, max_head_dim):
+    properties = types.SimpleNamespace(major=gpu[0], shared_memory_per_block_optin=gpu[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     with FakeTensorMode(), torch.device("cuda"):  # tensors without contents, which need no GPU
         for dtype in (torch.bfloat16, torch.float16):
-            assert fused.supported(torch.empty(2, 3, 10, 128, dtype=dtype), 64)
-            assert not fused.supported(torch.empty(2, 3, 10, 128, dtype=dtype), 65)
-            assert not fused.supported(torch.empty(2, 3, 10, 129, dtype=dtype), 64)
-        assert not fused.supported(torch.empty(2, 3, 10, 128), 64)
+            for d in (32, 64, 128, 129):
+                assert fused.supported(torch.empty(2, 3, 10, d, dtype=dtype), 64) == (d <= max_head_dim)
+            assert not fused.supported(torch.empty(2, 3, 10, 64, dtype=dtype), 65)
+        assert not fused.supported(torch.empty(2, 3, 10, 64), 64)
+
+
+@pytest.mark.skipif(not fused.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.long), 90])
+def test_the_kernels_compile_for_gpus_that_are_not_here(capability):
+    """What the interpreter does not see: Triton's compiler takes them, and they fit in the registers and memory."""
+    code = f"from tests.test_fused import compile_kernels; compile_kernels({capability})"
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["64", "128"]
+
+
+KERNELS = ("stage1_kernel", "stage1_merge_kernel", "stage1_backward_kernel", "stage2_kernel", "stage2_backward_kernel")
+
+
+def compile_kernels(capability: int) -> None:
+    """For heads of 64 and 128 channels, from Triton's source to machine code; to be run in a process of its own."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vca import triton_kernels as kernels
+
+    half = {"tokens", "k", "v", "q", "values", "grad", "out", "grad_k", "grad_v", "grad_q"}
+    full = {"lam", "products", "lse", "part_products", "part_lse", "grad_tokens", "grad_values", "grad_lam"}
+    for d, limit in fused.SHARED_MEMORY.items():
+        options = kernels.options(torch.empty(1, 1, 1, d))
+        launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+        for name in KERNELS:
+            kernel = getattr(kernels, name)
+            constants = options | dict(ROWS=128 if name == "stage1_kernel" else fused.MAX_TOKENS)
+            constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+            signature = {
+                argument: "constexpr" if argument in constants
+                else "*bf16" if argument in half
+                else "*fp32" if argument in full
+                else "fp32" if argument == "gain"
+                else "i32"
+                for argument in kernel.arg_names
+            }  # fmt: skip
+            constants = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+            made = compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", capability, 32), launch)
+            assert made.metadata.shared <= limit, (name, d, made.metadata.shared)
+            assert made.asm["cubin"]
+        print(d)
 
 
 def test_shapes_and_flops_without_a_kernel():

@@ -1,7 +1,10 @@
 """The kernels of the fused operators on a CPU against float64: the C++ ones, or the Triton ones in its interpreter.
 
 Triton reads TRITON_INTERPRET when it is imported, so that its kernels need a process of their own, in which
-`tests/test_fused.py` runs this file once more.
+`tests/test_fused.py` runs this file once more. On a GPU, with and without its sanitizer:
+
+    VCA_TEST_DEVICE=cuda python -m pytest tests/test_fused_kernels.py
+    VCA_TEST_DEVICE=cuda compute-sanitizer python -m pytest tests/test_fused_kernels.py
 """
 
 import copy
@@ -22,9 +25,13 @@ if fused.INTERPRETED:
 
     from vca import triton_kernels
 
+DEVICE = os.environ.get("VCA_TEST_DEVICE", "cpu")
+ON_GPU = DEVICE != "cpu"
+FLOAT = torch.bfloat16 if ON_GPU else torch.float32
 compiler = shutil.which(os.environ.get("CXX", "c++"))
 needs_compiler = pytest.mark.skipif(compiler is None, reason="there is no C++ compiler")
-pytestmark = [] if fused.INTERPRETED else needs_compiler
+pytestmark = [] if fused.INTERPRETED or ON_GPU else needs_compiler
+only_float32 = pytest.mark.skipif(ON_GPU, reason="the kernels for a GPU take no float32")
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 OPERATORS = {
@@ -36,8 +43,8 @@ OPERATORS = {
 @pytest.fixture(autouse=True)
 def every_new_tensor_holds_nan():
     """Until it is written to: what a kernel leaves out is then seen."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all() and torch.ones(1).new_empty(3).isnan().all()
+    torch.use_deterministic_algorithms(True, warn_only=ON_GPU)
+    assert torch.empty(3, device=DEVICE).isnan().all() and torch.ones(1, device=DEVICE).new_empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -70,7 +77,7 @@ def bfloat16_as_on_a_gpu():
 
 
 def test_the_kernels_are_compiled_where_there_is_a_compiler():
-    assert fused.INTERPRETED or cpu_kernels.kernels() is not None
+    assert fused.INTERPRETED or ON_GPU or cpu_kernels.kernels() is not None
 
 
 @pytest.fixture(autouse=True)
@@ -84,12 +91,12 @@ def inputs(axes, dtype, batch=1, heads=2, length=50, n=9, d=32):
     """Tokens, keys or queries, values and lambda; the sequences are views of one projection, as in the layer."""
 
     def randn(*shape):
-        return torch.randn(*shape, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, dtype=torch.float64).to(DEVICE, dtype)
 
     x, v = randn(batch, length, 2, heads, d).transpose(1, 3).unbind(2)
     values = v if axes == VF.STAGE1 else randn(batch * heads, n, d)
     tokens = 2 * d**-0.5 * randn(batch * heads, 2 * n, d)
-    return [y.requires_grad_() for y in (tokens, x.detach(), values.detach(), torch.tensor(0.6))]
+    return [y.requires_grad_() for y in (tokens, x.detach(), values.detach(), torch.tensor(0.6, device=DEVICE))]
 
 
 def in_float64(tokens, x, values, lam, gain, axes):
@@ -107,7 +114,10 @@ CASES = [
     (torch.bfloat16, dict(length=197, n=49, d=64)),
     (torch.bfloat16, dict(length=257, n=64, d=128, heads=1)),
 ]
-if fused.INTERPRETED:  # any number of channels
+if ON_GPU:
+    CASES = [case for case in CASES if case[0] != torch.float32]
+    CASES += [(torch.bfloat16, dict(length=length, n=49, d=64, batch=8)) for length in (1, 1024, 4999)]
+elif fused.INTERPRETED:  # any number of channels
     CASES += [
         (torch.float32, dict(length=65, n=9, batch=2, heads=2, d=24)),
         (torch.float32, dict(length=4999, n=3, heads=1, d=8)),
@@ -128,7 +138,7 @@ def test_output_and_gradients_equal_the_reference(dtype, case, axes):
     assert out.dtype == dtype
     assert relative_error(out, want.detach()) < TOLERANCE[dtype]
 
-    weight = torch.randn(out.shape, dtype=torch.float64).to(dtype)
+    weight = torch.randn(out.shape, dtype=torch.float64).to(DEVICE, dtype)
     found = torch.autograd.grad(out, given, weight)
     targets = torch.autograd.grad(want, exact, weight.double())
     for name, x, grad, target in zip(("tokens", "x", "values", "lambda"), given, found, targets, strict=True):
@@ -137,6 +147,7 @@ def test_output_and_gradients_equal_the_reference(dtype, case, axes):
         assert (grad.double() - target).norm() < TOLERANCE[dtype] * unit, name
 
 
+@only_float32
 def test_scores_of_any_size():
     """Large ones neither overflow nor reach the padding, where a score of 0 would be the largest of all."""
     for axes in (VF.STAGE1, VF.STAGE2):
@@ -155,11 +166,12 @@ def test_the_difference_of_close_streams_is_not_rounded_away():
         tokens, x, values, _ = (y.detach() for y in inputs(axes, torch.bfloat16, length=200))
         positive, negative = tokens.chunk(2, dim=1)
         negative.copy_(positive * (1 + 2**-7))
-        out = fused.contrast(tokens, x, values, torch.tensor(1.0), 0.7, axes)
-        want = in_float64(*(y.double() for y in (tokens, x, values, torch.tensor(1.0))), 0.7, axes)
+        out = fused.contrast(tokens, x, values, torch.tensor(1.0, device=DEVICE), 0.7, axes)
+        want = in_float64(*(y.double() for y in (tokens, x, values, torch.tensor(1.0, device=DEVICE))), 0.7, axes)
         assert relative_error(out, want) < 1e-2
 
 
+@only_float32
 @pytest.mark.skipif(fused.INTERPRETED, reason="the plain operations of NumPy decide there")
 @pytest.mark.parametrize("place", range(3), ids=["tokens", "x", "values"])
 @pytest.mark.parametrize("axes", OPERATORS, ids=["stage1", "stage2"])
@@ -172,7 +184,7 @@ def test_a_number_that_is_none_is_not_hidden(axes, place):
         assert lost.any() and fused.contrast(*given, 0.7, axes)[lost].isnan().all()
 
 
-@pytest.mark.skipif(fused.INTERPRETED, reason="it has no threads")
+@pytest.mark.skipif(fused.INTERPRETED or ON_GPU, reason="it has no threads")
 def test_threads_change_nothing():
     threads = torch.get_num_threads()
     for axes in OPERATORS:
@@ -188,7 +200,7 @@ def test_threads_change_nothing():
 @pytest.mark.parametrize("axes", OPERATORS, ids=["stage1", "stage2"])
 def test_operators_are_registered_as_torch_wants_them(axes):
     forward, backward = OPERATORS[axes]
-    given = inputs(axes, torch.float32, length=5, n=2, heads=1, d=16)
+    given = inputs(axes, FLOAT, length=5, n=2, heads=1, d=16)
     torch.library.opcheck(forward, (*given, 0.7))
     with torch.no_grad():
         out = forward(*given, 0.7)
@@ -223,6 +235,7 @@ def calls(run) -> dict:
     return counter.get_flop_counts()["Global"]
 
 
+@only_float32
 @pytest.mark.parametrize("options", [{}, dict(tokens="emb", dwc=False)], ids=describe)
 def test_a_layer_has_the_output_and_gradients_of_the_plain_one(options):
     layer, exact, x = fused_and_exact(**options)
@@ -236,8 +249,8 @@ def test_a_layer_has_the_output_and_gradients_of_the_plain_one(options):
 
 
 def test_autocast():
-    layer, exact, x = fused_and_exact()
-    with torch.autocast("cpu", torch.bfloat16):
+    layer, exact, x = (part.to(DEVICE) for part in fused_and_exact())
+    with torch.autocast(DEVICE, torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
     assert relative_error(y, exact(x.double()).detach()) < 2e-2
@@ -245,6 +258,7 @@ def test_autocast():
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
+@only_float32
 def test_flops_are_those_of_the_plain_layer():
     layer, exact, x = fused_and_exact()
     found = calls(lambda: layer(x).sum().backward())
@@ -254,6 +268,7 @@ def test_flops_are_those_of_the_plain_layer():
     assert sum(found.values()) == sum(calls(lambda: exact(x.double()).sum().backward()).values())
 
 
+@only_float32
 def test_compiled_and_exported_layers():
     layer, _, x = fused_and_exact()
     weight = torch.randn_like(x)
@@ -264,6 +279,7 @@ def test_compiled_and_exported_layers():
     assert torch.ops.vca.contrast_stage2 in calls(lambda: exported(x))
 
 
+@only_float32
 @pytest.mark.parametrize(
     "options",
     [
@@ -281,6 +297,7 @@ def test_what_is_not_the_standard_form_takes_the_plain_path(options):
     assert not any("vca" in str(operator) for operator in calls(lambda: layer(x)))
 
 
+@only_float32
 def test_maps_and_float64_take_the_plain_path():
     layer, exact, x = fused_and_exact()
     exact.fused_attn = True

@@ -19,7 +19,8 @@ from vca import functional as VF
 ENABLED = os.environ.get("VCA_FUSED") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # runs the kernels of a GPU on a CPU, for tests
-MAX_TOKENS, MAX_HEAD_DIM = 64, 128  # of the kernels for a GPU
+MAX_TOKENS = 64  # of the kernels for a GPU
+SHARED_MEMORY = {64: 64 * 1024, 128: 112 * 1024}  # bytes a block that they need, by the most channels of a head
 DTYPES = (torch.bfloat16, torch.float16, *(torch.float32,) * INTERPRETED)  # float32 products have no tensor cores
 
 
@@ -30,8 +31,9 @@ def supported(x: Tensor, num_tokens: int) -> bool:
     """
     if _takes_cpu_kernels(x):
         return x.shape[-1] % 16 == 0 and x.dtype != torch.float64 and _cpu_kernels_exist()
-    runs = HAS_TRITON and (x.is_cuda or INTERPRETED)
-    return runs and num_tokens <= MAX_TOKENS and x.shape[-1] <= MAX_HEAD_DIM and x.dtype in DTYPES
+    if not HAS_TRITON or num_tokens > MAX_TOKENS or x.dtype not in DTYPES:
+        return False
+    return x.shape[-1] <= (max(SHARED_MEMORY) if INTERPRETED else x.is_cuda and _max_head_dim(x.get_device()))
 
 
 def _takes_cpu_kernels(x: Tensor) -> bool:
@@ -41,6 +43,14 @@ def _takes_cpu_kernels(x: Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def _cpu_kernels_exist() -> bool:
     return cpu_kernels.kernels() is not None
+
+
+@torch.compiler.assume_constant_result
+def _max_head_dim(device: int) -> int:
+    """The most channels of a head that the kernels take on this GPU; 0 before the Ampere generation."""
+    gpu = torch.cuda.get_device_properties(device)
+    fitting = (d for d, needed in SHARED_MEMORY.items() if needed <= gpu.shared_memory_per_block_optin)
+    return max(fitting, default=0) if gpu.major >= 8 else 0
 
 
 def _kernels(x: Tensor) -> ModuleType:

@@ -265,9 +265,12 @@ def power_of_two(size: int) -> int:
 
 
 def options(x: Tensor) -> dict:
-    """Sizes of the tiles, and launch options, for the sequence x (B, H, T, d)."""
+    """Sizes of the tiles, and launch options, for the sequence x (B, H, T, d).
+
+    With larger blocks the backward kernels spill registers to memory.
+    """
     d = power_of_two(x.shape[-1])
-    return dict(D=d, BLOCK=64 if d <= 64 else 32, num_warps=8, num_stages=2)
+    return dict(D=d, BLOCK=32 if d <= 64 else 16, num_warps=8, num_stages=2)
 
 
 def split(x: Tensor, block: int) -> tuple[int, int]:
@@ -295,20 +298,9 @@ def stage1(tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float) -> tu
         ROWS=power_of_two(rows), **tile,
     )  # fmt: skip
     stage1_merge_kernel[groups,](
-        part_products,
-        part_lse,
-        lam,
-        out,
-        products,
-        lse,
-        parts,
-        n,
-        d,
-        gain,
-        ROWS=power_of_two(n),
-        D=tile["D"],
-        num_warps=8,
-    )
+        part_products, part_lse, lam, out, products, lse, parts, n, d, gain,
+        ROWS=power_of_two(n), D=tile["D"], num_warps=8,
+    )  # fmt: skip
     return out, products.squeeze(1), lse.squeeze(1)
 
 
