@@ -5,15 +5,19 @@
     python -m benchmarks.attention --device cuda --dtypes bfloat16 --out runs/benchmark
     python -m benchmarks.attention --variants mhsa vca vca_fused  # the C++ kernels; needs a C++ compiler
     python -m benchmarks.attention --device cuda --dtypes bfloat16 --variants mhsa vca vca_fused  # the Triton kernels
+    python -m benchmarks.attention --models deit_small_patch16_224 sit_b_2 --scopes model --batch 8
     python -m benchmarks.attention --variants mhsa vca vca_compiled --scopes core  # needs a C++ compiler on a CPU
 
 Scopes: `core` is what a layer does between its projections, from a given qkv to what it hands to `proj`; `layer` is
-the layer; `model` is DeiT-Tiny. All variants of one row run in turn, round after round, so that a disturbance of the
-machine meets all of them; a cell is the median. Writes `attention.md`, `attention.json` and `attention.png`.
+the layer; `model` is every one of --models. All variants of one row run in turn, round after round, so that a
+disturbance of the machine meets all of them; a cell is the median. On a GPU a core also has its roofline: the time in
+which that GPU moves what must be moved, or multiplies what must be multiplied, at the rates of its copies and matrix
+products. Writes `attention.md`, `attention.json` and `attention.png`.
 """
 
 import argparse
 import copy
+import functools
 import json
 import os
 import re
@@ -28,16 +32,23 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; 
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vca
 from vca import cpu_kernels, fused
+from vca.models import GENERATORS
 
 REFERENCE = "mhsa"
 VARIANTS = ("mhsa", "vca", "mhsa_eager", "diff", "agent", "mhsa_dwc", "vca_maps")
 COMPILED = ("vca_compiled", "vca_fused_compiled", "mhsa_compiled")
 FUSED = ("vca_fused", "vca_fused_compiled")
+CUDNN = "mhsa_cudnn"  # SDPA by cuDNN, where PyTorch's own choice is another
 SCOPES = ("core", "layer", "model")
-DIM, HEADS = 192, 3
+MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "sit_s_2", "sit_b_2", "sit_xl_2")
+HEAD_DIM = 64
+# Tensors of a sequence (B, N, C) that a core reads or writes at least, in a forward pass and in a training step: VCA
+# reads q twice, the gradients once more.
+MOVED = {"vca": dict(forward=5, train=14), "mhsa": dict(forward=4, train=12)}
 RATIOS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)  # marks of the plot
 
 
@@ -52,6 +63,7 @@ class Row:
     variant: str
     ms: float
     peak_mb: float
+    floor_ms: float | None = None
 
 
 class Given(nn.Module):
@@ -76,18 +88,40 @@ class WithMaps(nn.Module):
         return self.layer.forward_with_maps(x)[0]
 
 
+class WithBackend(nn.Module):
+    """A module whose SDPA must be that of one backend."""
+
+    def __init__(self, module: nn.Module, backend: SDPBackend):
+        super().__init__()
+        self.module, self.backend = module, backend
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        with sdpa_kernel(self.backend):
+            return self.module(*inputs)
+
+
 def kind_of(variant: str) -> str:
-    return re.sub("_(eager|maps|fused|compiled)", "", variant)
+    return re.sub("_(eager|maps|fused|compiled|cudnn)", "", variant)
 
 
-def make_layer(variant: str, side: int, token_side: int) -> nn.Module:
+def make_layer(variant: str, dim: int, side: int, token_side: int, dwc: bool = True) -> nn.Module:
     place = dict(grid_size=(side, side), token_grid=(token_side, token_side))
-    return vca.create_attention(kind_of(variant), DIM, HEADS, **place)
+    return vca.create_attention(kind_of(variant), dim, dim // HEAD_DIM, dwc=dwc, **place)
 
 
-def make_model(variant: str, side: int, token_side: int) -> nn.Module:
-    size = dict(img_size=16 * side, token_grid=(token_side, token_side))
-    return vca.create_model("vca_deit_tiny_patch16_224", attention=kind_of(variant), **size)
+def make_model(name: str, variant: str, side: int, token_side: int, dwc: bool = True) -> nn.Module:
+    name = f"vca_{name}"
+    generator = GENERATORS.get(name)
+    size = dict(input_size=generator["patch_size"] * side) if generator else dict(img_size=16 * side)
+    return vca.create_model(name, attention=kind_of(variant), token_grid=(token_side, token_side), dwc=dwc, **size)
+
+
+def make_inputs(model: nn.Module, batch: int, side: int, **place) -> list[Tensor]:
+    """Images, or noisy latents, times and labels."""
+    if not hasattr(model, "sample_shape"):
+        return [torch.randn(batch, 3, 16 * side, 16 * side, **place)]
+    x, t = torch.randn(batch, *model.sample_shape, **place), torch.rand(batch, **place)
+    return [x, t, torch.zeros(batch, dtype=torch.long, device=place["device"])]
 
 
 def finish(module: nn.Module, variant: str) -> nn.Module:
@@ -105,6 +139,8 @@ def finish(module: nn.Module, variant: str) -> nn.Module:
                 block.attn = WithMaps(block.attn)
         else:
             module = WithMaps(module)
+    if variant == CUDNN:
+        module = WithBackend(module, SDPBackend.CUDNN_ATTENTION)
     if variant in COMPILED:
         module = torch.compile(module, dynamic=False)
     return module
@@ -115,14 +151,16 @@ def make_run(args, scope: str, step: str, dtype: torch.dtype, side: int, variant
     torch.manual_seed(0)
     place = dict(device=args.device, dtype=dtype)
     token_side = min(args.token_side, side)
-    if scope == "model":
-        module, x = make_model(variant, side, token_side), torch.randn(args.batch, 3, 16 * side, 16 * side, **place)
+    if scope in MODELS:
+        module = make_model(scope, variant, side, token_side, args.dwc)
+        inputs = make_inputs(module, args.batch, side, **place)
     else:
-        module, x = make_layer(variant, side, token_side), torch.randn(args.batch, side * side, DIM, **place)
+        module = make_layer(variant, args.dim, side, token_side, args.dwc)
+        inputs = [torch.randn(args.batch, side * side, args.dim, **place)]
     module = module.to(**place).train(step == "train")
-    sources = [x.requires_grad_(step == "train"), *module.parameters()]
+    sources = [inputs[0].requires_grad_(step == "train"), *module.parameters()]
     if scope == "core":
-        qkv = torch.randn(args.batch, side * side, 3 * DIM, **place).requires_grad_(step == "train")
+        qkv = torch.randn(args.batch, side * side, 3 * args.dim, **place).requires_grad_(step == "train")
         module = copy.copy(module)
         module.qkv, module.proj = Given(qkv), nn.Identity()
         sources = [qkv, *module.parameters()]
@@ -132,16 +170,16 @@ def make_run(args, scope: str, step: str, dtype: torch.dtype, side: int, variant
 
         def run():
             with torch.no_grad():
-                module(x)
+                module(*inputs)
 
         return run
 
     with torch.no_grad():
-        weight = torch.randn_like(module(x))
+        weight = torch.randn_like(module(*inputs))
     sources = [s for s in sources if s.requires_grad]
 
     def run():
-        torch.autograd.grad(module(x), sources, weight, allow_unused=True)
+        torch.autograd.grad(module(*inputs), sources, weight, allow_unused=True)
 
     return run
 
@@ -189,6 +227,28 @@ def peak_memory(run: Callable[[], None], device: str) -> int:
     return peak
 
 
+@functools.cache
+def rates(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes a second of a copy, read and written, and floating-point operations a second of a matrix product."""
+    a = torch.randn(8192, 8192, device=device, dtype=dtype)
+    b = torch.empty_like(a)
+    runs = (lambda: b.copy_(a), lambda: torch.mm(a, a, out=b))
+    copy, product = (statistics.median(seconds(run, device, 10) for _ in range(7)) for run in runs)
+    return 2 * a.nbytes / copy, 2 * 8192**3 / product
+
+
+def floor(args, step: str, dtype: torch.dtype, side: int, variant: str) -> float | None:
+    """Seconds that a core takes at least on this GPU, by memory or by products; None for kinds without a count."""
+    kind = kind_of(variant)
+    if kind not in MOVED:
+        return None
+    length, tokens = side * side, min(args.token_side, side) ** 2
+    sequence = args.batch * length * args.dim
+    flops = sequence * (12 * tokens if kind == "vca" else 4 * length) * (3 if step == "train" else 1)
+    bandwidth, throughput = rates(args.device, dtype)
+    return max(MOVED[kind][step] * sequence * dtype.itemsize / bandwidth, flops / throughput)
+
+
 def measure(args, scope: str, step: str, dtype: str, side: int) -> list[Row]:
     """All variants of one row, in turn."""
     torch.compiler.reset()  # it would leave uncompiled what it has compiled for many other sizes
@@ -201,10 +261,14 @@ def measure(args, scope: str, step: str, dtype: str, side: int) -> list[Row]:
     for _ in range(args.rounds):
         for variant, run in runs.items():
             times[variant].append(seconds(run, args.device, repeats))
-    return [
-        Row(scope, step, dtype, side * side, v, 1e3 * statistics.median(times[v]), peak_memory(run, args.device) / 1e6)
-        for v, run in runs.items()
-    ]
+    rows = []
+    for variant, run in runs.items():
+        ms, mb = 1e3 * statistics.median(times[variant]), peak_memory(run, args.device) / 1e6
+        least = None
+        if args.device == "cuda" and scope == "core":
+            least = floor(args, step, getattr(torch, dtype), side, variant)
+        rows.append(Row(scope, step, dtype, side * side, variant, ms, mb, least and 1e3 * least))
+    return rows
 
 
 def table(rows: list[Row], variants: list[str]) -> str:
@@ -219,6 +283,16 @@ def table(rows: list[Row], variants: list[str]) -> str:
         cells = [*key, f"{ms:.3g}", *(f"{ms / found[v].ms:.2f}x" for v in others)]
         memory = " / ".join(f"{found[v].peak_mb:.3g}" for v in variants)
         lines.append("| " + " | ".join(map(str, [*cells, memory])) + " |")
+    return "\n".join(lines)
+
+
+def floors(rows: list[Row]) -> str:
+    """Markdown: what was measured beside its roofline, for those that have one."""
+    lines = ["| scope | step | type | patches | variant | ms | roofline (ms) | times the roofline |", "|---" * 8 + "|"]
+    for r in rows:
+        if r.floor_ms:
+            cells = r.scope, r.step, r.dtype, r.patches, r.variant, f"{r.ms:.3g}", f"{r.floor_ms:.3g}"
+            lines.append("| " + " | ".join(map(str, [*cells, f"{r.ms / r.floor_ms:.2f}"])) + " |")
     return "\n".join(lines)
 
 
@@ -256,13 +330,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--sides", type=int, nargs="+", default=[8, 14, 20, 28, 42, 64], help="sides of the patch grid")
     parser.add_argument("--model-sides", type=int, nargs="+", default=[14, 28, 56], help="the same, for whole models")
+    parser.add_argument("--models", nargs="+", default=MODELS[:1], choices=MODELS, help="the whole models")
+    parser.add_argument("--dim", type=int, default=192, help="channels of core and layer, 64 a head")
+    parser.add_argument("--no-dwc", dest="dwc", action="store_false", help="without the depthwise convolution")
     parser.add_argument("--token-side", type=int, default=7, help="side of the grid of contrast tokens")
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
     )
     parser.add_argument("--scopes", nargs="+", default=SCOPES, choices=SCOPES)
     parser.add_argument("--steps", nargs="+", default=["forward", "train"], choices=["forward", "train"])
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=(*VARIANTS, "vca_fused", *COMPILED))
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=(*VARIANTS, "vca_fused", CUDNN, *COMPILED))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15, help="measurements of which the median is taken")
     parser.add_argument("--slice", type=float, default=0.05, help="seconds that one measurement of the reference takes")
@@ -283,6 +360,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error("vca_fused needs triton on a GPU, and --dtypes bfloat16 or float16")
         if args.device == "cuda" and args.token_side**2 > fused.MAX_TOKENS:
             parser.error(f"vca_fused takes at most {fused.MAX_TOKENS} contrast tokens on a GPU; lower --token-side")
+    if CUDNN in args.variants and (args.device == "cpu" or "float32" in args.dtypes):
+        parser.error(f"{CUDNN} needs --device cuda, and --dtypes bfloat16 or float16")
+    if args.dim < HEAD_DIM or args.dim % HEAD_DIM:
+        parser.error(f"--dim must be a multiple of {HEAD_DIM}, the channels of a head")
     if min(*args.sides, *args.model_sides, args.token_side, args.batch, args.rounds) < 1:
         parser.error("sides, batch and rounds must be positive")
     return args
@@ -294,17 +375,21 @@ def main(argv: list[str] | None = None) -> None:
     settle_allocator()
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for scope in args.scopes:
+    layers = [scope for scope in args.scopes if scope != "model"]
+    for scope in [*layers, *(args.models if "model" in args.scopes else [])]:
         for step in args.steps:
             for dtype in args.dtypes:
-                for side in args.model_sides if scope == "model" else args.sides:
+                for side in args.model_sides if scope in MODELS else args.sides:
                     rows += measure(args, scope, step, dtype, side)
                     newest = rows[-len(args.variants) :]
                     print(table(newest, args.variants).splitlines()[-1], flush=True)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU thread(s)"
-    title = f"torch {torch.__version__}, {machine}, batch {args.batch}, C = {DIM}, {HEADS} heads, "
-    title += f"{args.token_side}x{args.token_side} contrast tokens; above 1 is faster than {REFERENCE} (SDPA)"
+    title = f"torch {torch.__version__}, {machine}, batch {args.batch}, C = {args.dim}, {args.dim // HEAD_DIM} heads, "
+    title += f"{args.token_side}x{args.token_side} contrast tokens{'' if args.dwc else ', no depthwise convolution'}"
+    title += f"; above 1 is faster than {REFERENCE} (SDPA)"
     text = f"{title}\n\n{table(rows, args.variants)}\n"
+    if any(r.floor_ms for r in rows):
+        text += f"\n{floors(rows)}\n"
     (args.out / "attention.md").write_text(text, encoding="utf-8")
     (args.out / "attention.json").write_text(json.dumps(dict(title=title, rows=[asdict(r) for r in rows]), indent=1))
     plot(rows, args.variants, args.out / "attention.png")

@@ -12,25 +12,39 @@ from benchmarks import attention, table
 def test_the_speed_benchmark_writes_table_plot_and_numbers(tmp_path, capsys):
     threads = torch.get_num_threads()
     variants = ["mhsa", "vca", "vca_maps"]
-    sizes = ["--sides", "4", "--model-sides", "2", "--token-side", "2", "--dtypes", "float32", "--variants", *variants]
+    models = ["--models", "deit_tiny_patch16_224", "sit_s_2", "--no-dwc", "--dim", "64"]
+    sizes = [
+        *models,
+        "--sides",
+        "4",
+        "--model-sides",
+        "2",
+        "--token-side",
+        "2",
+        "--dtypes",
+        "float32",
+        "--variants",
+        *variants,
+    ]
     attention.main([*sizes, "--rounds", "1", "--slice", "0.001", "--out", str(tmp_path)])
     torch.set_num_threads(threads)
     rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
     scopes = {(r["scope"], r["step"], r["dtype"], r["patches"]) for r in rows}
-    assert len(rows) == len(scopes) * len(variants) and len(scopes) == 3 * 2
+    assert len(rows) == len(scopes) * len(variants) and len(scopes) == 4 * 2
     assert all(r["ms"] > 0 and r["peak_mb"] > 0 for r in rows)
     text = (tmp_path / "attention.md").read_text()
-    assert text in capsys.readouterr().out and text.count("| core |") == text.count("| model |") == 2
+    assert text in capsys.readouterr().out
+    assert all(text.count(f"| {scope} |") == 2 for scope in ("core", "layer", "deit_tiny_patch16_224", "sit_s_2"))
     assert (tmp_path / "attention.png").stat().st_size > 10_000
 
 
 def test_the_variants_of_a_layer_agree_where_they_must():
     """The paths of one layer give one output; another kind of attention gives another."""
-    x = torch.randn(1, 16, attention.DIM, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 16, 192, generator=torch.Generator().manual_seed(0))
     outputs = {}
     for variant in attention.VARIANTS:
         torch.manual_seed(0)
-        layer = attention.finish(attention.make_layer(variant, 4, 2), variant).eval()
+        layer = attention.finish(attention.make_layer(variant, 192, 4, 2), variant).eval()
         with torch.no_grad():
             outputs[variant] = layer(x)
     torch.testing.assert_close(outputs["mhsa_eager"], outputs["mhsa"])
@@ -40,9 +54,23 @@ def test_the_variants_of_a_layer_agree_where_they_must():
 
 
 def test_the_reference_is_fused_attention():
-    layer = attention.finish(attention.make_layer(attention.REFERENCE, 4, 2), attention.REFERENCE)
+    layer = attention.finish(attention.make_layer(attention.REFERENCE, 192, 4, 2), attention.REFERENCE)
     assert type(layer) is attention.Attention and layer.fused_attn
-    assert not attention.finish(attention.make_layer("mhsa_eager", 4, 2), "mhsa_eager").fused_attn
+    assert not attention.finish(attention.make_layer("mhsa_eager", 192, 4, 2), "mhsa_eager").fused_attn
+
+
+def test_the_roofline_is_that_of_bytes_or_of_products(monkeypatch):
+    args = types.SimpleNamespace(batch=2, dim=384, token_side=7, device="cuda")
+    monkeypatch.setattr(attention, "rates", lambda device, dtype: (1e9, 1e12))
+    tensor = 2 * 1024 * 384 * 2  # bytes of a sequence in bfloat16
+    assert attention.floor(args, "forward", torch.bfloat16, 32, "vca_fused") == 5 * tensor / 1e9
+    assert attention.floor(args, "train", torch.bfloat16, 32, "vca") == 14 * tensor / 1e9
+    assert attention.floor(args, "forward", torch.bfloat16, 32, "agent") is None
+    monkeypatch.setattr(attention, "rates", lambda device, dtype: (1e12, 1e9))
+    assert attention.floor(args, "forward", torch.bfloat16, 32, "mhsa") == 4 * 2 * 1024**2 * 384 / 1e9
+    assert attention.floor(args, "forward", torch.bfloat16, 32, "vca") == 2 * 6 * 2 * 1024 * 49 * 384 / 1e9
+    rows = [attention.Row("core", "forward", "bfloat16", 1024, v, 3.0, 1.0, 1.5) for v in ("mhsa", "vca")]
+    assert attention.floors(rows).splitlines()[-1] == "| core | forward | bfloat16 | 1024 | vca | 3 | 1.5 | 2.00 |"
 
 
 def test_peak_memory_counts_what_is_held_at_one_time():
@@ -60,6 +88,8 @@ def test_peak_memory_counts_what_is_held_at_one_time():
         (["--variants", "vca"], "--variants must name mhsa"),
         (["--rounds", "0"], "sides, batch and rounds must be positive"),
         (["--device", "cuda"], "there is no CUDA device"),
+        (["--dim", "100"], "--dim must be a multiple of 64"),
+        (["--variants", "mhsa", "mhsa_cudnn"], "mhsa_cudnn needs --device cuda"),
         (["--variants", "mhsa", "vca_fused"], "vca_fused needs a C++ compiler and ninja"),
     ],
 )
