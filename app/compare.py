@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from app import draw, explore, export, generation, models, opening
 from app.generation import Run
 from app.images import ImageError, read_image, uploaded_file
-from app.inputs import ModelChoice, image_input, sampling_settings
+from app.inputs import ModelChoice, image_input, sampling_settings, show_examples
 from app.models import Checkpoints
 from app.store import Store
 from vca.models.dit import DiffusionTransformer
@@ -126,7 +126,7 @@ def build(choice: ModelChoice, examples: list[str], store: explore.MapStore) -> 
                 image = image_input(height=240)
                 first, second = choice.dropdown("First model"), choice.dropdown("Second model", first=1)
                 choice.loader(second)
-                gr.Examples(examples, image, label="Examples", api_visibility="private")
+                show_examples(examples, image)
             with gr.Column(visible=False) as generators:
                 pair = [
                     gr.Dropdown(

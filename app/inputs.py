@@ -19,7 +19,7 @@ model.safetensors, or a zip file of these, up to {limit}. Nobody else sees what 
 
 NEW_SEED = "() => Math.floor(Math.random() * 2 ** 32)"
 
-EXAMPLES = {
+PHOTOS = {
     "cat": skimage.data.cat,
     "motorcycle": lambda: skimage.data.stereo_motorcycle()[0],
     "rocket": skimage.data.rocket,
@@ -28,11 +28,20 @@ EXAMPLES = {
 }
 
 
-def write_examples() -> list[str]:
+# The first picture of each class by `python -m training.sample weights/vca_sit_xs_4_cifar10 --count 10 --guidance 3`.
+GENERATED = sorted(map(str, Path(__file__).with_name("examples").glob("*.png")))
+
+
+def example_files() -> list[str]:
+    """Paths of the photos, then of the generated pictures."""
+    return [*_write_photos(), *GENERATED]
+
+
+def _write_photos() -> list[str]:
     """Writes scikit-image's bundled pictures as small JPEG files into a new temporary folder; returns their paths."""
     folder = Path(tempfile.mkdtemp(prefix="vca-examples-"))
     paths = []
-    for name, load in EXAMPLES.items():
+    for name, load in PHOTOS.items():
         image = Image.fromarray(load())
         image.thumbnail((640, 640))
         paths.append(str(folder / f"{name}.jpg"))
@@ -132,8 +141,16 @@ def image_and_model(choice: ModelChoice, examples: list[str], height: int) -> tu
     """An image with examples, and a choice of model."""
     image, model = image_input(height), choice.dropdown()
     choice.loader(model)
-    gr.Examples(examples, image, label="Examples", api_visibility="private")
+    show_examples(examples, image)
     return image, model
+
+
+def show_examples(examples: list[str], image: gr.Image) -> None:
+    """The photos, and in a row of their own the generated pictures."""
+    photos, generated = examples[: len(PHOTOS)], examples[len(PHOTOS) :]
+    gr.Examples(photos, image, label="Examples", api_visibility="private")
+    label = "Made by our CIFAR-10 generator, for the CIFAR-10 models"
+    gr.Examples(generated, image, label=label, api_visibility="private")
 
 
 def sampling_settings() -> tuple[gr.Number, gr.Slider, gr.Slider]:

@@ -7,7 +7,7 @@ import gradio as gr
 
 from app import about, api, classify, compare, explore, generate, public
 from app.images import uploaded_file
-from app.inputs import ModelChoice, write_examples
+from app.inputs import ModelChoice, example_files
 from app.models import Checkpoints
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -46,7 +46,7 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
     checkpoints = Checkpoints(Path(weights), public.served())
     cleanup = public.CACHE if public.is_public() else (3600, 86400)
     choice = ModelChoice(checkpoints)
-    examples = write_examples()
+    examples = example_files()
     with gr.Blocks(title="Visual-Contrast Attention", analytics_enabled=False, delete_cache=cleanup) as demo:
         api.build(checkpoints)  # first, so that no event of a tab takes one of its names
         problems = [f"<p class='vca-problem'>{escape(problem)}</p>" for problem in checkpoints.problems]

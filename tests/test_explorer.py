@@ -13,7 +13,7 @@ from PIL import Image
 import vca
 from app import draw, export, models
 from app.images import read_image
-from app.inputs import write_examples
+from app.inputs import example_files
 from app.ui import WEIGHTS
 from tests.browser import PATIENCE, needs_browser, note_faults
 from tests.test_app import PREFIXED, SMALL_PYRAMID, save_checkpoints
@@ -63,7 +63,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cat():
     """The first example's picture."""
-    return Path(write_examples()[0])
+    return Path(example_files()[0])
 
 
 def watched(page, faults: list[str], *allowed: str):

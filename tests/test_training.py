@@ -144,6 +144,20 @@ def test_the_cards_of_twins_name_each_other(tmp_path):
     assert "Twins" not in cards["three"] and "| three |" not in cards["one"] + cards["two"]
 
 
+def test_the_card_of_a_run_on_a_cpu_names_the_recipe_for_a_gpu(tmp_path):
+    model = vca.create_model("vca_vit_pico_patch4_32", num_classes=3)
+    run = dict(
+        recipe=asdict(Recipe("vca_vit_pico_patch4_32", 1, 8, 1e-3)), init=None, steps=9, epochs=1, train_images=72,
+        torch="", results=dict(top1=50.0, top5=100.0, loss=1.0, images=9),
+    )  # fmt: skip
+    for recipe, device, told in (("cifar10_vca", "cpu", True), ("cifar10_vca", "cuda", False), ("mine", "cpu", False)):
+        run |= dict(command=f"python -m training.classify {recipe} --data DATA", device=device)
+        vca.save(model, tmp_path / "one", label_names=list(CLASSES), training=[run])
+        write_card(tmp_path / "one")
+        card = (tmp_path / "one" / "README.md").read_text()
+        assert ("    python -m training.classify cifar10_vca_gpu --data DATA\n" in card) == told
+
+
 def test_init_starts_from_the_weights_and_keeps_the_history(data, tmp_path):
     finish(data, tmp_path / "first")
     first = tmp_path / "first" / "checkpoint"

@@ -5,13 +5,14 @@ python -m training.card weights
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
 import yaml
 from safetensors import safe_open
 
-from training.recipe import defaults
+from training.recipe import FOLDER, defaults
 from vca.checkpoint import load_unverified, place, sha256, write_atomically
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
@@ -78,7 +79,7 @@ def card_text(folder: Path) -> str:
 ## Training
 
 {runs}
-
+{_larger(config["training"][-1])}
 Data: {dataset}{". " + recipe["license"] if recipe["license"] else ""}
 
 ## File
@@ -289,6 +290,19 @@ def _describe_run(run: dict) -> str:
         f"seed {recipe['seed']}, on {run['device']} with torch {run['torch']}: {_reached(run['results'])}. "
         f"{values}.\n\n      {run['command']}"
     )
+
+
+def _larger(run: dict) -> str:
+    """The recipe for a GPU of the same name, where there is one and it is not this run's; or nothing."""
+    found = re.match(r"python -m (\S+) (\w+) ", run["command"])
+    if run["device"] != "cpu" or not found or not (FOLDER / f"{found[2]}_gpu.toml").exists():
+        return ""
+    return f"""
+A CPU trained this: a small model, a short run. The recipe of the same kind for one GPU has a larger model and more
+epochs; nobody has run it yet:
+
+    python -m {found[1]} {found[2]}_gpu --data DATA
+"""
 
 
 def _reached(results: dict) -> str:
