@@ -23,7 +23,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vca
+from training.plan import example
 from vca import cpu_kernels, fused
 from vca.models import GENERATORS
 
@@ -116,12 +117,10 @@ def make_model(name: str, variant: str, side: int, token_side: int, dwc: bool = 
     return vca.create_model(name, attention=kind_of(variant), token_grid=(token_side, token_side), dwc=dwc, **size)
 
 
-def make_inputs(model: nn.Module, batch: int, side: int, **place) -> list[Tensor]:
-    """Images, or noisy latents, times and labels."""
-    if not hasattr(model, "sample_shape"):
-        return [torch.randn(batch, 3, 16 * side, 16 * side, **place)]
-    x, t = torch.randn(batch, *model.sample_shape, **place), torch.rand(batch, **place)
-    return [x, t, torch.zeros(batch, dtype=torch.long, device=place["device"])]
+def make_inputs(model: nn.Module, batch: int, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """What the model takes: noise in the place of images and times."""
+    inputs = [x.to(device) for x in example(model, batch)]
+    return [torch.randn_like(x, dtype=dtype) if x.is_floating_point() else x for x in inputs]
 
 
 def finish(module: nn.Module, variant: str) -> nn.Module:
@@ -153,7 +152,7 @@ def make_run(args, scope: str, step: str, dtype: torch.dtype, side: int, variant
     token_side = min(args.token_side, side)
     if scope in MODELS:
         module = make_model(scope, variant, side, token_side, args.dwc)
-        inputs = make_inputs(module, args.batch, side, **place)
+        inputs = make_inputs(module, args.batch, **place)
     else:
         module = make_layer(variant, args.dim, side, token_side, args.dwc)
         inputs = [torch.randn(args.batch, side * side, args.dim, **place)]
@@ -271,28 +270,33 @@ def measure(args, scope: str, step: str, dtype: str, side: int) -> list[Row]:
     return rows
 
 
+def line(cells: Iterable) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def table(rows: list[Row], variants: list[str]) -> str:
     """Markdown: milliseconds of the reference, how many times faster the others are, and peak memory."""
     others = [v for v in variants if v != REFERENCE]
     head = ["scope", "step", "type", "patches", f"{REFERENCE} (ms)", *(f"{v}" for v in others), "peak MB, same order"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = [line(head), "|---" * len(head) + "|"]
     keys = dict.fromkeys((r.scope, r.step, r.dtype, r.patches) for r in rows)
     for key in keys:
         found = {r.variant: r for r in rows if (r.scope, r.step, r.dtype, r.patches) == key}
         ms = found[REFERENCE].ms
         cells = [*key, f"{ms:.3g}", *(f"{ms / found[v].ms:.2f}x" for v in others)]
         memory = " / ".join(f"{found[v].peak_mb:.3g}" for v in variants)
-        lines.append("| " + " | ".join(map(str, [*cells, memory])) + " |")
+        lines.append(line([*cells, memory]))
     return "\n".join(lines)
 
 
 def floors(rows: list[Row]) -> str:
     """Markdown: what was measured beside its roofline, for those that have one."""
-    lines = ["| scope | step | type | patches | variant | ms | roofline (ms) | times the roofline |", "|---" * 8 + "|"]
+    head = ["scope", "step", "type", "patches", "variant", "ms", "roofline (ms)", "times the roofline"]
+    lines = [line(head), "|---" * len(head) + "|"]
     for r in rows:
         if r.floor_ms:
             cells = r.scope, r.step, r.dtype, r.patches, r.variant, f"{r.ms:.3g}", f"{r.floor_ms:.3g}"
-            lines.append("| " + " | ".join(map(str, [*cells, f"{r.ms / r.floor_ms:.2f}"])) + " |")
+            lines.append(line([*cells, f"{r.ms / r.floor_ms:.2f}"]))
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from vca import cpu_kernels, fused
 from vca import functional as VF
 
 ROOT = Path(__file__).parents[1]
+needs_triton = pytest.mark.skipif(not fused.HAS_TRITON, reason="Triton is not installed")
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -25,7 +26,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(not fused.HAS_TRITON, reason="Triton is not installed")
+@needs_triton
 def test_the_kernels_in_the_interpreter():
     done = python("-m", "pytest", "-x", "tests/test_fused_kernels.py", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout
@@ -64,7 +65,7 @@ def test_without_a_compiler_a_cpu_takes_the_plain_path_and_says_why(monkeypatch,
 AMPERE, ADA, TURING = ((8, 163 * 1024), (8, 99 * 1024), (7, 64 * 1024))
 
 
-@pytest.mark.skipif(not fused.HAS_TRITON, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("gpu, max_head_dim", [(AMPERE, 128), (ADA, 64), (TURING, 0)])
 def test_a_gpu_takes_up_to_64_contrast_tokens_in_half_precision(monkeypatch, gpu, max_head_dim):
     properties = types.SimpleNamespace(major=gpu[0], shared_memory_per_block_optin=gpu[1])
@@ -77,49 +78,32 @@ def test_a_gpu_takes_up_to_64_contrast_tokens_in_half_precision(monkeypatch, gpu
         assert not fused.supported(torch.empty(2, 3, 10, 64), 64)
 
 
-@pytest.mark.skipif(not fused.HAS_TRITON, reason="Triton is not installed")
+@needs_triton
+@pytest.mark.parametrize("d, shared_memory", fused.SHARED_MEMORY.items())
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.long), 90])
-def test_the_kernels_compile_for_gpus_that_are_not_here(capability):
-    """What the interpreter does not see: Triton's compiler takes them, and they fit in the registers and memory."""
-    code = f"from tests.test_fused import compile_kernels; compile_kernels({capability})"
-    done = python("-c", code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["64", "128"]
-
-
-KERNELS = ("stage1_kernel", "stage1_merge_kernel", "stage1_backward_kernel", "stage2_kernel", "stage2_backward_kernel")
-
-
-def compile_kernels(capability: int) -> None:
-    """For heads of 64 and 128 channels, from Triton's source to machine code; to be run in a process of its own."""
+def test_the_kernels_compile_for_gpus_that_are_not_here(capability, d, shared_memory):
+    """What the interpreter does not see: Triton's compiler takes them, and they fit in the shared memory."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from vca import triton_kernels as kernels
+    from vca import triton_kernels
 
     half = {"tokens", "k", "v", "q", "values", "grad", "out", "grad_k", "grad_v", "grad_q"}
     full = {"lam", "products", "lse", "part_products", "part_lse", "grad_tokens", "grad_values", "grad_lam"}
-    for d, limit in fused.SHARED_MEMORY.items():
-        options = kernels.options(torch.empty(1, 1, 1, d))
-        launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-        for name in KERNELS:
-            kernel = getattr(kernels, name)
-            constants = options | dict(ROWS=128 if name == "stage1_kernel" else fused.MAX_TOKENS)
-            constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-            signature = {
-                argument: "constexpr" if argument in constants
-                else "*bf16" if argument in half
-                else "*fp32" if argument in full
-                else "fp32" if argument == "gain"
-                else "i32"
-                for argument in kernel.arg_names
-            }  # fmt: skip
-            constants = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
-            made = compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", capability, 32), launch)
-            assert made.metadata.shared <= limit, (name, d, made.metadata.shared)
-            assert made.asm["cubin"]
-        print(d)
+    pointers = dict.fromkeys(half, "*bf16") | dict.fromkeys(full, "*fp32") | dict(gain="fp32")
+    options = triton_kernels.options(torch.empty(1, 1, 1, d))
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    stages = [f"stage{stage}{part}_kernel" for stage in (1, 2) for part in ("", "_backward")]
+    for name in (*stages, "stage1_merge_kernel"):
+        kernel = getattr(triton_kernels, name)
+        sizes = options | dict(ROWS=128 if name == "stage1_kernel" else fused.MAX_TOKENS)
+        constants = {argument: sizes[argument] for argument in kernel.arg_names if argument in sizes}
+        given = pointers | dict.fromkeys(constants, "constexpr")
+        signature = {argument: given.get(argument, "i32") for argument in kernel.arg_names}
+        made = compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", capability, 32), launch)
+        assert made.metadata.shared <= shared_memory, (name, made.metadata.shared)
+        assert made.asm["cubin"]
 
 
 def test_shapes_and_flops_without_a_kernel():

@@ -299,7 +299,7 @@ def _larger(run: dict) -> str:
         return ""
     return f"""
 A CPU trained this: a small model, a short run. The recipe of the same kind for one GPU has a larger model and more
-epochs; nobody has run it yet:
+epochs:
 
     python -m {found[1]} {found[2]}_gpu --data DATA
 """

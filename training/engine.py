@@ -51,7 +51,7 @@ def open_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context that computes in "bf16" or "fp32"; warns once if a CPU is much slower in the former."""
+    """The context that computes in "bf16" or "fp32"; warns if a CPU is much slower in the former."""
     bf16, mkldnn = precision == "bf16", device.type == "cpu" and torch.backends.mkldnn.is_available()
     if bf16 and mkldnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         text = "this CPU has no instructions for bf16; --precision fp32 is several times faster."
@@ -168,7 +168,7 @@ class Trainer:
         save_every: int, ema_warmup: bool = True, world: World = ALONE,
     ):  # fmt: skip
         self.run, self.model, self.optimizer, self.scheduler = run, model, optimizer, scheduler
-        self.seed, self.device, self.precision, self.world = seed, device, precision, world
+        self.seed, self.device, self.world = seed, device, world
         self.clip_grad, self.micro_batch, self.save_every = clip_grad, micro_batch, save_every
         self.ema = ModelEmaV3(model, decay=ema_decay, use_warmup=ema_warmup) if ema_decay else None
         self.step = 0
@@ -180,6 +180,7 @@ class Trainer:
         if compile:
             model.compile()
         self._loss = _Loss(model, loss_fn)
+        self._autocast = autocast(device, precision)
         if world.size > 1:
             self._loss = DistributedDataParallel(self._loss)
         signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -224,7 +225,7 @@ class Trainer:
             seed_everything(self.seed, self.step, 4, self.world.rank * rows + first)
             last = first + size >= rows
             with nullcontext() if last or self.world.size == 1 else self._loss.no_sync():
-                with autocast(self.device, self.precision):
+                with self._autocast:
                     loss = self._loss(*part) * (len(part[0]) / rows)
                 loss.backward()
             total += loss.detach()

@@ -99,13 +99,14 @@ def sample_files(
     folders = [out if flat else out / f"{label:04d}_{names[label]}" for label in range(model.num_classes)]
     files = [folders[label] / f"{index:06d}.png" for index, label in enumerate(labels)]
     arguments = {key: value for key, value in settings.items() if key != "precision"}
+    context = autocast(model.pos_embed.device, settings["precision"])
     number, processes = part
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     with tqdm(total=sum(map(len, batches[number::processes])), unit="image") as bar:
         for indices in batches[number::processes]:
             missing = [index for index in indices if not files[index].exists()]
             if missing:  # the whole batch is made again: in another batch an image may differ by rounding
-                with autocast(model.pos_embed.device, settings["precision"]):
+                with context:
                     images = model.sample([labels[i] for i in indices], indices=indices, **arguments)
                 pixels = to_bytes(images)
                 write_atomically(note, json.dumps(described, indent=2).encode())

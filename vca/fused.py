@@ -31,9 +31,10 @@ def supported(x: Tensor, num_tokens: int) -> bool:
     """
     if _takes_cpu_kernels(x):
         return x.shape[-1] % 16 == 0 and x.dtype != torch.float64 and _cpu_kernels_exist()
-    if not HAS_TRITON or num_tokens > MAX_TOKENS or x.dtype not in DTYPES:
+    runs = HAS_TRITON and (x.is_cuda or INTERPRETED)
+    if not runs or num_tokens > MAX_TOKENS or x.dtype not in DTYPES:
         return False
-    return x.shape[-1] <= (max(SHARED_MEMORY) if INTERPRETED else x.is_cuda and _max_head_dim(x.get_device()))
+    return x.shape[-1] <= (max(SHARED_MEMORY) if INTERPRETED else _max_head_dim(x.get_device()))
 
 
 def _takes_cpu_kernels(x: Tensor) -> bool:
