@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vca
+from training.engine import prepare_compiler
 from training.plan import example
 from vca import cpu_kernels, fused
 from vca.models import GENERATORS
@@ -141,6 +142,7 @@ def finish(module: nn.Module, variant: str) -> nn.Module:
     if variant == CUDNN:
         module = WithBackend(module, SDPBackend.CUDNN_ATTENTION)
     if variant in COMPILED:
+        prepare_compiler()
         module = torch.compile(module, dynamic=False)
     return module
 

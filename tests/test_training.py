@@ -19,12 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vca
+from tests.test_fused_kernels import needs_compiler
 from training import generate
 from training import recipe as recipes
 from training.card import write_card
 from training.classify import Recipe
 from training.data import DataError, FolderBatches, Images, MemoryBatches, decode, eval_transform, pad_crop_flip
-from training.engine import RunError, RunFolder, Trainer, autocast
+from training.engine import RunError, RunFolder, Trainer, autocast, prepare_compiler
 from training.start import build_model
 
 CLASSES = ("bird", "cat", "dog")
@@ -400,3 +401,20 @@ def test_unusable_data_is_refused_in_words(data, tmp_path):
         decode(Images(tmp_path, "train"), vca.create_model("vca_vit_pico_patch4_32").pretrained_cfg)
     result = run(command(tmp_path, tmp_path / "out"))
     assert result.returncode == 1 and result.stderr.startswith("error:") and "Traceback" not in result.stderr
+
+
+@needs_compiler
+def test_what_is_compiled_for_a_cpu_computes_what_is_not_compiled(monkeypatch):
+    """Sums over transposed bf16: GCC 12's own 512-bit vectors make NaN of them on some CPUs."""
+    from torch._inductor import config
+
+    def sums(x, y, scale):
+        scaled = x.float() * scale.float().unsqueeze(1)
+        return scaled.sum(-1), (scaled * y).sum(-1)
+
+    monkeypatch.setattr(config.cpp, "march", None)
+    prepare_compiler()
+    torch.manual_seed(0)
+    x, scale = torch.randn(4, 64, 160).bfloat16(), torch.randn(4, 160).bfloat16()
+    y = torch.randn(4, 160, 64).transpose(1, 2)
+    torch.testing.assert_close(torch.compile(sums)(x, y, scale), sums(x, y, scale))

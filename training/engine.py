@@ -59,6 +59,18 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+def prepare_compiler() -> None:
+    """Before `torch.compile` on a CPU: keeps GCC from using 512-bit vectors of its own.
+
+    With those, GCC 12 and `-march=native` on an Intel Xeon with AMX, kernels that transpose bf16 compute NaN. What
+    PyTorch itself writes in 512 bits stays. An architecture of the user's, TORCHINDUCTOR_CPP_MARCH, is left alone.
+    """
+    from torch._inductor import config  # takes a second, and not every run compiles
+
+    if platform.machine() == "x86_64" and getattr(config.cpp, "march", "") is None:
+        config.cpp.march = "native -mprefer-vector-width=256"
+
+
 class RunFolder:
     """The folder of one run: `recipe.json`, `environment.json`, `log.jsonl`, `curve.png`, `state-*.pt`, `checkpoint/`.
 
@@ -178,6 +190,7 @@ class Trainer:
         self._signalled = self._stop = False
         self._resume()
         if compile:
+            prepare_compiler()
             model.compile()
         self._loss = _Loss(model, loss_fn)
         self._autocast = autocast(device, precision)
