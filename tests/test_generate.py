@@ -130,7 +130,9 @@ def test_sigterm_saves_and_exits_with_zero(data, tmp_path):
 
 def test_the_run_folder_shows_and_the_card_tells_what_was_trained(data, finished):
     checkpoint = finished / "checkpoint"
-    assert {p.name for p in checkpoint.iterdir()} == {"config.json", "model.safetensors", "README.md", "samples.png"}
+    assert {p.name for p in checkpoint.iterdir()} == {
+        "config.json", "model.safetensors", "README.md", "log.jsonl", "samples.png",
+    }  # fmt: skip
     grids = sorted(finished.glob("samples/*.png"))
     assert [grid.name for grid in grids] == ["step-00000007.png", "step-00000014.png"]
     assert Image.open(grids[0]).size == (3 * 8, 8 * 8)
@@ -172,7 +174,7 @@ def test_init_starts_from_the_weights_and_diffusion_trains_in_the_same_loop(data
     assert all(torch.allclose(old[key], new[key], atol=1e-6) for key in old)
     assert [bool(entry["init"]) for entry in vca.load(tmp_path / "second" / "checkpoint").training_history] == [0, 1]
     card = (tmp_path / "second" / "checkpoint" / "README.md").read_text()
-    assert card.index("from random weights") < card.index(f"from `{first}`")
+    assert card.index("from random weights") < card.index(f"(`--init {first}`)")
     assert "      python -m training.generate cifar10_sit_vca" in card and "\n      command\n" in card
     options = dict(model="dit_xs_4", time_sampling="uniform", attention="mhsa_dwc", micro_batch=5)
     train_here(data, tmp_path / "dit", **options)

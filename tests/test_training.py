@@ -125,6 +125,12 @@ def test_checkpoint_card_and_evaluation_agree(data, tmp_path):
     assert model.label_names == list(CLASSES)
     assert model.pretrained_cfg["mean"] == [0.4914, 0.4822, 0.4465]
     assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
+    log = [json.loads(line) for line in (checkpoint / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [2, 3] and f"{log[-1]['top1']:.2f}" == top1
+    losses = [
+        line["loss"] for line in untimed_log(tmp_path / "run" / "log.jsonl") if "lr" in line and line["epoch"] == 2
+    ]
+    assert losses and log[-1]["train_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
 
 
 def test_the_cards_of_twins_name_each_other(tmp_path):
@@ -157,6 +163,12 @@ def test_the_card_of_a_run_on_a_cpu_names_the_recipe_for_a_gpu(tmp_path):
         write_card(tmp_path / "one")
         card = (tmp_path / "one" / "README.md").read_text()
         assert ("    python -m training.classify cifar10_vca_gpu --data DATA\n" in card) == told
+    started = run | dict(command="python -m training.classify cifar10_vca --data DATA")
+    then = run | dict(command="python -m training.classify mine --data DATA", init="runs/x/checkpoint")
+    vca.save(model, tmp_path / "one", label_names=list(CLASSES), training=[started, then])
+    write_card(tmp_path / "one")
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "training.classify cifar10_vca_gpu" in card and "(`--init runs/x/checkpoint`)" in card
 
 
 def test_init_starts_from_the_weights_and_keeps_the_history(data, tmp_path):

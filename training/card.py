@@ -19,7 +19,8 @@ from vca.models.dit import OBJECTIVES
 
 SHOWN_KEYS = (
     "lr", "batch_size", "weight_decay", "warmup_epochs", "warmup_steps", "min_lr", "label_smoothing", "drop_path",
-    "mixup", "cutmix", "padding", "class_dropout", "time_sampling", "clip_grad", "ema_decay", "precision",
+    "mixup", "cutmix", "padding", "smallest_crop", "color_jitter", "erasing", "class_dropout", "time_sampling",
+    "clip_grad", "ema_decay", "precision",
 )  # fmt: skip
 STATED = "`model.safetensors`: {size:,} bytes, sha256 `{sha256}`."
 HUB_DATASETS = {"CIFAR-10": "uoft-cs/cifar10", "ImageNet-1K": "ILSVRC/imagenet-1k"}  # the same data on the Hub
@@ -62,7 +63,8 @@ def card_text(folder: Path) -> str:
         metrics=metrics,
     )
     metadata["model-index"] = [dict(name=config["architecture"], results=[tested])]
-    runs = "\n".join(_describe_run(run) for run in config["training"])
+    runs = "\n".join(_describe_run(run, first=not index) for index, run in enumerate(config["training"]))
+    log = "\n`log.jsonl`: every evaluation of the last run, and the mean training loss before it.\n"
     twins = _twins(folder, config)
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
@@ -79,7 +81,7 @@ def card_text(folder: Path) -> str:
 ## Training
 
 {runs}
-{_larger(config["training"][-1])}
+{log if (folder / "log.jsonl").exists() else ""}{_larger(config["training"])}
 Data: {dataset}{". " + recipe["license"] if recipe["license"] else ""}
 
 ## File
@@ -281,9 +283,11 @@ def _average(recipe: dict) -> str:
     return " (exponential moving average)" if recipe["ema_decay"] else ""
 
 
-def _describe_run(run: dict) -> str:
+def _describe_run(run: dict, first: bool) -> str:
     recipe = run["recipe"]
     start = f"from `{run['init']}`" if run["init"] else "from random weights"
+    if not first:
+        start = f"from what the run above left (`--init {run['init']}`)"
     values = ", ".join(f"{key} {recipe[key]}" for key in SHOWN_KEYS if key in recipe)
     return (
         f"- {run['epochs']} epochs ({run['steps']:,} steps, {run['train_images']:,} images) {start}, "
@@ -292,10 +296,10 @@ def _describe_run(run: dict) -> str:
     )
 
 
-def _larger(run: dict) -> str:
-    """The recipe for a GPU of the same name, where there is one and it is not this run's; or nothing."""
-    found = re.match(r"python -m (\S+) (\w+) ", run["command"])
-    if run["device"] != "cpu" or not found or not (FOLDER / f"{found[2]}_gpu.toml").exists():
+def _larger(runs: list[dict]) -> str:
+    """The recipe for a GPU named as the first run's, if a CPU made the weights and there is one; or nothing."""
+    found = re.match(r"python -m (\S+) (\w+) ", runs[0]["command"])
+    if runs[-1]["device"] != "cpu" or not found or not (FOLDER / f"{found[2]}_gpu.toml").exists():
         return ""
     return f"""
 A CPU trained this: a small model, a short run. The recipe of the same kind for one GPU has a larger model and more

@@ -245,6 +245,7 @@ def train(
         checkpoint = run.path / "checkpoint"
         label_names = train_images.class_names
         vca.save(trainer.eval_model, checkpoint, label_names=label_names, training=[*history, this_run])
+        write_atomically(checkpoint / "log.jsonl", run.compact_log())
         write_card(checkpoint)
     return result
 

@@ -137,6 +137,18 @@ class RunFolder:
         complete = [line for line in lines if line.endswith("}")]
         return [json.loads(line) for line in complete]
 
+    def compact_log(self) -> bytes:
+        """For a checkpoint: every evaluation, with the mean training loss since the one before, as JSON lines."""
+        kept, losses = [], []
+        for line in self.read_log():
+            if "lr" in line:
+                losses.append(line["loss"])
+            else:
+                mean = dict(train_loss=round(sum(losses) / len(losses), 4)) if losses else {}
+                kept.append(line | mean)
+                losses = []
+        return "".join(json.dumps(line) + "\n" for line in kept).encode()
+
     def rewind_log(self, step: int) -> None:
         """Drops what was logged after `step`, so that a resumed run logs each step once."""
         kept = [json.dumps(line) + "\n" for line in self.read_log() if line["step"] <= step]

@@ -220,6 +220,7 @@ def train(
         vca.save(trainer.eval_model, checkpoint, label_names=class_names, training=[*history, this_run])
         if recipe.sample_every:
             write_atomically(checkpoint / "samples.png", grid_file.read_bytes())
+        write_atomically(checkpoint / "log.jsonl", run.compact_log())
         write_card(checkpoint)
     return result
 
