@@ -133,6 +133,19 @@ def test_checkpoint_card_and_evaluation_agree(data, tmp_path):
     assert losses and log[-1]["train_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
 
 
+def test_the_results_of_a_checkpoint_in_float16_are_those_of_its_weights(data, tmp_path):
+    finish(data, tmp_path / "whole")
+    finish(data, tmp_path / "half", "--stored-as", "fp16")
+    whole, half = (load_file(tmp_path / run / "checkpoint" / "model.safetensors") for run in ("whole", "half"))
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+    assert all(torch.equal(half[key], whole[key].half()) for key in whole)
+    checkpoint = tmp_path / "half" / "checkpoint"
+    run([sys.executable, "-m", "training.evaluate", str(checkpoint), "--data", str(data)])
+    measured = json.loads((checkpoint / "results.json").read_text())["results"]["val"]
+    recorded = vca.load(checkpoint).training_history[-1]["results"]
+    assert {key: measured[key] for key in recorded} == recorded
+
+
 def test_the_cards_of_twins_name_each_other(tmp_path):
     for name, attention, seed in (("one", "vca", 0), ("two", "mhsa", 0), ("three", "mhsa", 1)):
         model = vca.create_model(f"{attention}_vit_pico_patch4_32", num_classes=3)

@@ -263,12 +263,12 @@ def _twins(folder: Path, config: dict) -> str:
 
 
 def _protocol(config: dict) -> list[dict]:
-    """What decides a comparison: every run's recipe but for the model, and how much of it was trained."""
+    """What decides a comparison: every run's recipe but for the model and its file, and how much of it was trained."""
     from training import classify, generate  # which write cards
 
     kind = (generate if config["architecture"] in GENERATORS else classify).Recipe
     return [
-        {k: v for k, v in (defaults(kind) | run["recipe"]).items() if k not in ("model", "attention")}
+        {k: v for k, v in (defaults(kind) | run["recipe"]).items() if k not in ("model", "attention", "stored_as")}
         | {key: run[key] for key in ("init", "steps", "train_images")}
         for run in config["training"]
     ]

@@ -35,7 +35,7 @@ from training.data import (
     open_splits,
     seed_everything,
 )
-from training.engine import RunFolder, Trainer, plot_curve, progress, set_tf32
+from training.engine import RunFolder, Trainer, plot_curve, progress, round_weights, set_tf32
 from training.evaluate import accuracy
 from training.recipe import key
 from training.sample import grid_png
@@ -235,6 +235,7 @@ def train(
                     plot_curve(run, "top1", "validation top-1 (%)")
                 trainer.checkpoint(force=trainer.step == total)
 
+    stored = round_weights(trainer.eval_model, recipe.stored_as)
     result = accuracy(trainer.eval_model, val, world)
     this_run = dict(
         recipe=asdict(recipe), command=command, init=init, steps=total, epochs=recipe.epochs,
@@ -244,7 +245,9 @@ def train(
     if world.first:
         checkpoint = run.path / "checkpoint"
         label_names = train_images.class_names
-        vca.save(trainer.eval_model, checkpoint, label_names=label_names, training=[*history, this_run])
+        vca.save(
+            trainer.eval_model, checkpoint, label_names=label_names, training=[*history, this_run], dtype=stored
+        )  # fmt: skip
         write_atomically(checkpoint / "log.jsonl", run.compact_log())
         write_card(checkpoint)
     return result

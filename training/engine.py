@@ -59,6 +59,16 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+@torch.no_grad()
+def round_weights(model: nn.Module, stored_as: str) -> torch.dtype:
+    """Rounds the weights to what a checkpoint in "fp32" or "fp16" will hold; returns its type."""
+    dtype = dict(fp32=torch.float32, fp16=torch.float16)[stored_as]
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
+    return dtype
+
+
 def prepare_compiler() -> None:
     """Before `torch.compile` on a CPU: keeps GCC from using 512-bit vectors of its own.
 

@@ -32,7 +32,7 @@ from training.data import (
     normalize,
     open_splits,
 )
-from training.engine import RunFolder, Trainer, plot_curve, progress, set_tf32
+from training.engine import RunFolder, Trainer, plot_curve, progress, round_weights, set_tf32
 from training.latents import LatentBatches, Latents, open_latents
 from training.recipe import key
 from training.sample import grid_png
@@ -207,6 +207,7 @@ def train(
                 if last:
                     break
 
+    stored = round_weights(trainer.eval_model, recipe.stored_as)
     result = dict(
         val_loss=round(validation_loss(trainer.eval_model, val_samples, val_labels), 5), images=len(val_labels)
     )
@@ -217,7 +218,9 @@ def train(
     )  # fmt: skip
     if world.first:
         checkpoint = run.path / "checkpoint"
-        vca.save(trainer.eval_model, checkpoint, label_names=class_names, training=[*history, this_run])
+        vca.save(
+            trainer.eval_model, checkpoint, label_names=class_names, training=[*history, this_run], dtype=stored
+        )  # fmt: skip
         if recipe.sample_every:
             write_atomically(checkpoint / "samples.png", grid_file.read_bytes())
         write_atomically(checkpoint / "log.jsonl", run.compact_log())

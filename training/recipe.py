@@ -45,6 +45,7 @@ class Shared:
     precision: str = key("bf16", "bf16 or fp32")
     tf32: bool = key(True, "on NVIDIA GPUs: float32 products with inputs rounded to TF32")
     compile: bool = key(False, "torch.compile the model")
+    stored_as: str = key("fp32", "fp32 or fp16: how the checkpoint stores the weights; results are of the stored ones")
     workers: int = key(2, "processes that read the images")
     seed: int = key(0, "seed of everything random")
     log_every: int = key(20, "steps between lines of the log")
@@ -65,6 +66,8 @@ class Shared:
         )
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision = {self.precision!r} must be bf16 or fp32.")
+        if self.stored_as not in ("fp32", "fp16"):
+            raise ValueError(f"stored_as = {self.stored_as!r} must be fp32 or fp16.")
 
 
 def defaults(kind: type) -> dict:
