@@ -39,6 +39,7 @@ def test_the_generator_beside_itself(page, weights):
     page.get_by_role("tab", name="Compare").click()
     page.get_by_label("Generators", exact=True).check()
     page.wait_for_selector(".vc .vv-note:has-text('the same noise')")
+    choose(page, "Second generator", GENERATOR)
     choose(page, "Class", "ship")
     panel = page.get_by_role("tabpanel").locator("visible=true")
     panel.get_by_label("number input for Steps").fill("5")
