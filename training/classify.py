@@ -245,9 +245,7 @@ def train(
     if world.first:
         checkpoint = run.path / "checkpoint"
         label_names = train_images.class_names
-        vca.save(
-            trainer.eval_model, checkpoint, label_names=label_names, training=[*history, this_run], dtype=stored
-        )  # fmt: skip
+        vca.save(trainer.eval_model, checkpoint, label_names=label_names, training=[*history, this_run], dtype=stored)
         write_atomically(checkpoint / "log.jsonl", run.compact_log())
         write_card(checkpoint)
     return result

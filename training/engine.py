@@ -157,12 +157,16 @@ class RunFolder:
                 mean = dict(train_loss=round(sum(losses) / len(losses), 4)) if losses else {}
                 kept.append(line | mean)
                 losses = []
-        return "".join(json.dumps(line) + "\n" for line in kept).encode()
+        return _as_lines(kept)
 
     def rewind_log(self, step: int) -> None:
         """Drops what was logged after `step`, so that a resumed run logs each step once."""
-        kept = [json.dumps(line) + "\n" for line in self.read_log() if line["step"] <= step]
-        write_atomically(self.log_file, "".join(kept).encode())
+        kept = [line for line in self.read_log() if line["step"] <= step]
+        write_atomically(self.log_file, _as_lines(kept))
+
+
+def _as_lines(values: list[dict]) -> bytes:
+    return "".join(json.dumps(value) + "\n" for value in values).encode()
 
 
 def _environment(world: World) -> dict:

@@ -218,9 +218,7 @@ def train(
     )  # fmt: skip
     if world.first:
         checkpoint = run.path / "checkpoint"
-        vca.save(
-            trainer.eval_model, checkpoint, label_names=class_names, training=[*history, this_run], dtype=stored
-        )  # fmt: skip
+        vca.save(trainer.eval_model, checkpoint, label_names=class_names, training=[*history, this_run], dtype=stored)
         if recipe.sample_every:
             write_atomically(checkpoint / "samples.png", grid_file.read_bytes())
         write_atomically(checkpoint / "log.jsonl", run.compact_log())
