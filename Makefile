@@ -20,7 +20,7 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 
 screenshots: .venv/installed
-	.venv/bin/python -m tests.screenshots docs
+	.venv/bin/python -m scripts.screenshots docs
 
 .venv/installed: requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; found: $$(python3 --version 2>&1). Install one, or name it: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 2; }

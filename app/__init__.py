@@ -1,1 +1,1 @@
-"""The Gradio app. A file goes through `images` and `models` to `draw` and the explorer; `ui` joins the tabs."""
+"""The Gradio app. `runtime` turns a file into arrays and pictures, `tabs` shows them, `ui` joins the tabs."""

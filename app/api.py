@@ -11,12 +11,13 @@ from gradio.utils import get_upload_folder
 from torch import Tensor
 
 import vca
-from app import draw, generation, models
-from app.arguments import listed, one_of, refused, whole
-from app.generation import MAX_COUNT, MAX_GUIDANCE, MAX_STEPS, Run, check_request, one_line
-from app.images import read_image, uploaded_file
-from vca.sampling import silent
-from vca.vae import DecoderError
+from app.runtime import drawing, preprocessing, records, sampling
+from app.runtime.checkpoints import Checkpoints
+from app.runtime.images import read_image, uploaded_file
+from app.runtime.sampling import MAX_COUNT, MAX_GUIDANCE, MAX_STEPS, Run, check_request, one_line
+from app.runtime.validation import listed, one_of, refused, whole
+from vca.diffusion.sampling import silent
+from vca.diffusion.vae import DecoderError
 
 STAGES = ("stage1", "stage2", "effective")
 MODELS = """The checkpoints served here: name, task (classify or generate), architecture and classes; of a classifier
@@ -33,13 +34,13 @@ from 1 to {MAX_COUNT}, steps from 1 to {MAX_STEPS}, guidance from 1 (none) to {M
 one of those in /models, by default the first. One request is served at a time."""
 
 
-def build(checkpoints: models.Checkpoints) -> None:
+def build(checkpoints: Checkpoints) -> None:
     """Registers /models, /classify, /attention and /generate."""
 
     def list_models() -> list[dict]:
         tasks = (
-            ("classify", checkpoints.classifiers, checkpoints.load, models.describe),
-            ("generate", checkpoints.generators, checkpoints.load_generator, generation.describe),
+            ("classify", checkpoints.classifiers, checkpoints.load, records.describe),
+            ("generate", checkpoints.generators, checkpoints.load_generator, sampling.describe),
         )
         return [dict(task=task) | described(name, load, facts) for task, names, load, facts in tasks for name in names]
 
@@ -52,8 +53,8 @@ def build(checkpoints: models.Checkpoints) -> None:
     def classify(image: gr.FileData, model: str, top_k: int = 5) -> dict[str, float]:
         network = checkpoints.load(model)
         count = whole("top_k", top_k, 1, network.num_classes)
-        probabilities, _ = models.run(network, models.preprocess(network, read_image(uploaded_file(image))))
-        return models.top_labels(network, probabilities, count)
+        probabilities, _ = records.run(network, preprocessing.preprocess(network, read_image(uploaded_file(image))))
+        return records.top_labels(network, probabilities, count)
 
     def attention(
         image: gr.FileData,
@@ -66,7 +67,7 @@ def build(checkpoints: models.Checkpoints) -> None:
         network = checkpoints.load(model)
         picture = read_image(uploaded_file(image))
         one_of("stage", stage, STAGES)
-        _, maps = models.run(network, models.preprocess(network, picture))
+        _, maps = records.run(network, preprocessing.preprocess(network, picture))
         layer = next((layer for layer in maps if layer.block == block), None)
         if layer is None:
             raise refused(f"block must be one of: {listed(layer.block for layer in maps)}.")
@@ -97,12 +98,12 @@ def build(checkpoints: models.Checkpoints) -> None:
         except DecoderError as error:
             raise refused(one_line(error)) from None
         pictures = [run.picture(run.request.steps, index) for index in range(run.request.count)]
-        return [gr.FileData(path=draw.png_file(image, f"{i:02d}.png")) for i, image in enumerate(pictures)]
+        return [gr.FileData(path=drawing.png_file(image, f"{i:02d}.png")) for i, image in enumerate(pictures)]
 
     gr.api(list_models, api_name="models", api_description=MODELS)
     gr.api(classify, api_name="classify", api_description=CLASSIFY)
     gr.api(attention, api_name="attention", api_description=ATTENTION)
-    gr.api(generate, api_name="generate", api_description=GENERATE, **generation.QUEUE)
+    gr.api(generate, api_name="generate", api_description=GENERATE, **sampling.QUEUE)
 
 
 def query_rows(layer: vca.LayerMaps, stage: str, head: int, query: int) -> dict[str, np.ndarray]:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import gradio as gr
 
-from app import about, api, classify, compare, explore, generate, public
-from app.images import uploaded_file
-from app.inputs import ModelChoice, example_files
-from app.models import Checkpoints
+from app import api, settings
+from app.components import ModelChoice
+from app.runtime.assets import STATIC, example_files
+from app.runtime.checkpoints import Checkpoints
+from app.runtime.images import uploaded_file
+from app.tabs import about, classify, compare, explore, generate
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
@@ -28,10 +30,10 @@ THEME = gr.themes.Base(
 )
 LAUNCH = dict(
     theme=THEME,
-    css_paths=Path(__file__).parent / "style.css",
+    css_paths=STATIC / "style.css",
     run_history=False,
     ssr_mode=False,
-    max_file_size=public.upload_limit(),
+    max_file_size=settings.upload_limit(),
     footer_links=["api", "settings"],
 )
 HEADER = """<header class="vca-header"><h1>Visual-Contrast Attention</h1>
@@ -43,8 +45,8 @@ NO_WEIGHTS = """<p class="vca-problem">There is no trained model yet. Train one 
 
 def build(weights: Path = WEIGHTS) -> gr.Blocks:
     """The whole app for the checkpoints in a folder and those of VCA_MODELS. Launch it with `**LAUNCH`."""
-    checkpoints = Checkpoints(Path(weights), public.served())
-    cleanup = public.CACHE if public.is_public() else (3600, 86400)
+    checkpoints = Checkpoints(Path(weights), settings.served())
+    cleanup = settings.CACHE if settings.is_public() else (3600, 86400)
     choice = ModelChoice(checkpoints)
     examples = example_files()
     with gr.Blocks(title="Visual-Contrast Attention", analytics_enabled=False, delete_cache=cleanup) as demo:
@@ -80,4 +82,4 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
             show_progress="hidden",
             api_visibility="private",
         )
-    return demo.queue(max_size=public.QUEUE if public.is_public() else None)
+    return demo.queue(max_size=settings.QUEUE if settings.is_public() else None)

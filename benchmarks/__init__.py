@@ -1,1 +1,1 @@
-"""What attention costs (`benchmarks.attention`), and the sizes of the paper's models (`benchmarks.table`)."""
+"""What attention costs (`benchmarks.attention`), how faithful maps are, and what the app bears."""

@@ -23,8 +23,8 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; its profiler measures memory
@@ -35,12 +35,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vca
-from training.engine import prepare_compiler
-from training.plan import example
-from vca import cpu_kernels, fused
+from benchmarks.report import REFERENCE, Row, floors, plot, table
+from training.core.cost import example
+from training.core.precision import prepare_compiler
+from vca.kernels import cpu, ops
 from vca.models import GENERATORS
 
-REFERENCE = "mhsa"
 VARIANTS = ("mhsa", "vca", "mhsa_eager", "diff", "agent", "mhsa_dwc", "vca_maps")
 COMPILED = ("vca_compiled", "vca_fused_compiled", "mhsa_compiled")
 FUSED = ("vca_fused", "vca_fused_compiled")
@@ -51,21 +51,6 @@ HEAD_DIM = 64
 # Tensors of a sequence (B, N, C) that a core reads or writes at least, in a forward pass and in a training step: VCA
 # reads q twice, the gradients once more.
 MOVED = {"vca": dict(forward=5, train=14), "mhsa": dict(forward=4, train=12)}
-RATIOS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)  # marks of the plot
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement: milliseconds (median), and the peak of newly allocated memory in MB (10^6 bytes)."""
-
-    scope: str
-    step: str
-    dtype: str
-    patches: int
-    variant: str
-    ms: float
-    peak_mb: float
-    floor_ms: float | None = None
 
 
 class Given(nn.Module):
@@ -272,65 +257,6 @@ def measure(args, scope: str, step: str, dtype: str, side: int) -> list[Row]:
     return rows
 
 
-def line(cells: Iterable) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def table(rows: list[Row], variants: list[str]) -> str:
-    """Markdown: milliseconds of the reference, how many times faster the others are, and peak memory."""
-    others = [v for v in variants if v != REFERENCE]
-    head = ["scope", "step", "type", "patches", f"{REFERENCE} (ms)", *(f"{v}" for v in others), "peak MB, same order"]
-    lines = [line(head), "|---" * len(head) + "|"]
-    keys = dict.fromkeys((r.scope, r.step, r.dtype, r.patches) for r in rows)
-    for key in keys:
-        found = {r.variant: r for r in rows if (r.scope, r.step, r.dtype, r.patches) == key}
-        ms = found[REFERENCE].ms
-        cells = [*key, f"{ms:.3g}", *(f"{ms / found[v].ms:.2f}x" for v in others)]
-        memory = " / ".join(f"{found[v].peak_mb:.3g}" for v in variants)
-        lines.append(line([*cells, memory]))
-    return "\n".join(lines)
-
-
-def floors(rows: list[Row]) -> str:
-    """Markdown: what was measured beside its roofline, for those that have one."""
-    head = ["scope", "step", "type", "patches", "variant", "ms", "roofline (ms)", "times the roofline"]
-    lines = [line(head), "|---" * len(head) + "|"]
-    for r in rows:
-        if r.floor_ms:
-            cells = r.scope, r.step, r.dtype, r.patches, r.variant, f"{r.ms:.3g}", f"{r.floor_ms:.3g}"
-            lines.append(line([*cells, f"{r.ms / r.floor_ms:.2f}"]))
-    return "\n".join(lines)
-
-
-def plot(rows: list[Row], variants: list[str], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = list(dict.fromkeys((r.scope, r.step, r.dtype) for r in rows))
-    columns = min(len(panels), 3)
-    shape = -(-len(panels) // columns), columns
-    figure, axes = pyplot.subplots(*shape, figsize=(4 * shape[1], 3.4 * shape[0]), squeeze=False, sharey=True)
-    for axis, panel in zip(axes.flat, sorted(panels, key=lambda p: (p[2], p[1])), strict=False):
-        reference = {r.patches: r.ms for r in rows if (r.scope, r.step, r.dtype, r.variant) == (*panel, REFERENCE)}
-        for variant in variants:
-            points = [r for r in rows if (r.scope, r.step, r.dtype, r.variant) == (*panel, variant)]
-            axis.plot([r.patches for r in points], [reference[r.patches] / r.ms for r in points], "o-", label=variant)
-        axis.set(xscale="log", yscale="log", xlabel="patches", title=", ".join(panel))
-        axis.set_xticks(list(reference), list(map(str, reference)))
-        axis.minorticks_off()
-        axis.set_yticks(RATIOS, [f"{ratio:g}" for ratio in RATIOS])
-        axis.grid(alpha=0.3)
-    for row in axes:
-        row[0].set_ylabel(f"times faster than {REFERENCE}")
-    axes[0][0].legend(fontsize=8)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -360,12 +286,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device")
     if set(FUSED) & set(args.variants):
-        if args.device == "cpu" and cpu_kernels.kernels() is None:
+        if args.device == "cpu" and cpu.kernels() is None:
             parser.error("vca_fused needs a C++ compiler and ninja, to compile its kernels for this CPU")
-        if args.device == "cuda" and ("float32" in args.dtypes or not fused.HAS_TRITON):
+        if args.device == "cuda" and ("float32" in args.dtypes or not ops.HAS_TRITON):
             parser.error("vca_fused needs triton on a GPU, and --dtypes bfloat16 or float16")
-        if args.device == "cuda" and args.token_side**2 > fused.MAX_TOKENS:
-            parser.error(f"vca_fused takes at most {fused.MAX_TOKENS} contrast tokens on a GPU; lower --token-side")
+        if args.device == "cuda" and args.token_side**2 > ops.MAX_TOKENS:
+            parser.error(f"vca_fused takes at most {ops.MAX_TOKENS} contrast tokens on a GPU; lower --token-side")
     if CUDNN in args.variants and (args.device == "cpu" or "float32" in args.dtypes):
         parser.error(f"{CUDNN} needs --device cuda, and --dtypes bfloat16 or float16")
     if args.dim < HEAD_DIM or args.dim % HEAD_DIM:

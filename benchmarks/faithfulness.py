@@ -19,7 +19,7 @@ from scipy.stats import wilcoxon
 from torch import Tensor, nn
 
 import vca
-from training.data import DataError, Images, eval_transform
+from training.data.images import DataError, Images, eval_transform
 from vca.attribution import METHODS, cell_size
 from vca.faithfulness import BASELINES, curves, infidelity, random_map, sensitivity
 

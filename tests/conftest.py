@@ -1,9 +1,11 @@
 """Fixtures for all tests, and a Hub on this machine in the place of the real one."""
 
 import os
+import socket
 import tempfile
+from pathlib import Path
 
-from tests.hub_server import HubServer
+from tests.helpers.hub_server import HubServer
 
 HUB = HubServer()
 os.environ |= {  # huggingface_hub reads them once, when it is imported
@@ -18,7 +20,9 @@ for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tests.browser import NO_BROWSER, PATIENCE, browser, note_faults  # noqa: E402
+import vca  # noqa: E402
+from tests.helpers.browser import NO_BROWSER, PATIENCE, browser, note_faults  # noqa: E402
+from tests.helpers.checkpoints import LABELS, make_model  # noqa: E402
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def seeded():
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A folder of checkpoints for the app."""
-    from tests.test_app import save_checkpoints
+    from tests.helpers.app import save_checkpoints
 
     folder = tmp_path_factory.mktemp("weights")
     save_checkpoints(folder)
@@ -92,7 +96,7 @@ def page(running, url):
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
     """The path of a photo to upload."""
-    from tests.test_app import photo
+    from tests.helpers.app import photo
 
     path = tmp_path_factory.mktemp("pictures") / "photo.png"
     photo(200, 160, seed=3).save(path)
@@ -108,3 +112,30 @@ def pytest_terminal_summary(terminalreporter):
             "With VCA_REQUIRE_BROWSER=1 its absence is a failure.",
             yellow=True,
         )
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier") / "checkpoint"
+    vca.save(make_model(), folder, label_names=LABELS)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cold cache."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    """A function after which the Hub is at an address where nothing listens."""
+
+    def disconnect() -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+
+    return disconnect

@@ -6,7 +6,8 @@ import types
 import pytest
 import torch
 
-from benchmarks import attention, table
+from benchmarks import attention, report
+from scripts import model_sizes
 
 
 def test_the_speed_benchmark_writes_table_plot_and_numbers(tmp_path, capsys):
@@ -54,7 +55,7 @@ def test_the_variants_of_a_layer_agree_where_they_must():
 
 
 def test_the_reference_is_fused_attention():
-    layer = attention.finish(attention.make_layer(attention.REFERENCE, 192, 4, 2), attention.REFERENCE)
+    layer = attention.finish(attention.make_layer(report.REFERENCE, 192, 4, 2), report.REFERENCE)
     assert type(layer) is attention.Attention and layer.fused_attn
     assert not attention.finish(attention.make_layer("mhsa_eager", 192, 4, 2), "mhsa_eager").fused_attn
 
@@ -69,8 +70,8 @@ def test_the_roofline_is_that_of_bytes_or_of_products(monkeypatch):
     monkeypatch.setattr(attention, "rates", lambda device, dtype: (1e12, 1e9))
     assert attention.floor(args, "forward", torch.bfloat16, 32, "mhsa") == 4 * 2 * 1024**2 * 384 / 1e9
     assert attention.floor(args, "forward", torch.bfloat16, 32, "vca") == 2 * 6 * 2 * 1024 * 49 * 384 / 1e9
-    rows = [attention.Row("core", "forward", "bfloat16", 1024, v, 3.0, 1.0, 1.5) for v in ("mhsa", "vca")]
-    assert attention.floors(rows).splitlines()[-1] == "| core | forward | bfloat16 | 1024 | vca | 3 | 1.5 | 2.00 |"
+    rows = [report.Row("core", "forward", "bfloat16", 1024, v, 3.0, 1.0, 1.5) for v in ("mhsa", "vca")]
+    assert report.floors(rows).splitlines()[-1] == "| core | forward | bfloat16 | 1024 | vca | 3 | 1.5 | 2.00 |"
 
 
 def test_peak_memory_counts_what_is_held_at_one_time():
@@ -95,7 +96,7 @@ def test_peak_memory_counts_what_is_held_at_one_time():
 )
 def test_wrong_arguments_are_refused_in_words(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(attention.torch, "cuda", types.SimpleNamespace(is_available=lambda: False))
-    monkeypatch.setattr(attention.cpu_kernels, "kernels", lambda: None)
+    monkeypatch.setattr(attention.cpu, "kernels", lambda: None)
     with pytest.raises(SystemExit):
         attention.parse(arguments)
     assert message in capsys.readouterr().err
@@ -103,8 +104,8 @@ def test_wrong_arguments_are_refused_in_words(arguments, message, capsys, monkey
 
 def test_the_table_of_sizes_stands_beside_the_print(capsys, monkeypatch):
     names = ("vca_deit_tiny_patch16_224", "vca_deit_base_patch16_224")
-    monkeypatch.setattr(table, "PRINTED", {name: table.PRINTED[name] for name in names})
-    table.main()
+    monkeypatch.setattr(model_sizes, "PRINTED", {name: model_sizes.PRINTED[name] for name in names})
+    model_sizes.main()
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| `vca_deit_tiny_patch16_224` | 5,973,928 | 1.2124 | 6.0 M | 1.2 |  |",
         "| `vca_deit_base_patch16_224` | 87,570,664 | 17.3985 | - | - |  |",

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from benchmarks import evidence
+from scripts import evidence
 from training import compare
 from training.evaluate import table
 
@@ -19,7 +19,7 @@ def test_the_python_examples_run(monkeypatch):
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     names = {}
     for example in examples:
-        if "gradio_client" not in example:  # needs a running app; tests/test_app.py drives one
+        if "gradio_client" not in example:  # needs a running app; tests/app/test_app.py drives one
             exec(example, names)
     assert names["y"].shape == (2, 197, 192)
     assert names["model"].label_names[3] == "cat"

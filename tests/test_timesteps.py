@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vca
-from benchmarks import timesteps
+from scripts import timesteps
 
 
 def test_reach_is_the_mean_distance_weighted_by_size():

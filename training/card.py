@@ -12,7 +12,9 @@ from pathlib import Path
 import yaml
 from safetensors import safe_open
 
-from training.recipe import FOLDER, defaults
+from training.core.classifier_recipe import ClassifierRecipe
+from training.core.generator_recipe import GeneratorRecipe
+from training.core.recipe import defaults, shipped
 from vca.checkpoint import load_unverified, place, sha256, write_atomically
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
@@ -130,7 +132,7 @@ The same model through timm, after `import vca`: `timm.create_model("local-dir:{
 
 def _picture(folder: Path) -> bytes | None:
     try:
-        from training.picture import maps_png
+        from training.core.maps_figure import maps_png
     except ImportError:  # a machine that only trains has no scikit-image
         return None
     return maps_png(load_unverified(folder))
@@ -264,9 +266,7 @@ def _twins(folder: Path, config: dict) -> str:
 
 def _protocol(config: dict) -> list[dict]:
     """What decides a comparison: every run's recipe but for the model and its file, and how much of it was trained."""
-    from training import classify, generate  # which write cards
-
-    kind = (generate if config["architecture"] in GENERATORS else classify).Recipe
+    kind = GeneratorRecipe if config["architecture"] in GENERATORS else ClassifierRecipe
     return [
         {k: v for k, v in (defaults(kind) | run["recipe"]).items() if k not in ("model", "attention", "stored_as")}
         | {key: run[key] for key in ("init", "steps", "train_images")}
@@ -299,7 +299,7 @@ def _describe_run(run: dict, first: bool) -> str:
 def _larger(runs: list[dict]) -> str:
     """The recipe for a GPU named as the first run's, if a CPU made the weights and there is one; or nothing."""
     found = re.match(r"python -m (\S+) (\w+) ", runs[0]["command"])
-    if runs[-1]["device"] != "cpu" or not found or not (FOLDER / f"{found[2]}_gpu.toml").exists():
+    if runs[-1]["device"] != "cpu" or not found or not shipped(f"{found[2]}_gpu").exists():
         return ""
     return f"""
 A CPU trained this: a small model, a short run. The recipe of the same kind for one GPU has a larger model and more

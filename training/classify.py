@@ -5,12 +5,12 @@
     python -m training.classify cifar10_vca --data FOLDER --init weights/NAME
     torchrun --nproc-per-node 8 -m training.classify imagenet_vca_deit_tiny --data FOLDER
 
-FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE; for shards and Hugging Face data sets see training/data.py. The same
+FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE; for shards and Hugging Face data sets see training/data. The same
 command resumes an interrupted run. --plan says what a run costs, --smoke tries it for a few steps on noise.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -20,103 +20,24 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 import vca
-from training import command as command_line
-from training import recipe as recipes
 from training.card import write_card
-from training.data import (
-    DataError,
-    FolderBatches,
-    FolderEvaluation,
-    Images,
-    MemoryBatches,
-    MemoryEvaluation,
-    decode,
-    denormalize,
-    open_splits,
-    seed_everything,
-)
-from training.engine import RunFolder, Trainer, plot_curve, progress, round_weights, set_tf32
-from training.evaluate import accuracy
-from training.recipe import key
-from training.sample import grid_png
-from training.start import build_model
-from training.world import ALONE, World, join
+from training.core import cli
+from training.core import recipe as recipes
+from training.core.classifier_recipe import ClassifierRecipe
+from training.core.distributed import ALONE, World, join
+from training.core.init import build_model
+from training.core.metrics import accuracy
+from training.core.plots import grid_png, plot_curve
+from training.core.precision import round_weights, set_tf32
+from training.core.run import RunFolder, progress
+from training.core.trainer import Trainer
+from training.data.batches import FolderBatches, FolderEvaluation, MemoryBatches, MemoryEvaluation
+from training.data.images import DataError, Images, decode, denormalize, open_splits
+from training.data.seeding import seed_everything
 from vca.checkpoint import write_atomically
-from vca.models import CLASSIFIERS
 
 
-@dataclass(frozen=True)
-class Recipe(recipes.Shared):
-    """Every key that a classification recipe may set."""
-
-    model: str
-    epochs: int
-    batch_size: int
-    lr: float
-    lr_batch: int = key(0, "batch size that lr, warmup_lr and min_lr are for, scaled linearly; 0: batch_size")
-    weight_decay: float = key(0.05, "not applied to norms, biases, positions, lambdas and contrast embeddings")
-    warmup_epochs: int = key(5, "epochs of linear warm-up")
-    warmup_lr: float = key(1e-6, "learning rate at the first step")
-    min_lr: float = key(1e-5, "learning rate at the end of the cosine")
-    cooldown_epochs: int = key(0, "of all epochs, the last ones that stay at min_lr")
-    drop_path: float = key(0.0, "stochastic depth rate of the last block")
-    label_smoothing: float = key(0.1, "label smoothing")
-    mixup: float = key(0.0, "mixup alpha; 0 for none")
-    cutmix: float = key(0.0, "CutMix alpha; 0 for none")
-    mix_group: int = key(0, "neighbouring rows of a batch that are mixed with one another; 0 for all of it")
-    memory: bool = key(True, "decode all images once and augment in batches on the training device")
-    padding: int = key(4, "in memory: largest shift of the random crop in pixels")
-    smallest_crop: float = key(1.0, "in memory: smallest area of a crop that is resized; 1 for none")
-    rotation: float = key(0.0, "in memory: largest rotation in degrees")
-    auto_augment: str = key("", "from files: timm's AutoAugment string, such as rand-m9-mstd0.5-inc1")
-    color_jitter: float = key(0.0, "brightness, contrast and saturation; from files for images without auto_augment")
-    erasing: float = key(0.0, "probability of random erasing")
-    crop_scale: float = key(0.08, "from files: smallest area of the random resized crop")
-    repeats: int = key(1, "from files: repeated augmentation, copies of an image in a batch")
-    mean: list = key([0.5, 0.5, 0.5], "channel means, images in [0, 1]")
-    std: list = key([0.5, 0.5, 0.5], "channel standard deviations")
-    crop_pct: float = key(0.0, "evaluation: share of the resized image's side that is seen; 0 for the model's own")
-    ema_decay: float = key(0.999, "decay of the EMA of the weights; 0 for none")
-    ema_warmup: bool = key(True, "let the decay rise with the steps")
-    eval_every: int = key(1, "epochs between evaluations")
-
-    def __post_init__(self):
-        self.check_shared()
-        recipes.check_ranges(
-            self,
-            positive=("epochs", "eval_every", "crop_scale", "smallest_crop", "repeats"),
-            not_negative=(
-                "lr_batch", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "mixup",
-                "cutmix", "mix_group", "padding", "rotation", "color_jitter", "crop_pct",
-            ),
-            shares=("drop_path", "label_smoothing", "erasing"),
-        )  # fmt: skip
-        if self.model not in CLASSIFIERS:
-            raise ValueError(f"model = {self.model!r} is no classifier; vca.list_models() names them.")
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            if len(values) != 3 or not all(type(value) in (int, float) and abs(value) < 1e3 for value in values):
-                raise ValueError(f"{name} = {values} must be three numbers, one for each channel.")
-        if min(self.std) <= 0:
-            raise ValueError(f"std = {self.std} must be positive.")
-        if self.memory and (self.auto_augment or self.repeats > 1):
-            raise ValueError("auto_augment and repeats need memory = false.")
-        if not self.memory and (self.smallest_crop < 1 or self.rotation):
-            raise ValueError("smallest_crop and rotation need memory = true; from files it is crop_scale.")
-        if max(self.smallest_crop, self.color_jitter) > 1:
-            raise ValueError("smallest_crop and color_jitter must be at most 1.")
-        if self.mix_group and (self.mix_group % 2 or self.batch_size % self.mix_group):
-            raise ValueError(f"mix_group = {self.mix_group} must be an even divisor of batch_size = {self.batch_size}.")
-        if self.cooldown_epochs >= self.epochs:
-            raise ValueError(f"cooldown_epochs = {self.cooldown_epochs} must be fewer than epochs = {self.epochs}.")
-
-    @property
-    def lr_scale(self) -> float:
-        """What the three learning rates are multiplied with."""
-        return self.batch_size / self.lr_batch if self.lr_batch else 1.0
-
-
-def open_batches(recipe: Recipe, images: Images, cfg: dict, device: torch.device, world: World = ALONE):
+def open_batches(recipe: ClassifierRecipe, images: Images, cfg: dict, device: torch.device, world: World = ALONE):
     """This process's rows of the training batches, from memory or from files."""
     if len(images) < recipe.batch_size:
         raise DataError(f"{len(images)} training images are fewer than one batch of {recipe.batch_size}.")
@@ -140,7 +61,7 @@ def open_batches(recipe: Recipe, images: Images, cfg: dict, device: torch.device
     return FolderBatches(images, workers=recipe.workers, repeats=recipe.repeats, groups=groups, **shared)
 
 
-def open_evaluation(recipe: Recipe, images: Images, cfg: dict, world: World = ALONE):
+def open_evaluation(recipe: ClassifierRecipe, images: Images, cfg: dict, world: World = ALONE):
     """This process's share of the validation images, from memory or from files."""
     share = slice(world.rank, None, world.size)
     if recipe.memory:
@@ -148,7 +69,7 @@ def open_evaluation(recipe: Recipe, images: Images, cfg: dict, world: World = AL
     return FolderEvaluation(images, cfg, recipe.workers, share=share)
 
 
-def create_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, per_epoch: int) -> CosineLRScheduler:
+def create_scheduler(recipe: ClassifierRecipe, optimizer: torch.optim.Optimizer, per_epoch: int) -> CosineLRScheduler:
     """Linear warm-up, cosine, and a cool-down at the end, counted in steps."""
     cosine = per_epoch * (recipe.epochs - recipe.cooldown_epochs)
     return CosineLRScheduler(
@@ -158,7 +79,7 @@ def create_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, per_epoch
     )  # fmt: skip
 
 
-def create_mix(recipe: Recipe, num_classes: int, world: World = ALONE) -> Callable | None:
+def create_mix(recipe: ClassifierRecipe, num_classes: int, world: World = ALONE) -> Callable | None:
     """A function of (step, images, labels) that mixes this process's rows of a batch, by timm's `Mixup`; or None.
 
     Every group of rows has random numbers of its own, whichever process holds it.
@@ -187,7 +108,13 @@ def create_mix(recipe: Recipe, num_classes: int, world: World = ALONE) -> Callab
 
 
 def train(
-    recipe: Recipe, data: str, out: str, device: torch.device, init: str | None, command: str, tensorboard: bool = False
+    recipe: ClassifierRecipe,
+    data: str,
+    out: str,
+    device: torch.device,
+    init: str | None,
+    command: str,
+    tensorboard: bool = False,
 ) -> dict:
     """Runs a recipe to its end and writes `out/checkpoint`; returns the accuracy of the shipped weights."""
     world = join(device)
@@ -256,7 +183,7 @@ def report(result: dict) -> str:
 
 
 def main() -> None:
-    command_line.main("training.classify", __doc__, Recipe, train, report)
+    cli.main("training.classify", __doc__, ClassifierRecipe, train, report)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from training import recipe as recipes
-from training.classify import Recipe
-from training.engine import RunError
+from training.core import recipe as recipes
+from training.core.classifier_recipe import ClassifierRecipe
+from training.core.run import RunError
 from vca.checkpoint import write_atomically
-from vca.controls import KINDS
+from vca.layers.factory import KINDS
 
 OPTIONS = ("tokens", "num_tokens", "dwc", "stage2_softmax", "pooling")  # that a kind may be given after colons
 CONTROL = "mhsa_dwc"  # all other kinds are compared with the first and with this one
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
     kind: str
     seed: int
-    recipe: Recipe
+    recipe: ClassifierRecipe
     folder: Path
 
     @property
@@ -55,7 +55,7 @@ class Run(NamedTuple):
         file = self.folder / "recipe.json"
         if not file.exists():
             return False
-        old = recipes.defaults(Recipe) | json.loads(file.read_text())
+        old = recipes.defaults(ClassifierRecipe) | json.loads(file.read_text())
         if changed := [key for key, value in asdict(self.recipe).items() if old.get(key) != value]:
             raise RunError(f"{self.folder} holds a run with another {', '.join(changed)}; choose another --out.")
         return (self.folder / "checkpoint" / "config.json").exists()
@@ -216,11 +216,11 @@ def draw_curves(log: dict, file: Path) -> None:
 
     figure, (by_step, by_epoch, by_time) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     by_kind = _by_kind(log)
-    colours = plt.get_cmap("tab20" if len(by_kind) > 10 else "tab10").colors
-    for (kind, runs), colour in zip(by_kind.items(), colours, strict=False):
+    colors = plt.get_cmap("tab20" if len(by_kind) > 10 else "tab10").colors
+    for (kind, runs), color in zip(by_kind.items(), colors, strict=False):
         minutes = _seconds(log, runs) / 60
         for run in runs:
-            style = dict(color=colour, linewidth=1)
+            style = dict(color=color, linewidth=1)
             epochs, top1 = zip(*run["top1"], strict=True)
             by_step.plot(*zip(*run["loss"], strict=True), alpha=0.6, **style)
             by_epoch.plot(epochs, top1, marker=".", label=kind if run is runs[0] else None, **style)
@@ -247,16 +247,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--device", help="device of the runs")
     parser.add_argument("--report", action="store_true", help="train nothing, draw what is finished")
-    recipes.add_arguments(parser, Recipe)
+    recipes.add_arguments(parser, ClassifierRecipe)
     args = parser.parse_args()
     out = args.out or Path("runs") / f"compare-{Path(args.recipe).stem}"
-    given = {field.name: getattr(args, field.name) for field in fields(Recipe)}
+    given = {field.name: getattr(args, field.name) for field in fields(ClassifierRecipe)}
     try:
         arguments = [args.recipe, *_flags(given | dict(data=args.data, device=args.device))]
         runs = []
         for seed in _numbers(args.seeds):
             for kind in args.kinds.split(","):
-                recipe = recipes.read(args.recipe, Recipe, given | overrides(kind) | dict(seed=str(seed)))
+                recipe = recipes.read(args.recipe, ClassifierRecipe, given | overrides(kind) | dict(seed=str(seed)))
                 runs.append(Run(kind, seed, recipe, out / f"{kind.replace(':', '-')}-seed{seed}"))
         if not args.report:
             if not args.data:

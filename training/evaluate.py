@@ -13,73 +13,27 @@ they have compete.
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.data import RealLabelsImagenet
 from torch import Tensor, nn
 
 import vca
-from training.data import DataError, FolderEvaluation, Images, normalize
-from training.engine import RunError, open_device
-from training.generate import validation_data, validation_loss
-from training.latents import Latents
-from training.world import ALONE, World
+from training.core.metrics import accuracy, interval, outputs, validation_data, validation_loss
+from training.core.run import RunError, open_device
+from training.data.batches import FolderEvaluation
+from training.data.images import DataError, Images
+from training.data.latents import Latents
 from vca.checkpoint import write_atomically
 from vca.models.dit import DiffusionTransformer
 
 NAMES = dict(val="", real="ImageNet-Real", v2="ImageNet-V2", a="ImageNet-A", r="ImageNet-R")
-
-
-@torch.inference_mode()
-def outputs(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (B, classes), in float32, and labels (B,) of each batch of decoded images, uint8 (B, 3, H, W)."""
-    model.eval()
-    device = next(model.parameters()).device
-    for x, y in batches:
-        yield model(normalize(x.to(device), model.pretrained_cfg)), y.to(device)
-
-
-def accuracy(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World = ALONE, classes: list[int] | None = None
-) -> dict:
-    """Accuracy in percent and mean cross-entropy, in float32.
-
-    Args:
-        batches: decoded images and their labels; of several processes, this one's share.
-        classes: the only classes that compete; default all.
-    """
-    top1 = top5 = loss = count = 0.0
-    device = next(model.parameters()).device
-    for logits, y in outputs(model, batches):
-        if classes:
-            allowed = torch.full_like(logits[0], float("-inf"))
-            allowed[classes] = 0
-            logits = logits + allowed
-        ranked = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
-        top1 += ranked[:, 0].sum().item()
-        top5 += ranked.sum().item()
-        loss += F.cross_entropy(logits, y, reduction="sum").item()
-        count += len(y)
-    top1, top5, loss, count = world.sum([top1, top5, loss, count], device)
-    return dict(
-        top1=round(100 * top1 / count, 2), top5=round(100 * top5 / count, 2), loss=round(loss / count, 4),
-        images=int(count),
-    )  # fmt: skip
-
-
-def interval(percent: float, count: int) -> list[float]:
-    """Wilson's 95 % interval, in percent, of an accuracy on `count` images: what other images would have given."""
-    z, p = 1.96, percent / 100
-    centre, spread = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
-    return [round(100 * (centre + sign * spread) / (1 + z * z / count), 2) for sign in (-1, 1)]
 
 
 def real_accuracy(model: nn.Module, images: Images, batches: Iterable[tuple[Tensor, Tensor]], labels: str) -> dict:

@@ -32,8 +32,8 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 
 import vca
 from training.card import write_card
-from training.engine import RunError, open_device
-from training.sample import weights_digest
+from training.core.run import RunError, open_device
+from training.core.sampling import weights_digest
 from vca.checkpoint import sha256, write_atomically
 
 FEATURES, LOGITS = "2048", "logits_unbiased"

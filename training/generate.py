@@ -6,12 +6,12 @@
 
     torchrun --nproc-per-node 8 -m training.generate imagenet_vca_dit_s_2 --data LATENTS
 
-FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE (for shards and Hugging Face data sets see training/data.py), or what
+FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE (for shards and Hugging Face data sets see training/data), or what
 `python -m training.latents` makes of such images if the model works on latents. The same command resumes an interrupted
 run. --plan says what a run costs, --smoke tries it for a few steps on noise.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -19,68 +19,24 @@ from timm.scheduler import StepLRScheduler
 from torch import Tensor
 
 import vca
-from training import command as command_line
-from training import recipe as recipes
 from training.card import write_card
-from training.data import (
-    DataError,
-    Images,
-    MemoryBatches,
-    decode,
-    derive_seed,
-    generator_cfg,
-    normalize,
-    open_splits,
-)
-from training.engine import RunFolder, Trainer, plot_curve, progress, round_weights, set_tf32
-from training.latents import LatentBatches, Latents, open_latents
-from training.recipe import key
-from training.sample import grid_png
-from training.start import build_model
-from training.world import ALONE, World, join
-from vca import diffusion, flow
+from training.core import cli
+from training.core.distributed import ALONE, World, join
+from training.core.generator_recipe import GeneratorRecipe
+from training.core.init import build_model
+from training.core.metrics import draw_times, validation_data, validation_loss
+from training.core.plots import grid_png, plot_curve
+from training.core.precision import round_weights, set_tf32
+from training.core.run import RunFolder, progress
+from training.core.trainer import Trainer
+from training.data.batches import MemoryBatches
+from training.data.images import DataError, decode, generator_cfg, open_splits
+from training.data.latents import LatentBatches, open_latents
 from vca.checkpoint import write_atomically
 from vca.models import GENERATORS
 from vca.models.dit import DiffusionTransformer
 
-TIME_SAMPLING = ("uniform", "logit_normal")
-VAL_SAMPLES = 1000
 GRID_ROWS, GRID_COLUMNS = 8, 10
-
-
-@dataclass(frozen=True)
-class Recipe(recipes.Shared):
-    """Every key that a generation recipe may set."""
-
-    model: str
-    steps: int
-    batch_size: int
-    lr: float
-    input_size: int = key(32, "side of the images or latents")
-    warmup_steps: int = key(0, "steps of linear warm-up to the constant learning rate")
-    class_dropout: float = key(0.1, "share of labels replaced by the null class")
-    time_sampling: str = key("uniform", "SiT: uniform, or logit_normal for more times in the middle")
-    ema_decay: float = key(0.9999, "decay of the EMA of the weights; 0 for none")
-    ema_warmup: bool = key(False, "let the decay rise with the steps")
-    val_every: int = key(2000, "steps between validation losses")
-    sample_every: int = key(2000, "steps between sample grids; 0 for none, where a latent model has no VAE")
-    sample_steps: int = key(50, "steps of the default sampler in a sample grid")
-    sample_guidance: float = key(1.0, "guidance scale of a sample grid")
-
-    def __post_init__(self):
-        self.check_shared()
-        recipes.check_ranges(
-            self,
-            positive=("steps", "input_size", "val_every", "sample_steps"),
-            not_negative=("warmup_steps", "sample_every"),
-            shares=("class_dropout",),
-        )
-        if self.model not in GENERATORS:
-            raise ValueError(f"model = {self.model!r} is no generator; vca.list_models() names them.")
-        if self.time_sampling not in TIME_SAMPLING:
-            raise ValueError(f"time_sampling = {self.time_sampling!r} must be one of {', '.join(TIME_SAMPLING)}.")
-        if self.time_sampling != "uniform" and GENERATORS[self.model]["family"] == "dit":
-            raise ValueError(f"time_sampling = {self.time_sampling!r} is for SiT; DiT draws its times uniformly.")
 
 
 class Data(NamedTuple):
@@ -93,7 +49,7 @@ class Data(NamedTuple):
     train_images: int
 
 
-def open_data(recipe: Recipe, data: str, device: torch.device, world: World = ALONE) -> Data:
+def open_data(recipe: GeneratorRecipe, data: str, device: torch.device, world: World = ALONE) -> Data:
     """Images held in memory, or latents on disk, flipped half of the time; of each batch this process's rows."""
     latent = GENERATORS[recipe.model]["vae"] is not None
     train, val = (open_latents if latent else open_splits)(data)
@@ -110,37 +66,7 @@ def open_data(recipe: Recipe, data: str, device: torch.device, world: World = AL
     return Data(batches, *validation_data(val, recipe.input_size, recipe.workers), train.class_names, len(train))
 
 
-def validation_data(val: Images | Latents, input_size: int, workers: int) -> tuple[Tensor, Tensor]:
-    """The clean samples of the validation loss, at most VAL_SAMPLES evenly from the split, and their labels."""
-    chosen = torch.linspace(0, len(val) - 1, min(VAL_SAMPLES, len(val))).long()
-    if isinstance(val, Latents):
-        return val.means(chosen), val.labels[chosen]
-    cfg = generator_cfg(input_size)
-    pixels, labels = decode(val, cfg, workers)
-    return normalize(pixels[chosen], cfg), labels[chosen]
-
-
-def draw_times(family: str, time_sampling: str, count: int, device, generator=None) -> Tensor:
-    """The times of a batch: integers for DiT, in [0, 1] for SiT."""
-    if family == "dit":
-        return torch.randint(diffusion.NUM_TIMESTEPS, (count,), device=device, generator=generator)
-    if time_sampling == "uniform":
-        return torch.rand(count, device=device, generator=generator)
-    return flow.logit_normal(torch.randn(count, device=device, generator=generator))
-
-
-@torch.inference_mode()
-def validation_loss(model: DiffusionTransformer, samples: Tensor, labels: Tensor, batch_size: int = 250) -> float:
-    """Mean loss in float32 at uniform times; noise and times are the same at each call, for models of any attention."""
-    device = model.pos_embed.device
-    generator = torch.Generator().manual_seed(derive_seed(0, len(samples)))
-    noise = torch.randn(samples.shape, generator=generator)
-    t = draw_times(model.family, "uniform", len(samples), "cpu", generator)
-    parts = zip(*(tensor.split(batch_size) for tensor in (samples, labels, noise, t)), strict=True)
-    return sum(model.loss(*(part.to(device) for part in four)).sum().item() for four in parts) / len(samples)
-
-
-def sample_grid(model: DiffusionTransformer, recipe: Recipe) -> bytes:
+def sample_grid(model: DiffusionTransformer, recipe: GeneratorRecipe) -> bytes:
     """A PNG with a column for each of the first classes, always from the same noise."""
     columns = min(GRID_COLUMNS, model.num_classes)
     labels = list(range(columns)) * GRID_ROWS
@@ -149,7 +75,13 @@ def sample_grid(model: DiffusionTransformer, recipe: Recipe) -> bytes:
 
 
 def train(
-    recipe: Recipe, data: str, out: str, device: torch.device, init: str | None, command: str, tensorboard: bool = False
+    recipe: GeneratorRecipe,
+    data: str,
+    out: str,
+    device: torch.device,
+    init: str | None,
+    command: str,
+    tensorboard: bool = False,
 ) -> dict:
     """Runs a recipe to its end and writes `out/checkpoint`; returns the validation loss of the shipped weights."""
     world = join(device)
@@ -231,7 +163,7 @@ def report(result: dict) -> str:
 
 
 def main() -> None:
-    command_line.main("training.generate", __doc__, Recipe, train, report)
+    cli.main("training.generate", __doc__, GeneratorRecipe, train, report)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ FOLDER holds train/CLASS/IMAGE, which the generator was trained on, and val/CLAS
 guidance scale: the share of images that the judge takes for the class they were asked for; how much they differ within
 a class; how near they lie to training images, since guidance raises the first number at the cost of variety and copying
 raises it at no cost; and the Fréchet distance to the training images on the judge's features, which is not FID. The
-same numbers of as many held-out images are the yardstick.
+same numbers of as many held-out images are the reference.
 
 The numbers go into the checkpoint's `config.json` and its card, two pictures beside them. The images stay in --out; the
 same command goes on where it was interrupted. 1,000 images of a 4 M model at 25 steps and five scales take about 10
@@ -27,15 +27,16 @@ from torch import Tensor, nn
 
 import vca
 from training.card import write_card
-from training.data import DataError, Images, eval_transform, generator_cfg, normalize
-from training.engine import RunError, open_device
-from training.sample import SampleError, grid_png, sample_files
+from training.core.plots import grid_png
+from training.core.run import RunError, open_device
+from training.core.sampling import SampleError, sample_files
+from training.data.images import DataError, Images, eval_transform, generator_cfg, normalize
 from vca.checkpoint import place, write_atomically
+from vca.diffusion.vae import DecoderError
 from vca.models.dit import DiffusionTransformer
-from vca.vae import DecoderError
 
 MAX_TRAIN = 50_000
-NEIGHBOURS = 50
+NEIGHBORS = 50
 COPY = 0.5
 GRID_ROWS, GRID_COLUMNS = 8, 10
 SHOWN_SIDE = 64
@@ -71,9 +72,9 @@ def nearest(queries: Tensor, references: Tensor, count: int, chunk: int = 5000) 
 def nearest_pixels(pixels: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
     """`nearest` of uint8 images (N, 3, H, W), or of their mirror images, in root mean square grey levels."""
     flat = references.flatten(1)
-    both = [nearest(view.flatten(1).float(), flat, NEIGHBOURS) for view in (pixels, pixels.flip(-1))]
+    both = [nearest(view.flatten(1).float(), flat, NEIGHBORS) for view in (pixels, pixels.flip(-1))]
     distances, indices = (torch.cat(pair, dim=1) for pair in zip(*both, strict=True))
-    values, order = distances.topk(min(NEIGHBOURS, len(flat)), largest=False)
+    values, order = distances.topk(min(NEIGHBORS, len(flat)), largest=False)
     return values / flat.shape[1] ** 0.5, indices.gather(1, order)
 
 
@@ -96,7 +97,7 @@ def frechet_distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray])
     return fid_statistics_to_metric(ours, theirs, verbose=False)[KEY_METRIC_FID]
 
 
-class Yardstick:
+class QualityReference:
     """The judge, the training images and as many held-out images as are generated.
 
     Args:
@@ -204,23 +205,23 @@ def measure_generator(generator: DiffusionTransformer, judge: nn.Module, args: a
         raise DataError(f"{args.data}/val must hold at least two images of each class.")
     train = read_split(train_images, side, MAX_TRAIN)[0]
     print(f"the judge looks at {len(train)} training images", file=sys.stderr)
-    yardstick = Yardstick(judge, train, held_out, held_out_labels)
+    reference = QualityReference(judge, train, held_out, held_out_labels)
     labels = torch.arange(args.count) % generator.num_classes
     rows, pictures = [], {}
     for guidance, files in made.items():
         pixels = read_images(files)
-        numbers, near = yardstick.measure(pixels, labels)
+        numbers, near = reference.measure(pixels, labels)
         rows.append(dict(guidance=guidance, **numbers))
         pictures[guidance] = class_grid(pixels, labels), nearest_grid(pixels, near, train)
         print(json.dumps(rows[-1]))
-    print(json.dumps(dict(held_out=yardstick.held_out)))
+    print(json.dumps(dict(held_out=reference.held_out)))
     best = max(rows, key=lambda row: row["recognised"])["guidance"]
     for name, picture in zip(("quality.png", "nearest.png"), pictures[best], strict=True):
         write_atomically(args.checkpoint / name, picture)
     return dict(
         judge=Path(args.judge).name, count=args.count, sampler=args.sampler or next(iter(generator.objective.SAMPLERS)),
         steps=args.steps, seed=args.seed, precision=args.precision, train_images=len(train), best_guidance=best,
-        guidance=rows, held_out=yardstick.held_out | dict(images=len(held_out)), features=yardstick.features.shape[1],
+        guidance=rows, held_out=reference.held_out | dict(images=len(held_out)), features=reference.features.shape[1],
         torch=torch.__version__, device=args.device, options=options_of(args),
     )  # fmt: skip
 

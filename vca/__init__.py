@@ -1,10 +1,10 @@
 """Visual-Contrast Attention: the layer, its maps, its models and their checkpoints."""
 
 from vca import attribution, faithfulness
-from vca.attention import VisualContrastAttention
 from vca.checkpoint import CheckpointError, save
-from vca.controls import create_attention
 from vca.hub import PushError, load, push
+from vca.layers.factory import create_attention
+from vca.layers.visual_contrast import VisualContrastAttention
 from vca.maps import LayerMaps, StageMaps, record
 from vca.models import create_model, list_models
 from vca.replace import replace_attention

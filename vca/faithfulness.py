@@ -40,7 +40,7 @@ class Curves:
         return torch.trapezoid(self.insertion, self.fractions)
 
 
-def mean_colour(images: Tensor) -> Tensor:
+def mean_color(images: Tensor) -> Tensor:
     """Each image's mean colour, (B, C, 1, 1)."""
     return images.mean((2, 3), keepdim=True)
 
@@ -80,7 +80,7 @@ def random_map(images: Tensor, seed: int) -> Tensor:
     return torch.rand(len(images), *images.shape[-2:], generator=generator).to(images.device)
 
 
-def centre_prior(images: Tensor) -> Tensor:
+def center_prior(images: Tensor) -> Tensor:
     """Minus the squared distance from the centre, in half sides: (B, H, W)."""
     rows, cols = (torch.linspace(-1, 1, side, device=images.device) ** 2 for side in images.shape[-2:])
     return -(rows[:, None] + cols).expand(len(images), -1, -1)
@@ -88,13 +88,13 @@ def centre_prior(images: Tensor) -> Tensor:
 
 def edge_map(images: Tensor) -> Tensor:
     """The magnitude of the Sobel gradient of the mean over the colours: (B, H, W)."""
-    grey = F.pad(images.mean(1, keepdim=True), [1] * 4, mode="replicate")
+    gray = F.pad(images.mean(1, keepdim=True), [1] * 4, mode="replicate")
     sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]).to(images)
-    gradient = F.conv2d(grey, torch.stack([sobel, sobel.T])[:, None])
+    gradient = F.conv2d(gray, torch.stack([sobel, sobel.T])[:, None])
     return torch.linalg.vector_norm(gradient, dim=1)
 
 
-BASELINES: dict[str, Callable[[Tensor], Tensor]] = {"centre prior": centre_prior, "edge map": edge_map}
+BASELINES: dict[str, Callable[[Tensor], Tensor]] = {"centre prior": center_prior, "edge map": edge_map}
 
 
 def exchange_curve(
@@ -166,13 +166,13 @@ def curves(
         if progress:
             progress(done / (2 * len(attributions) * len(images) * (steps + 1)))
 
-    colour, blur = mean_colour(images), blurred(images)
+    color, blur = mean_color(images), blurred(images)
     for name, attribution in attributions.items():
         places = ranks(in_cells(attribution, cell))
         steps = min(steps, places[0].numel())
         deletion, insertion = (
             exchange_curve(model, before, after, places, cell, classes, steps, count)
-            for before, after in ((images, colour), (blur, images))
+            for before, after in ((images, color), (blur, images))
         )
         result[name] = Curves(_counts(places, steps) / places[0].numel(), deletion, insertion)
     return result
@@ -198,8 +198,8 @@ def infidelity(
         return removed, kept - removed
 
     def logits(kept: Tensor, images: Tensor) -> Tensor:
-        colour = mean_colour(images)
-        return model(colour + over_pixels(kept, cell, images.shape[-2:])[:, None] * (images - colour))
+        color = mean_color(images)
+        return model(color + over_pixels(kept, cell, images.shape[-2:])[:, None] * (images - color))
 
     return measure(
         logits,

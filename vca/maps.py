@@ -11,8 +11,8 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
 from vca import functional as VF
-from vca.attention import StageMaps
-from vca.grid import GridBlock
+from vca.layers.grid import GridBlock
+from vca.layers.stage_maps import StageMaps
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def replace_attention(model: nn.Module, kind: str = "vca", **options) -> nn.Modu
 
     Args:
         model: exactly a timm `VisionTransformer`, `VisionTransformerDistilled` or `SwinTransformer`.
-        kind: one of `vca.controls.KINDS`.
+        kind: one of `vca.layers.factory.KINDS`.
         **options: `token_grid` or `num_tokens`, `tokens`, `dwc`, `stage2_softmax` and `pooling` as in `create_model`;
             for a Swin also `stages`, indices of those whose shifted windows give way to attention over the whole grid
             (default all but the last).

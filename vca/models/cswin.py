@@ -13,9 +13,10 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vca import functional as VF
-from vca.attention import StageMaps, depthwise_conv3x3, local_term
-from vca.controls import check_kind, create_attention, token_grids
-from vca.grid import OnGrid
+from vca.layers.depthwise import depthwise_conv3x3, local_term
+from vca.layers.factory import check_kind, create_attention, token_grids
+from vca.layers.grid import OnGrid
+from vca.layers.stage_maps import StageMaps
 from vca.models.common import entry_point, imagenet_cfg
 from vca.models.pyramid import Pyramid
 
@@ -118,7 +119,7 @@ class CSwinTransformer(Pyramid):
     """CSwin Transformer, or the same with another attention over the whole grid of the first stages.
 
     Args:
-        attention: of stages 1 and 2, "cross" for cross-shaped windows, or one of `vca.controls.KINDS`.
+        attention: of stages 1 and 2, "cross" for cross-shaped windows, or one of `vca.layers.factory.KINDS`.
         split_sizes: width of the stripes in each stage; None for attention over the whole grid.
         qkv_bias: bias in the projection to queries, keys and values.
         token_grid: rows and columns of the contrast tokens, for both stages or one for each; default 3x3, 4x4.

@@ -13,10 +13,10 @@ from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vca import diffusion, flow
-from vca.controls import create_attention, token_grids
-from vca.sampling import Callback, Model, Sampler, normal_noise, silent
-from vca.vae import SD_VAE, LatentDecoder
+from vca.diffusion import ddpm, flow
+from vca.diffusion.sampling import Callback, Model, Sampler, normal_noise, silent
+from vca.diffusion.vae import SD_VAE, LatentDecoder
+from vca.layers.factory import create_attention, token_grids
 
 PIXELS = dict(in_channels=3, vae=None)
 LATENTS = dict(in_channels=4, vae=SD_VAE)
@@ -29,7 +29,7 @@ SIZES = {
     "xl": dict(dim=1152, depth=28, num_heads=16, **LATENTS),
 }
 PATCHES = (2, 4, 8)
-OBJECTIVES = {"dit": diffusion, "sit": flow}
+OBJECTIVES = {"dit": ddpm, "sit": flow}
 
 MODELS = {
     f"{prefix}{family}_{size}_{patch}": dict(family=family, attention=attention, patch_size=patch, **SIZES[size])
@@ -52,7 +52,7 @@ class DiffusionTransformer(nn.Module):
     """A class-conditional generator: noisy images or latents and a time in, what the objective learns out.
 
     Args:
-        family: "dit" learns the noise of a diffusion, "sit" the velocity of a flow.
+        family: "dit" learns the noise of a ddpm, "sit" the velocity of a flow.
         dim, depth, num_heads: channels, blocks and heads.
         patch_size: side of a patch.
         input_size: side, or height and width, of the images or latents.
@@ -144,7 +144,7 @@ class DiffusionTransformer(nn.Module):
 
     @property
     def objective(self):
-        """The module with the loss and the samplers: `vca.diffusion` or `vca.flow`."""
+        """The module with the loss and the samplers: `vca.diffusion.ddpm` or `vca.diffusion.flow`."""
         return OBJECTIVES[self.family]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class DiffusionTransformer(nn.Module):
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def loss(self, x: Tensor, y: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The loss of each sample, (B,), on clean x: `vca.diffusion.loss` or `vca.flow.loss`."""
+        """The loss of each sample, (B,), on clean x: `vca.diffusion.ddpm.loss` or `vca.diffusion.flow.loss`."""
         return self.objective.loss(self.conditioned(y), x, noise, t)
 
     def conditioned(self, y: Tensor, guidance_scale: float = 1.0, guided_channels: int | None = None) -> Model:
@@ -229,7 +229,7 @@ class DiffusionTransformer(nn.Module):
 
         Raises:
             ValueError: a label, the sampler, the number of steps or of indices is impossible.
-            vca.vae.DecoderError: the model needs a VAE that is not here; raised before sampling.
+            vca.diffusion.vae.DecoderError: the model needs a VAE that is not here; raised before sampling.
         """
         device = self.pos_embed.device
         y = torch.as_tensor(labels, dtype=torch.long, device=device)

@@ -12,9 +12,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vca import functional as VF
-from vca.attention import StageMaps
-from vca.controls import check_kind, create_attention, token_grids
-from vca.grid import OnGrid
+from vca.layers.factory import check_kind, create_attention, token_grids
+from vca.layers.grid import OnGrid
+from vca.layers.stage_maps import StageMaps
 from vca.models.common import entry_point, imagenet_cfg
 from vca.models.pyramid import Pyramid
 
@@ -71,7 +71,7 @@ class PyramidVisionTransformer(Pyramid):
     """PVT v1 with mean pooling, or the same with another attention over the whole grid of every stage.
 
     Args:
-        attention: "sr" for spatial reduction, or one of `vca.controls.KINDS`.
+        attention: "sr" for spatial reduction, or one of `vca.layers.factory.KINDS`.
         sr_ratios: of each stage, for "sr".
         qkv_bias: bias in the projections to queries, keys and values.
         token_grid: rows and columns of the contrast tokens, for all stages or one for each; default `TOKEN_GRIDS`.

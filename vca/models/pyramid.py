@@ -10,7 +10,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vca.grid import GridBlock, OnGrid
+from vca.layers.grid import GridBlock, OnGrid
 from vca.models.common import note_input_size, undecayed
 
 

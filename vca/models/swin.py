@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import SwinTransformer
 
-from vca.controls import check_kind, create_attention, token_grids
-from vca.grid import GridBlock
+from vca.layers.factory import check_kind, create_attention, token_grids
+from vca.layers.grid import GridBlock
 from vca.models.common import entry_point, imagenet_cfg, note_input_size, undecayed
 
 SIZES = {"vca_swin_tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))}
@@ -20,7 +20,7 @@ class ContrastSwinTransformer(SwinTransformer):
     """timm's `SwinTransformer` with a choice of attention, over the whole grid, in all stages but the last.
 
     Args:
-        attention: one of `vca.controls.KINDS`.
+        attention: one of `vca.layers.factory.KINDS`.
         token_grid: rows and columns of the contrast tokens, for all stages or one for each; default 3x3, 4x4, 7x7.
         num_tokens: their number, a square, instead of `token_grid`; for all stages or one for each.
         tokens, dwc, stage2_softmax, pooling: see `vca.VisualContrastAttention`.

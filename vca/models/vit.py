@@ -8,8 +8,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from vca.controls import check_kind, create_attention, token_grids
-from vca.grid import OnGrid, running_on
+from vca.layers.factory import check_kind, create_attention, token_grids
+from vca.layers.grid import OnGrid, running_on
 from vca.models.common import entry_point, note_input_size, undecayed
 
 SIZES = {
@@ -71,7 +71,7 @@ class ContrastVisionTransformer(ContrastViT, VisionTransformer):
     """timm's `VisionTransformer` with a choice of attention.
 
     Args:
-        attention: one of `vca.controls.KINDS`, in every block.
+        attention: one of `vca.layers.factory.KINDS`, in every block.
         token_grid: rows and columns of the contrast tokens; default half the patch grid in each direction.
         num_tokens: their number, a square, instead of `token_grid`.
         tokens, dwc, stage2_softmax, pooling: see `vca.VisualContrastAttention`.

@@ -1,0 +1,134 @@
+"""The inputs that tabs have in common: an image with examples, and a choice of model that any other may join."""
+
+from functools import partial
+from html import escape
+from pathlib import Path
+
+import gradio as gr
+
+import vca
+from app import settings
+from app.runtime import loading, sampling
+from app.runtime.assets import PHOTOS
+from app.runtime.checkpoints import Checkpoints
+
+FILE_TYPES = [".json", ".safetensors", ".zip"]
+HINT = """<p class='vca-hint'>One of ours, or any ViT, DeiT or Swin of timm: by its id on the Hub, or as config.json and
+model.safetensors, or a zip file of these, up to {limit}. Nobody else sees what you upload.</p>"""
+
+NEW_SEED = "() => Math.floor(Math.random() * 2 ** 32)"
+
+
+class ModelChoice:
+    """The choice of a model, in every tab that has one, and the control that adds another model to all of them.
+
+    `connect` joins them, after the last tab was built.
+    """
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+        self._dropdowns: list[gr.Dropdown] = []
+        self._loaders: list[tuple] = []
+
+    def dropdown(self, label: str = "Model", first: int = 0) -> gr.Dropdown:
+        """A choice of model; `first` is the index of the one chosen at the start."""
+        names = self.checkpoints.classifiers
+        chosen = names[min(first, len(names) - 1)] if names else None
+        self._dropdowns.append(gr.Dropdown(names, label=label, value=chosen, elem_classes="vca-model"))
+        return self._dropdowns[-1]
+
+    def loader(self, chosen_in: gr.Dropdown) -> None:
+        """The control "Load another model"; what it loads is then chosen in the given dropdown."""
+        with gr.Accordion("Load another model", open=False, elem_classes="vca-loader"):
+            reference = gr.Textbox(
+                label="Hub id, or a folder on this machine",
+                placeholder="timm/deit_tiny_patch16_224.fb_in1k",
+                max_lines=1,
+            )
+            button = gr.Button("Load", size="sm")
+            files = gr.File(label="Or your own", file_count="multiple", file_types=FILE_TYPES, height=110)
+            said = gr.HTML(HINT.format(limit=settings.upload_limit()))
+        self._loaders.append((chosen_in, reference, button, files, said))
+
+    def connect(self) -> None:
+        """Joins all choices and all controls: a loaded model appears in every choice of this visitor's page."""
+        others = gr.State([])
+
+        def add(tab: int, label: str, value: str, known: list):
+            known = [entry for entry in known if entry[1] != value] + [(label, value)]
+            choices = [*self.checkpoints.classifiers, *known]
+            here = self._loaders[tab][0]
+            dropdowns = [
+                gr.Dropdown(choices=choices, value=value) if dropdown is here else gr.Dropdown(choices=choices)
+                for dropdown in self._dropdowns
+            ]
+            return [note(f"{label} is loaded, and chosen above."), known, *dropdowns]
+
+        def note(text: str, kind: str = "vca-hint", role: str = "status") -> str:
+            return f"<p class='{kind}' role='{role}'>{escape(text)}</p>"
+
+        def nothing(text: str) -> list:
+            return [note(text, "vca-problem", "alert"), gr.skip(), *[gr.skip()] * len(self._dropdowns)]
+
+        def by_reference(tab: int, reference: str, known: list):
+            reference = reference.strip()
+            try:
+                self.checkpoints.load(reference)
+            except gr.Error as error:
+                return nothing(error.message)
+            return add(tab, reference, reference, known)
+
+        def by_files(tab: int, files: list[str], known: list):
+            try:
+                name, model = loading.open_upload(list(map(Path, files)))
+            except vca.CheckpointError as error:
+                return [*nothing(str(error)), None]
+            return [*add(tab, f"{name} (uploaded)", self.checkpoints.keep(model), known), None]
+
+        for tab, (_, reference, button, files, said) in enumerate(self._loaders):
+            joined, shared = [said, others, *self._dropdowns], dict(show_progress_on=said, api_visibility="private")
+            gr.on([button.click, reference.submit], partial(by_reference, tab), [reference, others], joined, **shared)
+            files.upload(partial(by_files, tab), [files, others], [*joined, files], **shared)
+
+
+def image_input(height: int) -> gr.Image:
+    """An image to upload, take or paste.
+
+    Functions that take the image should be registered with `preprocess=False`, so that they get the uploaded file and
+    gradio does not decode it first; `images.uploaded_file` and `images.read_image` read it.
+    """
+    return gr.Image(
+        type="filepath",
+        image_mode=None,
+        label="Image",
+        sources=["upload", "webcam", "clipboard"],
+        buttons=[],
+        height=height,
+    )
+
+
+def image_and_model(choice: ModelChoice, examples: list[str], height: int) -> tuple[gr.Image, gr.Dropdown]:
+    """An image with examples, and a choice of model."""
+    image, model = image_input(height), choice.dropdown()
+    choice.loader(model)
+    show_examples(examples, image)
+    return image, model
+
+
+def show_examples(examples: list[str], image: gr.Image) -> None:
+    """The photos, and in a row of their own the generated pictures."""
+    photos, generated = examples[: len(PHOTOS)], examples[len(PHOTOS) :]
+    gr.Examples(photos, image, label="Examples", api_visibility="private")
+    label = "Made by our CIFAR-10 generator, for the CIFAR-10 models"
+    gr.Examples(generated, image, label=label, api_visibility="private")
+
+
+def sampling_settings() -> tuple[gr.Number, gr.Slider, gr.Slider]:
+    """Seed, steps and guidance of a generator."""
+    with gr.Row(equal_height=True):
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=sampling.MAX_SEED, min_width=120)
+        new_seed = gr.Button("New seed", size="sm", min_width=90, elem_classes="vca-new-seed")
+    steps = gr.Slider(1, sampling.MAX_STEPS, 50, step=1, label="Steps", buttons=[])
+    guidance = gr.Slider(1, sampling.MAX_GUIDANCE, 3, step=0.1, label="Guidance (1 is none)", buttons=[])
+    new_seed.click(None, outputs=seed, js=NEW_SEED, show_progress="hidden", api_visibility="private")
+    return seed, steps, guidance

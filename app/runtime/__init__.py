@@ -1,0 +1,1 @@
+"""From an upload to the arrays and pictures that the tabs show."""

@@ -1,0 +1,145 @@
+"""What the explorer saves: the numbers of a view as .npz, and all maps of a run as one web page that works offline."""
+
+import io
+import json
+
+import numpy as np
+
+from app.runtime import drawing
+from app.runtime.assets import EXPLORER_SCRIPTS, text
+from app.runtime.packing import Layer
+
+MODES = ("effective", "stage1", "stage2")
+STREAMS = ("positive", "negative", "differential")
+
+
+def rows(layer: Layer, mode: str, head: int, query: int, lam: float | None = None) -> dict[str, np.ndarray]:
+    """The rows of one query as the page draws them, float32 (keys,); NaN for the patches outside its window.
+
+    Args:
+        layer: one layer of a run.
+        mode: "effective", "stage1" or "stage2".
+        head: its index, or -1 for the mean of all heads.
+        query: index among the prefix tokens and patches; of Stage I among the contrast tokens, where there are any.
+        lam: another lambda for the differential row of a stage than the layer's own.
+
+    Returns:
+        positive, negative and differential; only positive if the map has no negative part.
+
+    Raises:
+        LookupError: the layer has no such map, head or query.
+    """
+    if mode not in MODES or not -1 <= head < layer.heads or query < 0:
+        raise LookupError("there is no such map.")
+    heads = range(layer.heads) if head < 0 else [head]
+    if mode == "effective":
+        row = np.mean([_effective(layer, h, query) for h in heads], axis=0, dtype=np.float32)
+        if max(layer.streams) < 2:
+            return dict(positive=row)
+        return dict(positive=np.maximum(row, 0), negative=np.maximum(-row, 0), differential=row)
+    number = int(mode[-1])
+    named = dict(positive=_array(layer, f"positive{number}"), negative=_array(layer, f"negative{number}"))
+    streams = {
+        name: np.mean([array[h, query] for h in heads], axis=0, dtype=np.float32)
+        for name, array in named.items()
+        if array is not None
+    }
+    if "positive" not in streams:
+        raise LookupError("this attention has one stage.")
+    if "negative" in streams:
+        own = getattr(layer, f"lambda{number}")
+        streams["differential"] = streams["positive"] - np.float32(own if lam is None else lam) * streams["negative"]
+    return streams
+
+
+def _array(layer: Layer, name: str) -> np.ndarray | None:
+    array = layer.arrays.get(name)
+    return None if array is None else array.astype(np.float32)
+
+
+def _differential(layer: Layer, number: int, head: int) -> np.ndarray:
+    """diag(r) D of one head and stage, in full."""
+    positive, negative, scale = (layer.arrays.get(f"{name}{number}") for name in ("positive", "negative", "scale"))
+    applied = positive[head].astype(np.float32)
+    if negative is not None:
+        applied -= np.float32(getattr(layer, f"lambda{number}")) * negative[head]
+    return applied if scale is None else scale[head][:, None] * applied
+
+
+def _effective(layer: Layer, head: int, query: int) -> np.ndarray:
+    if "patches" in layer.arrays:
+        patches = layer.arrays["patches"]
+        slot = int(np.flatnonzero(patches == query)[0])
+        row = layer.arrays["positive1"][head, slot].astype(np.float32)
+        keys = patches[slot // row.size * row.size :][: row.size]
+        spread = np.full(layer.grid[0] * layer.grid[1], np.nan, np.float32)
+        spread[keys[keys >= 0]] = row[keys >= 0]
+        return spread
+    first = _differential(layer, 1, head)
+    if not layer.streams[1]:
+        return first[query]
+    return _differential(layer, 2, head)[query] @ first
+
+
+def numbers(layer: Layer, mode: str, head: int, query: int, lam: float | None, view: dict) -> bytes:
+    """An .npz file: the rows on show, all maps of the block as `block_*` (see `packing.Layer`), and JSON `settings`."""
+    settings = dict(
+        layer.facts(),
+        map=mode,
+        head="mean" if head < 0 else head,
+        query=query,
+        what_if_lambda=lam,
+        view=view,
+        rows="a value for each key: the prefix tokens, then the cells, row by row",
+    )
+    content = io.BytesIO()
+    block = {f"block_{name}": array for name, array in layer.arrays.items()}
+    np.savez_compressed(content, **rows(layer, mode, head, query, lam), **block, settings=json.dumps(settings))
+    return content.getvalue()
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:">
+<title>%(title)s</title>
+<style>
+%(css)s
+</style>
+<body>
+<header><h1>Visual-Contrast Attention</h1><p>%(title)s</p></header>
+<main>%(html)s</main>
+<script>
+const saved = %(data)s;
+if (matchMedia("(prefers-color-scheme: dark)").matches) document.body.classList.add("dark");
+(function (element, props, server, trigger, watch) {
+%(js)s
+})(document.querySelector("main"), saved.props, { fetch_maps: async ({ block }) => saved.maps[block] }, () => {}, () => {});
+</script>
+</body>
+</html>
+"""  # noqa: E501
+
+
+def page(run: dict, maps: list[dict], view: dict) -> str:
+    """A web page of a run, its arrays and the whole explorer inside. It asks nothing of any server.
+
+    Args:
+        run: what the explorer was given to show.
+        maps: the arrays of each block, as they are sent to the page.
+        view: what to show first.
+    """
+    props = dict(value=json.dumps(run), palette=drawing.PALETTE, view=view, offline=True)
+    title = " · ".join(filter(None, [run.get("model"), ": ".join(run["caption"])]))
+    return PAGE % dict(
+        title=_escaped(title),
+        css=text("page.css", "view.css", "explorer.css"),
+        html=text("explorer.html"),
+        js=text(*EXPLORER_SCRIPTS),
+        data=json.dumps(dict(props=props, maps=maps)).replace("<", "\\u003c"),
+    )
+
+
+def _escaped(words: str) -> str:
+    return words.replace("&", "&amp;").replace("<", "&lt;")

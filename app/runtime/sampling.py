@@ -1,0 +1,252 @@
+"""Generating pictures for a visitor: what may be asked for, the run itself, and the states it keeps to look into."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from textwrap import shorten
+from threading import Event, Thread
+from time import sleep
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import vca
+from app import settings
+from app.runtime.validation import number, one_of, refused, whole
+from vca.diffusion.sampling import Callback, at_time, silent, to_bytes
+from vca.models.dit import DiffusionTransformer
+
+MAX_COUNT, MAX_STEPS, MAX_GUIDANCE, MAX_SEED = 16, 250, 10, 2**32 - 1
+MAX_WORK = 1600  # pictures times steps; a step of Heun's method is two
+KEPT_STATES = 50
+EXPLORED_SIDE = 384
+TOO_LARGE = "These pictures are too large to be generated here."
+FRAMES_PER_SECOND = 12
+QUEUE = dict(concurrency_limit=1, concurrency_id="generate")  # gradio's: one at a time, of all visitors together
+
+
+@dataclass(frozen=True)
+class Request:
+    """Pictures to generate. The i-th depends on everything here but `count`."""
+
+    label: str
+    count: int
+    steps: int
+    guidance: float
+    seed: int
+    sampler: str
+
+
+def check_request(model: DiffusionTransformer, label, count, steps, guidance, seed, sampler) -> Request:
+    """The request, if all of it is possible.
+
+    Raises:
+        gr.Error: an argument is wrong; the message says which, and what is allowed.
+    """
+    samplers = list(model.objective.SAMPLERS)
+    request = Request(
+        label=one_of("label", label, model.label_names),
+        count=whole("count", count, 1, MAX_COUNT),
+        steps=whole("steps", steps, 1, MAX_STEPS),
+        guidance=number("guidance", guidance, 1, MAX_GUIDANCE),
+        seed=whole("seed", seed, 0, MAX_SEED),
+        sampler=samplers[0] if sampler is None else one_of("sampler", sampler, samplers),
+    )
+    limit = MAX_WORK // 2 if request.sampler == "heun" else MAX_WORK
+    if request.count * request.steps > limit:
+        raise refused(f"count times steps may be at most {limit} with {request.sampler}.")
+    return request
+
+
+class Stopped(Exception):
+    """Raised within the sampler to end it."""
+
+
+@dataclass
+class Run:
+    """One request at work or done.
+
+    Attributes:
+        states: the state (B, C, H, W) after so many steps, for at most about `KEPT_STATES` steps, and where it stopped.
+        images: the finished pictures (B, 3, H, W) in [0, 1], or None.
+        stop: set it to end the run at its next step.
+    """
+
+    model: DiffusionTransformer
+    request: Request
+    states: dict[int, Tensor] = field(default_factory=dict)
+    images: Tensor | None = None
+    stop: Event = field(default_factory=Event)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the states that this run may come to hold."""
+        kept = min(self.request.steps, KEPT_STATES + 1) + 1
+        return 4 * kept * self.request.count * int(np.prod(self.model.sample_shape))
+
+    def sample(self, callback: Callback) -> None:
+        """Generates the pictures; `callback` sees every state. Ends early, without pictures, once `stop` is set.
+
+        On a lent GPU, which is another process, there is no callback and no end before the last step.
+
+        Raises:
+            vca.diffusion.vae.DecoderError: the model needs a VAE that is not here.
+        """
+        if settings.lends_gpu():
+            if self.model.latent_decoder:
+                self.model.latent_decoder.load(torch.device("cpu"))
+            self.states, self.images = on_lent_gpu(self.model, self.request)
+        else:
+            self.sample_here(callback)
+
+    def sample_here(self, callback: Callback) -> None:
+        """`sample` in this process, where the model is."""
+        request = self.request
+        kept = {step * request.steps // KEPT_STATES for step in range(KEPT_STATES)} | {request.steps - 1}
+
+        def keep(step: int, total: int, x: Tensor) -> None:
+            if self.stop.is_set() and step < total:
+                self.states[step] = x
+                raise Stopped
+            if step in kept:
+                self.states[step] = x
+            callback(step, total, x)
+
+        label = self.model.label_names.index(request.label)
+        with suppress(Stopped):
+            self.images = self.model.sample(
+                [label] * request.count,
+                steps=request.steps,
+                guidance_scale=request.guidance,
+                seed=request.seed,
+                sampler=request.sampler,
+                callback=keep,
+            )
+
+    def progress(self) -> Iterator[tuple[int, Tensor]]:
+        """Samples in a thread of its own; yields the newest step and state, at most `FRAMES_PER_SECOND` times a second.
+
+        Closing the iterator stops the run. Raises what `sample` raises.
+        """
+        news, ended, faults = Event(), Event(), []
+        newest = (0, None)
+
+        def note(step: int, total: int, x: Tensor) -> None:
+            nonlocal newest
+            newest = (step, x)
+            news.set()
+
+        def work() -> None:
+            try:
+                self.sample(note)
+            except Exception as error:  # raised again where the run was asked for
+                faults.append(error)
+            ended.set()
+            news.set()
+
+        Thread(target=copy_context().run, args=(work,), daemon=True).start()  # the visitor's share of a lent GPU
+        try:
+            while news.wait() and not ended.is_set():
+                news.clear()
+                yield newest
+                sleep(1 / FRAMES_PER_SECOND)
+        finally:
+            self.stop.set()
+        if faults:
+            raise faults[0]
+
+    def time(self, step: int) -> float:
+        """The time t at which the network saw the state after `step` steps."""
+        return self.model.times(self.request.steps, self.request.sampler)[step]
+
+    @torch.inference_mode()
+    def record(self, step: int, picture: int, without_class: bool) -> list[vca.LayerMaps]:
+        """The maps of one picture at a kept state, by asking the network once more for what it was asked then.
+
+        Args:
+            step: a key of `states`.
+            picture: index of the picture.
+            without_class: the branch of guidance that is told no class.
+        """
+        label = self.model.num_classes if without_class else self.model.label_names.index(self.request.label)
+        x = self.states[step][picture : picture + 1]
+        with vca.record(self.model) as maps:
+            self.model(x, at_time(self.time(step), x), torch.tensor([label], device=x.device))
+        return maps
+
+    def caption(self, step: int, picture: int, without_class: bool) -> str:
+        """What `record` shows, in words."""
+        request, t = self.request, self.time(step)
+        branch = "told no class" if without_class else "told the class"
+        guidance = f", guidance {request.guidance:g}" if request.guidance != 1 else ""
+        return (
+            f"{request.label}, picture {picture + 1}, seed {request.seed}, after {step} of {request.steps} steps of "
+            f"{request.sampler}{guidance}: what the network looked at next, at t = {t:.4g}, {branch}"
+        )
+
+    def frame(self, step: int) -> Image.Image:
+        """All pictures after so many steps, one below another: of a kept state, or the finished ones.
+
+        Raises:
+            KeyError: that state is not kept.
+        """
+        if step == self.request.steps and self.images is not None:
+            return strip(self.images)
+        return strip(preview(self.model, self.states[step]))
+
+    def picture(self, step: int, index: int) -> Image.Image:
+        """One picture of a frame."""
+        frame = self.frame(step)
+        rows = frame.height // self.request.count
+        return frame.crop((0, index * rows, frame.width, (index + 1) * rows))
+
+
+def gpu_seconds(model: DiffusionTransformer, request: Request) -> int:
+    """How long a lent GPU may take for a request: to start, and for the steps of a large model."""
+    return 20 + request.count * request.steps // 40
+
+
+@settings.on_lent_gpu(gpu_seconds)
+def on_lent_gpu(model: DiffusionTransformer, request: Request) -> tuple[dict[int, Tensor], Tensor]:
+    """The states that a run of this request keeps, and its pictures."""
+    run = Run(model.to("cuda" if torch.cuda.is_available() else "cpu"), request)
+    run.sample_here(silent)
+    return {step: x.cpu() for step, x in run.states.items()}, run.images.cpu()
+
+
+def preview(model: DiffusionTransformer, x: Tensor) -> Tensor:
+    """States (B, C, H, W) as pictures (B, 3, H, W) in [0, 1]; of latents three channels, as decoding takes long."""
+    return (x[:, :3] / 4 + 0.5).clamp(0, 1) if model.latent_decoder else model.decode(x)
+
+
+def strip(images: Tensor) -> Image.Image:
+    """Images (B, 3, H, W) in [0, 1] as one picture of B * H rows."""
+    return Image.fromarray(to_bytes(images).permute(0, 2, 3, 1).flatten(0, 1).cpu().numpy())
+
+
+def enlarged(picture: Image.Image) -> Image.Image:
+    """A small picture as one to look into: `EXPLORED_SIDE` pixels high, every pixel a square."""
+    size = (EXPLORED_SIDE * picture.width // picture.height, EXPLORED_SIDE)
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def one_line(error: Exception, limit: int = 400) -> str:
+    """The message of an error, without line breaks, cut off where it gets long."""
+    return shorten(str(error), limit, placeholder=" ...")
+
+
+def describe(name: str, model: DiffusionTransformer) -> dict:
+    """A generator's facts as JSON values."""
+    return dict(
+        name=name,
+        architecture=model.architecture,
+        classes=model.label_names,
+        sample_shape=list(model.sample_shape),
+        samplers=list(model.objective.SAMPLERS),
+        vae=model.latent_decoder.source if model.latent_decoder else None,
+        blocks=len(model.blocks),
+        grid_size=model.grid_size,
+    )

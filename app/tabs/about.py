@@ -1,0 +1,121 @@
+"""The About tab: what the maps mean, the models served here, the paper, the limits."""
+
+import gradio as gr
+from PIL import Image
+
+from app.runtime import drawing
+from app.runtime.assets import STATIC
+from app.runtime.checkpoints import Checkpoints
+from vca.diffusion.vae import STRIDE
+from vca.models import GENERATORS
+
+MAPS = r"""
+## What the maps mean
+
+A layer of Visual-Contrast Attention (VCA) attends in two stages, through $n$ *contrast tokens*: the queries of the
+image's patches, averaged over $n$ cells, once with a learned positive and once with a learned negative embedding added.
+In every head
+
+$$A_1^\pm = \operatorname{softmax}\big(t^\pm k^\top / \sqrt d\,\big), \quad D_1 = A_1^+ - \lambda_1 A_1^-,$$
+
+$$A_2^\pm = \operatorname{softmax}\big(q\,{t^\pm}^\top / \sqrt d\,\big), \quad D_2 = A_2^+ - \lambda_2 A_2^-.$$
+
+**Stage I** says where a contrast token looks: one row per contrast token, over all patches. **Stage II** says which
+contrast tokens a patch reads: one row per patch. A row of a positive or negative map sums to 1, a row of a
+differential map to $1 - \lambda$.
+
+**The effective map** joins both stages into one signed attention from patch to patch,
+
+$$E = \operatorname{diag}(r_2)\, D_2 \operatorname{diag}(r_1)\, D_1, \quad o = (E\,v)\, g_1 g_2,$$
+
+where $r_1, r_2$ are the row factors of the two RMSNorms and $g_1, g_2$ their channel gains. This is exact, to rounding:
+an orange patch is *drawn in* by the query, a blue one *pushed away*.
+
+## What they do not mean
+
+- The effective map is all of the layer's attention, but the layer also adds a depthwise 3×3 convolution of the values,
+  and the block an MLP; neither is in the map.
+- Attention is not an explanation by itself. That a head draws from a patch does not mean that the decision hangs on it.
+- In later blocks a patch no longer stands for its own pixels only: it has already mixed with others.
+- The models here are small and know few classes.
+"""
+TIMESTEPS = """
+## On the way from noise to picture
+
+The same layers look differently at noise and at a picture. Below are the effective maps of
+`vca_sit_xs_4_cifar10` while it generates, for the patch under the cross, mean of the heads; to the right two numbers of
+every block, over all heads, patches and three pictures of each class.
+
+- **Attention narrows while the picture forms.** Block 2 spans 3.7 patches on average at the start, near the 4.1 of a
+  map that is the same everywhere, and 3.1 at t = 0.8, when the outlines stand. Most blocks widen a little at the end.
+- **Contrast comes with content.** At noise at most 8 % of what a block attends by is pushed away; by t = 0.8 it is 22 %
+  in block 7 and 11 to 17 % in blocks 4 to 6. The first block only draws in.
+- **What to look at is settled early.** In this picture block 2 looks along the query's row from t = 0.4 on.
+"""
+TIMESTEPS_PICTURE = (
+    STATIC / "timesteps.png",
+    "States of a picture of an automobile at six times from noise to picture, the effective maps of blocks 2, 5 and 7 "
+    "then, and two curves of every block over time: how far its attention reaches, and how much it pushes away.",
+)
+PAPER = """
+## The paper
+
+*Linear Differential Vision Transformer: Learning Visual Contrasts via Pairwise Differentials*, NeurIPS 2025,
+arXiv [2511.00833](https://arxiv.org/abs/2511.00833).
+"""
+
+
+MATH = [dict(left="$$", right="$$", display=True), dict(left="$", right="$", display=False)]
+
+
+def build(checkpoints: Checkpoints) -> None:
+    """Builds the tab."""
+    with gr.Column(elem_classes="vca-about"):
+        gr.Markdown(MAPS, latex_delimiters=MATH)
+        gr.Markdown(TIMESTEPS)
+        file, alt = TIMESTEPS_PICTURE
+        gr.HTML(f'<img src="{drawing.data_url(Image.open(file), "PNG")}" alt="{alt}" style="width: 100%">')
+        gr.Markdown(table(checkpoints))
+        gr.Markdown(PAPER)
+
+
+def table(checkpoints: Checkpoints) -> str:
+    """The models as a Markdown table, classifiers first."""
+    lines = [
+        "## Models served here",
+        "",
+        "| model | task | classes | image | trained on | top-1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in checkpoints.classifiers + checkpoints.generators:
+        config = checkpoints.configs[name]
+        task = "classifies" if name in checkpoints.classifiers else "generates"
+        last = config["training"][-1] if config["training"] else {}
+        data = _entry(last, "recipe", "dataset") or "-"
+        top1 = _entry(last, "results", "top1")
+        top1 = f"{top1:.2f} %" if isinstance(top1, int | float) else "-"
+        cells = [name, task, config["num_classes"], _size(config), data, top1]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _size(config: dict) -> str:
+    """Width and height of the images that go in, or, of a generator, come out."""
+    if "pretrained_cfg" in config:
+        rows, cols = config["pretrained_cfg"]["input_size"][1:]
+        return f"{cols}×{rows}"
+    arguments = GENERATORS[config["architecture"]] | config["model_args"]
+    scale = STRIDE if arguments["vae"] else 1
+    match arguments.get("input_size", 32):
+        case [int(rows), int(cols)]:
+            return f"{scale * cols}×{scale * rows}"
+        case int(side):
+            return f"{scale * side}×{scale * side}"
+    return "-"
+
+
+def _entry(run: dict, *keys: str):
+    """What stands under the keys, or None: the history of a checkpoint is free in form."""
+    for key in keys:
+        run = run.get(key) if isinstance(run, dict) else None
+    return run

@@ -1,0 +1,242 @@
+"""The Classify tab's "What speaks for it": an attribution of any class, and how faithful it is."""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from html import escape
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from app.runtime import drawing, preprocessing, records
+from app.runtime.checkpoints import Checkpoints
+from app.runtime.images import ImageError, read_image, uploaded_file
+from vca.attribution import METHODS, Method, cell_size, head_map
+from vca.faithfulness import BASELINES, Curves, curves, infidelity, random_map, sensitivity
+
+PREDICTED = -1
+STEPS = 16
+ORDERS = 5
+RANDOM = "random order"
+INFIDELITY_DRAWS, SENSITIVITY_DRAWS = 32, 5
+STYLES = {"centre prior": "centre", "edge map": "edges", RANDOM: "random"}
+WIDTH, HEIGHT, LEFT, BOTTOM = 300, 190, 30, 34  # of a plot, its margins included
+
+
+def build(checkpoints: Checkpoints, image: gr.Image, model: gr.Dropdown) -> None:
+    """Builds the section for an image and a choice of model that are on the page already."""
+
+    def prepare(upload: dict, name: str, method: str, target: int):
+        """Model, input, picture, probabilities, methods, the method and the class; raises ImageError or gr.Error."""
+        network = checkpoints.load(name)
+        picture = read_image(uploaded_file(upload))
+        x = preprocessing.preprocess(network, picture)
+        probabilities, maps = records.run(network, x)
+        methods = methods_of(maps)
+        method = method if method in methods else next(iter(METHODS))
+        index = target if 0 <= target < network.num_classes else int(probabilities.argmax())
+        return network, x, picture, probabilities, methods, method, index
+
+    def explain(upload: dict | None, name: str, method: str, target: int):
+        """A chosen method and class: the figure, the button, and no measurement."""
+        return begin(upload, name, method, target)[2:]
+
+    def begin(upload: dict | None, name: str, method: str, target: int = PREDICTED):
+        """A new image or model: the choices there are, then as `explain`."""
+        nothing = gr.skip(), gr.skip(), "", gr.Button(interactive=False), ""
+        if upload is None:
+            return nothing
+        try:
+            network, x, picture, probabilities, methods, method, index = prepare(upload, name, method, target)
+        except ImageError:  # the tab says so already
+            return nothing
+        choices = (
+            gr.Dropdown(method_choices(methods), value=method),
+            gr.Dropdown(class_choices(network.label_names), value=target),
+        )
+        try:
+            values = methods[method](network, x, torch.tensor([index]))[0].numpy()
+        except ValueError as error:
+            return *choices, _problem(f"{_sentence(method)} is not defined here: {error}"), *nothing[3:]
+        crop, label = preprocessing.center_crop(network, picture), network.label_names[index]
+        html = figure(values, crop, method, label, float(probabilities[index]))
+        return *choices, html, gr.Button(interactive=True), ""
+
+    def measure(upload: dict | None, name: str, method: str, target: int) -> Iterator[str]:
+        try:
+            network, x, _, _, methods, method, index = prepare(upload, name, method, target)
+            yield from measurements(network, x, torch.tensor([index]), method, methods[method])
+        except ImageError as error:
+            yield _problem(error.message)
+        except ValueError as error:
+            yield _problem(f"This cannot be measured: {error}")
+
+    names = checkpoints.configs[model.value]["label_names"] if model.value else []
+    with gr.Column(elem_classes="vca-attribution"):
+        gr.HTML("<h3>What speaks for a class, and what against it</h3>")
+        with gr.Row():
+            method = gr.Dropdown(
+                method_choices(METHODS),
+                value=next(iter(METHODS)),
+                label="Method, or the map of one head",
+                min_width=220,
+            )
+            target = gr.Dropdown(class_choices(names), value=PREDICTED, label="Class", min_width=160)
+        shown = gr.HTML("", min_height=24)
+        button = gr.Button("Measure faithfulness", interactive=False)
+        measured = gr.HTML("")
+    inputs = [image, model, method, target]
+    measuring = button.click(
+        measure, inputs, measured, preprocess=False, show_progress="hidden", api_visibility="private"
+    )
+    options = dict(
+        preprocess=False,
+        show_progress="minimal",
+        show_progress_on=shown,
+        trigger_mode="always_last",
+        api_visibility="private",
+        cancels=measuring,
+    )
+    gr.on([image.change, model.change], begin, inputs[:3], [method, target, shown, button, measured], **options)
+    gr.on([method.input, target.input], explain, inputs, [shown, button, measured], **options)
+
+
+def method_choices(methods: Iterable[str]) -> list[tuple[str, str]]:
+    """Names as they are shown, and as they are."""
+    return [(_sentence(name), name) for name in methods]
+
+
+def class_choices(names: list[str]) -> list[tuple[str, int]]:
+    """The choices of a class: the predicted one first."""
+    return [("the predicted class", PREDICTED), *((label, index) for index, label in enumerate(names))]
+
+
+def methods_of(maps: list) -> dict[str, Method]:
+    """All attributions, and the effective map of each head that is on the page."""
+    heads = {
+        f"block {layer.block + 1}, head {head + 1}": partial(head_map, block=layer.block, head=head)
+        for layer in maps
+        for head in range(layer.stage1.positive.shape[1])
+    }
+    return METHODS | heads
+
+
+def figure(values: np.ndarray, crop: Image.Image, method: str, label: str, probability: float) -> str:
+    """HTML of an attribution (H, W) over the picture, with a colour bar and its numbers."""
+    limit = np.abs(values).max()
+    photo = drawing.data_url(drawing.muted(crop.resize((360 * crop.width // crop.height, 360))), "JPEG")
+    words = f"{escape(_sentence(method))} for {escape(label)} ({probability:.1%})"
+    alt = f"{words}: from {values.min():+.3g} to {values.max():+.3g} a pixel"
+    return f"""<figure class="vca-attribution-figure">
+        <img src="{drawing.data_url(drawing.overlay(values), "PNG")}" alt="{alt}"
+            style="--photo:url({photo}); --aspect:{crop.width / crop.height:.4f}">
+        <figcaption><p><b>{words}</b></p>
+        <p><b class="vca-positive">speaks for it</b> <b class="vca-negative">speaks against it</b></p>
+        <div class="vca-bar" aria-hidden="true"></div>
+        <div class="vca-bar-numbers"><span>{-limit:+.2g}</span><span>0</span><span>{limit:+.2g}</span></div>
+        <p>The numbers are per pixel. Whether the model relies on what is marked can be measured:</p>
+        </figcaption></figure>"""
+
+
+def measurements(network: nn.Module, x: Tensor, classes: Tensor, name: str, method: Method) -> Iterator[str]:
+    """HTML of what has been measured so far, with a progress bar, and at last without one."""
+    found: dict[str, Curves] = {}
+    values = method(network, x, classes)
+    maps = {name: values} | {RANDOM + f" {i}": random_map(x, i) for i in range(ORDERS)}
+    maps |= {key: baseline(x) for key, baseline in BASELINES.items()}
+    parts = len(maps) + 2
+    for done, (key, attribution) in enumerate(maps.items()):
+        yield _progress(done, parts, f"Removing and restoring cells in the order of: {key}")
+        found |= curves(network, x, classes, {key: attribution}, STEPS)
+    yield _progress(parts - 2, parts, "Infidelity")
+    unfaithful = infidelity(network, x, classes, values, INFIDELITY_DRAWS).item()
+    yield _progress(parts - 1, parts, "Sensitivity")
+    unstable = sensitivity(network, x, classes, method, SENSITIVITY_DRAWS).item()
+    yield report(name, found, cell_size(network, x), unfaithful, unstable)
+
+
+def report(name: str, found: dict[str, Curves], cell: tuple[int, int], unfaithful: float, unstable: float) -> str:
+    """HTML: both plots, a table of the areas that is their legend, and Captum's measures."""
+    orders = [found[key] for key in found if key.startswith(RANDOM)]
+    lines = {name: found[name]} | {key: found[key] for key in BASELINES}
+    plots = "".join(plot(kind, lines, orders) for kind in ("deletion", "insertion"))
+
+    def row(key: str, areas: list[str]) -> str:
+        sample = f"<svg viewBox='0 0 28 8' aria-hidden='true'><path class='{_style(key)}' d='M0 4H28'/></svg>"
+        return f"<tr><th>{sample}{escape(key)}</th>{''.join(f'<td>{area}</td>' for area in areas)}</tr>"
+
+    rows = [row(k, [f"{c.deletion_area.item():.3f}", f"{c.insertion_area.item():.3f}"]) for k, c in lines.items()]
+    spread = []
+    for kind in ("deletion_area", "insertion_area"):
+        areas = torch.cat([getattr(curve, kind) for curve in orders])
+        spread.append(f"{areas.mean():.3f} ± {areas.std():.3f}")
+    rows.insert(1, row(RANDOM, spread))
+    steps = len(orders[0].fractions) - 1
+    return f"""<div class="vca-faithfulness"><div class="vca-plots">{plots}</div>
+        <table><thead><tr><th>order of the cells</th><th>deletion area</th><th>insertion area</th></tr></thead>
+        <tbody>{"".join(rows)}</tbody></table>
+        <p>Deletion: cells give way to the image's mean colour, the most important first; a faithful order has a
+        <b>small</b> area. Insertion: they come back to the blurred image; a faithful order has a <b>large</b> area.
+        Cells of {cell[0]}×{cell[1]} pixels in {steps} steps; {ORDERS} random orders, the band is one standard
+        deviation.</p>
+        <p>Infidelity <b>{unfaithful:.3g}</b> (squared logits, best scale; lower is better) · sensitivity
+        <b>{unstable:.3g}</b> (largest relative change under ±0.02 of noise; lower is steadier).</p></div>"""
+
+
+def plot(kind: str, lines: dict[str, Curves], orders: list[Curves]) -> str:
+    """SVG of one kind of curve for the first image: probability against the part of the cells that is exchanged."""
+
+    def x(fraction: float) -> float:
+        return LEFT + fraction * (WIDTH - LEFT - 8)
+
+    def y(probability: float) -> float:
+        return 8 + (1 - probability) * (HEIGHT - BOTTOM - 8)
+
+    def path(fractions: Tensor, values: Tensor) -> str:
+        return "M" + "L".join(
+            f"{x(f):.1f} {y(v):.1f}" for f, v in zip(fractions.tolist(), values.tolist(), strict=True)
+        )
+
+    fractions = orders[0].fractions
+    random = torch.cat([getattr(curve, kind) for curve in orders])
+    mean, spread = random.mean(0), random.std(0)
+    band = path(fractions, (mean + spread).clamp(max=1)) + path(
+        fractions.flip(0), (mean - spread).clamp(min=0).flip(0)
+    ).replace("M", "L")
+    drawn = [f"<path class='vca-band' d='{band}Z'/>", f"<path class='{_style(RANDOM)}' d='{path(fractions, mean)}'/>"]
+    for key, curve in reversed(lines.items()):
+        drawn.append(f"<path class='{_style(key)}' d='{path(curve.fractions, getattr(curve, kind)[0])}'/>")
+    grid = "".join(
+        f"<path class='vca-grid' d='M{x(0)} {y(v)}H{x(1)}'/><text x='{LEFT - 5}' y='{y(v) + 4}' text-anchor='end'>{v:g}"
+        "</text>"
+        for v in (0, 0.5, 1)
+    )
+    ticks = "".join(
+        f"<text x='{x(f)}' y='{HEIGHT - BOTTOM + 15}' text-anchor='{anchor}'>{f:.0%}</text>"
+        for f, anchor in ((0, "middle"), (0.5, "middle"), (1, "end"))
+    )
+    under = {"deletion": "cells removed", "insertion": "cells restored"}[kind]
+    areas = ", ".join(f"{key} {getattr(curve, kind + '_area').item():.2f}" for key, curve in lines.items())
+    return f"""<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-curve="{kind}"
+        aria-label="{kind.capitalize()}: probability of the class. Areas: {escape(areas)}">
+        {grid}{ticks}<text x="{x(0.5)}" y="{HEIGHT - 4}" text-anchor="middle">{kind}: {under}</text>
+        {"".join(drawn)}</svg>"""
+
+
+def _sentence(name: str) -> str:
+    return name[0].upper() + name[1:]
+
+
+def _style(key: str) -> str:
+    return f"vca-line-{STYLES.get(key, 'method')}"
+
+
+def _progress(done: int, parts: int, words: str) -> str:
+    return f"""<div class="vca-progress" role="status"><progress value="{done}" max="{parts}" aria-label="Measuring">
+        </progress><p>{escape(words)}</p></div>"""
+
+
+def _problem(sentence: str) -> str:
+    return f"<p class='vca-problem' role='alert'>{escape(sentence)}</p>"

@@ -1,0 +1,127 @@
+"""The Classify tab: an image in, the likeliest classes and every head's map out."""
+
+from html import escape
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+from torch import nn
+
+import vca
+from app.components import ModelChoice, image_and_model
+from app.runtime import drawing, preprocessing, records
+from app.runtime.images import ImageError, read_image, uploaded_file
+from app.tabs import attribution
+
+EMPTY = "<p class='vca-empty'>Drop an image, take a photo or pick an example: it is classified right away.</p>"
+
+
+def build(choice: ModelChoice, examples: list[str]) -> tuple[gr.Button, gr.Image, gr.Dropdown]:
+    """Builds the tab. Returns its "Explore this" button, and the image and the model that it should carry along."""
+    checkpoints = choice.checkpoints
+
+    def classify(upload: dict | None, name: str):
+        explore_button = gr.Button(interactive=False)
+        if upload is None:
+            labels = checkpoints.load(name).label_names if name else []
+            return None, None, EMPTY, _classes(labels), explore_button
+        model = checkpoints.load(name)
+        try:
+            image = read_image(uploaded_file(upload))
+        except ImageError as error:
+            problem = f"<p class='vca-problem' role='alert'>{escape(error.message)}</p>"
+            return None, None, problem, _classes(model.label_names), explore_button
+        x = preprocessing.preprocess(model, image)
+        probabilities, maps = records.run(model, x)
+        return (
+            records.top_labels(model, probabilities, 5),
+            preprocessing.input_picture(model, x).resize(
+                (256 * x.shape[3] // x.shape[2], 256), Image.Resampling.NEAREST
+            ),
+            strip(model, maps, preprocessing.center_crop(model, image)),
+            _classes(model.label_names),
+            gr.Button(interactive=True),
+        )
+
+    with gr.Row():
+        with gr.Column(scale=4, min_width=300):
+            image, model = image_and_model(choice, examples, height=320)
+            explore_button = gr.Button("Explore this", variant="primary", interactive=False)
+        with gr.Column(scale=7, min_width=320):
+            with gr.Row(equal_height=True):
+                labels = gr.Label(label="The model says", num_top_classes=5, scale=5, min_width=240)
+                seen = gr.Image(
+                    label="What it sees",
+                    interactive=False,
+                    buttons=[],
+                    height=300,
+                    scale=4,
+                    min_width=200,
+                    format="png",
+                    elem_classes="vca-pixels",
+                )
+            maps = gr.HTML(EMPTY)
+            attribution.build(checkpoints, image, model)
+            classes = gr.HTML(_classes(checkpoints.configs[model.value]["label_names"] if model.value else []))
+    gr.on(
+        [image.change, model.change],
+        classify,
+        [image, model],
+        [labels, seen, maps, classes, explore_button],
+        preprocess=False,
+        show_progress="hidden",
+        trigger_mode="always_last",
+        api_visibility="private",
+    )
+    return explore_button, image, model
+
+
+def strip(model: nn.Module, maps: list[vca.LayerMaps], crop: Image.Image) -> str:
+    """HTML with one small map for each head of each block, over the image: what the decision draws in from where.
+
+    The query is the class token, or the mean over all patches in a model without one.
+    """
+    if not maps:
+        return f"<p class='vca-empty'>{records.NO_MAPS}</p>"
+    by_class_token = records.prefix_names(model)[:1] == ["class"]
+    heads = max(layer.stage1.positive.shape[1] for layer in maps)
+    cells = ["<span></span>", *(f"<span>{layer.block + 1}</span>" for layer in maps)]
+    rows = [decision_rows(layer, by_class_token) for layer in maps]
+    for head in range(heads):
+        cells.append(f"<span>{head + 1}</span>")
+        for layer, grid_rows in zip(maps, rows, strict=True):
+            if head >= len(grid_rows):
+                cells.append("<span></span>")
+                continue
+            values = grid_rows[head]
+            title = f"Block {layer.block + 1}, head {head + 1}: {values.min():+.3g} to {values.max():+.3g}"
+            cells.append(
+                f"<img src='{drawing.data_url(drawing.overlay(values), 'PNG')}' title='{title}' alt='{title}'>"
+            )
+    query = "the class token" if by_class_token else "the average patch"
+    photo = drawing.data_url(drawing.muted(crop.resize((96 * crop.width // crop.height, 96))), "JPEG")
+    signed = any(stage and stage.negative is not None for layer in maps for stage in (layer.stage1, layer.stage2))
+    legend = "<b class='vca-positive'>draws in</b>" + (" and <b class='vca-negative'>pushes away</b>" if signed else "")
+    return f"""<section class='vca-strip'>
+        <h3>Where every head looks</h3>
+        <p>What {query} {legend}: the effective map of each head (row) in each block (column), each on a scale of its
+        own.</p>
+        <div class='vca-strip-grid' style="--blocks:{len(maps)}; --aspect:{crop.width / crop.height:.4f};
+        --photo:url({photo})">{"".join(cells)}</div></section>"""
+
+
+def decision_rows(layer: vca.LayerMaps, by_class_token: bool) -> np.ndarray:
+    """The effective map's row of the decision, over the patches: (H, Hg, Wg). For the class token or the mean patch."""
+    effective = layer.effective[0, :, :, layer.num_prefix_tokens :]
+    rows = effective[:, 0] if by_class_token else effective[:, layer.num_prefix_tokens :].mean(1)
+    return rows.unflatten(-1, layer.grid_size).numpy()
+
+
+def _classes(labels: list[str]) -> str:
+    if not labels:
+        return ""
+    chips = "<ul>" + "".join(f"<li>{escape(label)}</li>" for label in labels) + "</ul>"
+    if len(labels) > 100:
+        chips = f"<details><summary>Show them all</summary>{chips}</details>"
+    return f"""<section class='vca-classes'><h3>The {len(labels):,} classes this model knows</h3>{chips}
+        <p>A photo of anything else is still given one of these labels.</p></section>"""

@@ -1,0 +1,171 @@
+"""The Generate tab: pictures of a class that appear step by step, and the way from a step to its attention.
+
+The page (generate.html, .css and .js) shows the frames that stream in. The server keeps the states of the newest runs,
+for the timeline and for "Explore this step".
+"""
+
+import json
+from collections.abc import Iterator
+from html import escape
+
+import gradio as gr
+from PIL import Image
+
+from app.components import sampling_settings
+from app.runtime import drawing, sampling
+from app.runtime.assets import text
+from app.runtime.checkpoints import Checkpoints
+from app.runtime.sampling import Run
+from app.runtime.store import Store
+from app.runtime.validation import refused, whole
+from app.tabs.explore import Explorer
+from vca.diffusion.vae import DecoderError
+from vca.models import GENERATORS
+from vca.models.dit import OBJECTIVES
+
+STORE_BYTES = 256 * 2**20
+NO_GENERATOR = """<p class="vca-empty">There is no generator yet. Train one with
+<code>python -m training.generate cifar10_sit_vca --data FOLDER</code>, copy
+<code>runs/cifar10_sit_vca/checkpoint</code> to <code>weights/NAME</code>, and start the app again.</p>"""
+LATENTS = """<p class="vca-hint">This model makes latents. The autoencoder {source} (335 MB for Stable Diffusion's)
+turns them into pictures; it is fetched when it is first used. Before the last step you see three channels of the
+latents.</p>"""
+FORGOTTEN = "These pictures are no longer kept on the server. Please generate them again."
+WAITING = '() => JSON.stringify({ state: "waiting" })'
+FAILED = '() => JSON.stringify({ state: "failed" })'
+
+
+def build(checkpoints: Checkpoints, explorer: Explorer, image: gr.Image, tabs: gr.Tabs) -> None:
+    """Builds the tab.
+
+    Args:
+        checkpoints: the models.
+        explorer: the Explore tab.
+        image: of the Classify tab; setting it classifies a picture.
+        tabs: those of the page, to change to another.
+    """
+    if not checkpoints.generators:
+        gr.HTML(NO_GENERATOR)
+        return
+    store = Store(STORE_BYTES, lambda run: run.size, sampling.TOO_LARGE)
+
+    def generate(name, *arguments) -> Iterator[str]:
+        try:
+            model = checkpoints.load_generator(name)
+            run = Run(model, sampling.check_request(model, *arguments))
+            about = _facts(run) | dict(token=store.put(run))
+            for step, x in run.progress():
+                frame = sampling.strip(sampling.preview(model, x))
+                yield json.dumps(about | dict(state="running", step=step, image=drawing.data_url(frame, "PNG")))
+        except gr.Error as error:
+            yield json.dumps(dict(problem=error.message))
+        except DecoderError as error:
+            yield json.dumps(dict(problem=sampling.one_line(error)))
+        else:
+            step = max(run.states) if run.images is None else run.request.steps
+            state = "stopped" if run.images is None else "complete"
+            frame = drawing.data_url(run.frame(step), "PNG")
+            yield json.dumps(about | dict(state=state, step=step, image=frame, timeline=_timeline(run)))
+
+    def choose_model(name: str):
+        labels, samplers, note = _choices(checkpoints.configs[name])
+        return (
+            gr.Dropdown(labels, value=labels[0]),
+            gr.Dropdown(samplers, value=samplers[0]),
+            gr.HTML(note, visible=bool(note)),
+        )
+
+    def fetch_frame(request: dict) -> dict:
+        """A frame of a run, for the page. The request names the run's token and the step."""
+        try:
+            return dict(image=drawing.data_url(store.get(request["token"]).frame(request["step"]), "PNG"))
+        except (LookupError, TypeError):  # forgotten, or not a request of our page
+            return dict(expired=True)
+
+    def stop_run(request: dict) -> dict:
+        """Ends a run at its next step, for the page. The request names the run's token."""
+        try:
+            store.get(request["token"]).stop.set()
+        except (LookupError, TypeError):
+            return dict(expired=True)
+        return {}
+
+    def chosen(event: gr.EventData) -> tuple[Run, int, int, Image.Image]:
+        """What a button of the page is about: the run, the step, the index of the picture, and the picture."""
+        try:
+            run, step = store.get(event._data["token"]), event._data["step"]
+            picture = whole("picture", event._data["picture"], 0, run.request.count - 1)
+            return run, step, picture, run.picture(step, picture)
+        except (LookupError, TypeError):
+            raise refused(FORGOTTEN) from None
+
+    def explore_step(event: gr.EventData):
+        run, step, number, picture = chosen(event)
+        without_class = bool(event._data.get("withoutClass"))
+        if step not in run.states:
+            raise refused(FORGOTTEN)
+        maps = run.record(step, number, without_class)
+        caption = ("This step", run.caption(step, number, without_class))
+        return explorer.opened(maps, sampling.enlarged(picture), caption), gr.Tabs(selected="explore")
+
+    def classify_picture(event: gr.EventData):
+        return drawing.png_file(chosen(event)[-1], "generated.png"), gr.Tabs(selected="classify")
+
+    labels, samplers, about_first = _choices(checkpoints.configs[checkpoints.generators[0]])
+    with gr.Row():
+        with gr.Column(scale=2, min_width=280):
+            name = gr.Dropdown(
+                checkpoints.generators, label="Model", value=checkpoints.generators[0], elem_classes="vca-model"
+            )
+            note = gr.HTML(about_first, visible=bool(about_first))
+            label = gr.Dropdown(labels, label="Class", value=labels[0])
+            count = gr.Slider(1, sampling.MAX_COUNT, 8, step=1, label="Pictures", buttons=[])
+            seed, steps, guidance = sampling_settings()
+            sampler = gr.Dropdown(samplers, label="Sampler", value=samplers[0])
+            button = gr.Button("Generate", variant="primary")
+        with gr.Column(scale=7, min_width=320):
+            viewer = gr.HTML(
+                "",
+                html_template=text("generate.html"),
+                css_template=text("view.css", "generate.css"),
+                js_on_load=text("generate.js"),
+                apply_default_css=False,
+                server_functions=[fetch_frame, stop_run],
+                elem_id="generated",
+            )
+
+    quiet = dict(show_progress="hidden", api_visibility="private")
+    button.click(None, outputs=viewer, js=WAITING, **quiet)
+    running = button.click(
+        generate,
+        [name, label, count, steps, guidance, seed, sampler],
+        viewer,
+        preprocess=False,
+        **sampling.QUEUE,
+        **quiet,
+    )
+    running.failure(None, outputs=viewer, js=FAILED, **quiet)
+    viewer.stop(None, cancels=[running], **quiet)
+    name.change(choose_model, name, [label, sampler, note], **quiet)
+    viewer.select(explore_step, outputs=[explorer.view, tabs], **quiet)
+    viewer.submit(classify_picture, outputs=[image, tabs], **quiet)
+
+
+def _choices(config: dict) -> tuple[list[str], list[str], str]:
+    """Labels, samplers, and what must be said, as HTML, of a generator with this `config.json`."""
+    spec = GENERATORS[config["architecture"]]
+    vae = config["model_args"].get("vae", spec["vae"])
+    note = LATENTS.format(source=escape(str(vae))) if vae else ""
+    return config["label_names"], list(OBJECTIVES[spec["family"]].SAMPLERS), note
+
+
+def _facts(run: Run) -> dict:
+    """What the page says of a run, as JSON values."""
+    request = run.request
+    return dict(label=request.label, count=request.count, steps=request.steps, guided=request.guidance != 1)
+
+
+def _timeline(run: Run) -> list[dict]:
+    """The frames of a run that has ended: after how many steps, and the time at which the network saw the state."""
+    frames = [dict(step=step, t=run.time(step)) for step in sorted(run.states)]
+    return frames if run.images is None else [*frames, dict(step=run.request.steps)]

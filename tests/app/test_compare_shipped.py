@@ -1,0 +1,54 @@
+"""The Compare tab on the checkpoints that ship, in a real browser."""
+
+import numpy as np
+import pytest
+
+import vca
+from app.ui import WEIGHTS
+from tests.helpers.app import recorded
+from tests.helpers.browser import needs_browser
+from tests.helpers.compare_page import READ, complete, facts_of, pair, pixels, shown
+from tests.helpers.generate_tab import choose
+from tests.helpers.page import expected_rows
+
+pytestmark = needs_browser
+
+VCA, MHSA, GENERATOR = "vca_vit_pico_patch4_32_cifar10", "mhsa_vit_pico_patch4_32_cifar10", "vca_sit_xs_4_cifar10"
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return WEIGHTS
+
+
+def test_a_classifier_and_its_twin(page, weights, picture):
+    pair(page, picture, VCA, MHSA)
+    rows = page.evaluate(READ)
+    for side, name in enumerate((VCA, MHSA)):
+        model, probabilities, maps = recorded(weights, name, picture)
+        first = page.locator(".vc-side").nth(side).locator(".vc-top li").first.inner_text()
+        assert first.split("\n")[0] == model.label_names[probabilities.argmax()]
+        assert facts_of(page, side)["Trained on"] == "CIFAR-10"
+        middle = expected_rows(maps[-1], "effective", None, 4 * 8 + 4)
+        np.testing.assert_allclose(rows[side]["differential"], middle["differential"], atol=2e-3)
+
+
+def test_the_generator_beside_itself(page, weights):
+    """Twice the same model: what differs would be another noise, class or step."""
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_label("Generators", exact=True).check()
+    page.wait_for_selector(".vc .vv-note:has-text('the same noise')")
+    choose(page, "Second generator", GENERATOR)
+    choose(page, "Class", "ship")
+    panel = page.get_by_role("tabpanel").locator("visible=true")
+    panel.get_by_label("number input for Steps").fill("5")
+    page.keyboard.press("Tab")
+    panel.get_by_role("button", name="Generate", exact=True).click()
+    complete(page)
+    model = vca.load(weights / GENERATOR)
+    ship = model.label_names.index("ship")
+    images = pixels(model.sample([ship] * 4, steps=5, guidance_scale=3.0, seed=0))
+    for side in shown(page):
+        np.testing.assert_array_equal(side, images.reshape(4, -1, 3))
+    first, second = page.evaluate(READ)
+    assert first == second and np.ptp(first["differential"]) > 0

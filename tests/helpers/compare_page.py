@@ -1,0 +1,54 @@
+"""What the Compare tab shows."""
+
+import numpy as np
+
+from tests.helpers.generate_tab import (
+    choose,  # noqa: F401
+    save_generator,  # noqa: F401
+)
+from vca.diffusion.sampling import to_bytes
+
+READ = """() => document.querySelector(".vc").compare.sides.map(({ rows }) =>
+    Object.fromEntries(Object.entries(rows).map(([name, row]) => [name, [...row]])))"""
+
+
+def panel_of(page, tab: str):
+    page.get_by_role("tab", name=tab).click()
+    return page.get_by_role("tabpanel").locator("visible=true")
+
+
+def pair(page, path, first: str, second: str) -> None:
+    """Compares two models with a photo."""
+    panel = panel_of(page, "Compare")
+    for label, name in (("First model", first), ("Second model", second)):
+        panel.get_by_label(label).click()
+        page.get_by_role("option", name=name, exact=True).last.click()
+    panel.locator("input[type=file]").first.set_input_files(path)
+    page.wait_for_selector(".vc[data-state=complete]")
+
+
+def facts_of(page, side: int) -> dict[str, str]:
+    """What the page's table says of one of the models."""
+    rows = page.locator(".vc-facts tbody tr").all()
+    return {row.locator("th").inner_text(): row.locator("td").nth(side).inner_text() for row in rows}
+
+
+STEPS, COUNT, LABEL = 6, 4, "right"
+
+
+PICTURES = """() => [...document.querySelectorAll(".vc-pictures")].map(
+    (side) => [...side.querySelectorAll("canvas")].map((canvas) => [
+        ...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data]))"""
+
+
+def complete(page) -> None:
+    page.wait_for_selector(".vc[data-state=complete]")
+
+
+def pixels(images) -> np.ndarray:
+    return to_bytes(images).permute(0, 2, 3, 1).numpy()
+
+
+def shown(page) -> list[np.ndarray]:
+    """The pictures of both sides, (B, H * W, 3)."""
+    return [np.array(side, np.uint8).reshape(COUNT, -1, 4)[..., :3] for side in page.evaluate(PICTURES)]

@@ -1,0 +1,88 @@
+"""Runs of the classification command."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+
+import vca
+from training.core.classifier_recipe import ClassifierRecipe
+from training.core.run import RunFolder
+from training.core.trainer import Trainer
+
+CLASSES = ("bird", "cat", "dog")
+
+
+PATIENCE = 600  # seconds until a process counts as hung; a machine that does other work is slow
+
+
+SHORT = ["--epochs", "3", "--batch-size", "16", "--save-every", "3", "--compile", "false", "--drop-path", "0.1",
+         "--mixup", "0.8", "--cutmix", "1.0", "--device", "cpu"]  # fmt: skip
+
+
+def write_images(root, split, per_class, seed, size=32):
+    rng = np.random.default_rng(seed)
+    for shade, name in enumerate(CLASSES):
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        for i in range(per_class):
+            pixels = rng.integers(0, 120, (size, size, 3)) + np.array([60 * shade, 0, 120 - 60 * shade])
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
+
+
+def command(data, out, *extra, module="training.classify", recipe="cifar10_vca"):
+    return [sys.executable, "-m", module, recipe, "--data", str(data), "--out", str(out), *SHORT, *extra]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(*args, **kwargs):
+    return subprocess.run(args[0], env=environment(), capture_output=True, text=True, timeout=PATIENCE, **kwargs)
+
+
+def finish(data, out, *extra):
+    result = run(command(data, out, *extra))
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def start_and_signal(data, out, extra, signum, delay):
+    """Starts a run, waits for its first saved state and `delay` seconds, then sends the signal."""
+    process = subprocess.Popen(command(data, out, *extra), env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("state-*.pt")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signum)
+    return process.wait(30), process.stderr.read()
+
+
+def untimed_log(path):
+    """The log without its timings."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+
+
+def trainer(tmp_path, **options):
+    model = vca.create_model("vca_vit_pico_patch4_32", num_classes=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    folder = RunFolder(tmp_path, ClassifierRecipe("vca_vit_pico_patch4_32", 1, 8, 0.1))
+    defaults = dict(seed=0, device=torch.device("cpu"), precision="fp32", ema_decay=0.0, clip_grad=0.0, micro_batch=0,
+                    compile=False, save_every=100)  # fmt: skip
+
+    class Constant:
+        def step_update(self, step):
+            pass
+
+    return Trainer(folder, model, cross_entropy, optimizer, Constant(), **(defaults | options))
+
+
+def cross_entropy(model, x, y):
+    return torch.nn.functional.cross_entropy(model(x), y)

@@ -1,0 +1,100 @@
+"""The rooms of the project: who may import whom, and how large a file may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("vca", "training", "app", "benchmarks", "scripts", "tests")
+FORBIDDEN = {
+    "vca": ("training", "app", "benchmarks", "scripts", "tests"),
+    "training": ("app", "benchmarks", "scripts", "tests"),
+    "app": ("training", "benchmarks", "scripts", "tests"),
+}
+MOST_LINES = 400
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(file): file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))}
+
+
+def imports_of(file: Path) -> set[str]:
+    """The modules of the project that a file imports, wherever in it; of `from package import name` the module name.
+
+    A module's own packages are not counted, although Python runs their `__init__` first.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name for alias in node.names if (name := alias.name) in MODULES}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found |= {inner} if inner in MODULES else {node.module} & MODULES.keys()
+    return found
+
+
+IMPORTS = {module: imports_of(file) for module, file in MODULES.items()}
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """Some circle of a graph, or nothing."""
+    done: set[str] = set()
+
+    def walk(node: str, above: list[str]) -> list[str]:
+        if node in above:
+            return [*above[above.index(node) :], node]
+        if node in done:
+            return []
+        for following in sorted(graph.get(node, ())):
+            if circle := walk(following, [*above, node]):
+                return circle
+        done.add(node)
+        return []
+
+    return next((circle for node in graph if (circle := walk(node, []))), [])
+
+
+def test_a_circle_is_found():
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_imports_run_in_a_circle():
+    assert {"training.core.trainer", "vca.functional", "app.ui"} <= IMPORTS.keys()
+    assert "vca.layers.factory" in IMPORTS["vca.models.vit"] and "training.card" in IMPORTS["training.classify"]
+    circle = circle_in(IMPORTS)
+    assert not circle, " -> ".join(circle)
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_packages_keep_apart(package):
+    wrong = {
+        f"{module} -> {imported}"
+        for module, found in IMPORTS.items()
+        if module.split(".")[0] == package
+        for imported in found
+        if imported.split(".")[0] in FORBIDDEN[package]
+    }
+    assert not wrong
+
+
+def test_no_test_module_is_imported():
+    wrong = {
+        f"{module} -> {imported}"
+        for module, found in IMPORTS.items()
+        for imported in found
+        if imported.rpartition(".")[2].startswith(("test_", "conftest"))
+    }
+    assert not wrong
+
+
+def test_no_file_is_long():
+    files = [*MODULES.values(), *(ROOT / "app" / "static").glob("*.js")]
+    lengths = {file.relative_to(ROOT).as_posix(): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert not {name: length for name, length in lengths.items() if length > MOST_LINES}

@@ -1,0 +1,185 @@
+"""Kills, full disks and second processes: nothing saved is lost, and a run ends with the bytes it would have had."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from tests.helpers.disk import full_at
+from tests.helpers.runs import PATIENCE, command, environment, finish, trainer, untimed_log, write_images
+from training.core.run import RunError
+
+MEMORY = ("--epochs", "2")
+KILLS = 50
+
+
+def from_folder(workers: int) -> tuple[str, ...]:
+    return ("--memory", "false", "--workers", str(workers), "--crop-scale", "0.5")
+
+
+def assert_same_run(whole, other) -> None:
+    """The same checkpoint, byte for byte but for the name of the folder in the command, and the same log."""
+    for name in ("model.safetensors", "config.json"):
+        expected, found = ((run / "checkpoint" / name).read_bytes() for run in (whole, other))
+        assert expected.replace(str(whole).encode(), str(other).encode()) == found, name
+    assert untimed_log(whole / "log.jsonl") == untimed_log(other / "log.jsonl")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_images(root, "train", 50, seed=0)
+    write_images(root, "val", 10, seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(data, out, *MEMORY)
+    return out
+
+
+def run_patched(patch: str, arguments: list[str]) -> subprocess.CompletedProcess:
+    """Runs `python -m training.classify ...` with a few lines of Python in front."""
+    python, _, _, *rest = arguments
+    program = f"{patch}\nfrom training.classify import main\nmain()"
+    return subprocess.run(
+        [python, "-c", program, *rest], env=environment(), capture_output=True, text=True, timeout=PATIENCE
+    )
+
+
+# The run signals itself inside the write of a file: the bytes are there, the file has not got its name yet.
+SIGNALLED = """
+import os
+sync = os.fsync
+def fsync(descriptor):
+    if "{file}" in os.readlink(f"/proc/self/fd/{{descriptor}}"):
+        os.kill(os.getpid(), {number})
+    sync(descriptor)
+os.fsync = fsync
+"""
+
+# The kernel fails every write beyond 100 kB of a file, as a full disk does, from the final checkpoint on.
+FULL = """
+import vca
+from tests.helpers.disk import full_at
+save = vca.save
+def limited(*args, **kwargs):
+    with full_at(100_000):
+        save(*args, **kwargs)
+vca.save = limited
+"""
+
+
+@pytest.mark.parametrize(
+    "file, number",
+    [
+        ("state-00000006", signal.SIGTERM),
+        ("model.safetensors", signal.SIGTERM),
+        ("state-00000018", signal.SIGKILL),
+        ("config.json", signal.SIGKILL),
+    ],
+)
+def test_a_signal_inside_the_write_of_a_checkpoint(data, whole, tmp_path, file, number):
+    out = tmp_path / "disturbed"
+    result = run_patched(SIGNALLED.format(file=file, number=int(number)), command(data, out, *MEMORY))
+    assert result.returncode == (0 if number == signal.SIGTERM else -number), result.stderr
+    complete = number == signal.SIGTERM
+    assert (
+        (out / f"{file}.pt").exists() if file.startswith("state") else (out / "checkpoint" / file).exists()
+    ) == complete
+    finish(data, out, *MEMORY)
+    assert_same_run(whole, out)
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_a_full_disk_keeps_the_previous_state_and_says_so(tmp_path):
+    t = trainer(tmp_path)
+    t.checkpoint(force=True)
+    saved = {path: path.read_bytes() for path in t.run.states()}
+    t.step += 1
+    expected = pytest.raises(RunError, match=r"cannot save .*state-00000001\.pt.*previous state is kept")
+    with expected as caught, full_at(100_000):
+        t.checkpoint(force=True)
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in t.run.states()} == saved
+    assert not list(tmp_path.glob("*.tmp"))
+    t.checkpoint(force=True)
+    assert torch.load(t.run.states()[0], weights_only=True)["step"] == 1
+
+
+def test_a_disk_that_is_full_at_the_final_checkpoint(data, whole, tmp_path):
+    """Where the weights alone do not fit, the run ends in a line, and the same command finishes it later."""
+    out = tmp_path / "disturbed"
+    result = run_patched(FULL, command(data, out, *MEMORY))
+    assert result.returncode == 1 and "error: " in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert not list((out / "checkpoint").iterdir())
+    finish(data, out, *MEMORY)
+    assert_same_run(whole, out)
+
+
+def start(data, out, *extra):
+    """A run in a process of its own, once it has saved a new state."""
+    before = states(out)
+    process = subprocess.Popen(command(data, out, *extra), env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while states(out) <= before and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return process
+
+
+def states(out) -> set[str]:
+    return {path.name for path in out.glob("state-*.pt")}
+
+
+def test_a_second_process_in_the_folder_is_refused_and_the_first_goes_on(data, tmp_path):
+    out = tmp_path / "run"
+    first = start(data, out, "--epochs", "200")
+    second = run_patched("", command(data, out, "--epochs", "200"))
+    assert second.returncode == 1 and "in use by another run" in second.stderr and "Traceback" not in second.stderr
+    assert first.poll() is None
+    first.terminate()
+    _, stderr = first.communicate(timeout=60)
+    assert first.returncode == 0 and "state saved at step" in stderr
+    steps = [line["step"] for line in untimed_log(out / "log.jsonl") if "lr" in line]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("torn", ['{"step": 9, "lo', '{"step": 9, "loss": 1.2', "\0" * 40, "{"], ids=repr)
+def test_a_log_line_torn_by_a_kill_is_dropped(tmp_path, torn):
+    t = trainer(tmp_path)
+    t.run.log(step=0, loss=1.5)
+    t.run._lock.close()
+    with open(tmp_path / "log.jsonl", "a") as stream:
+        stream.write(torn)
+    resumed = trainer(tmp_path).run
+    resumed.log(step=1, loss=1.25)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [dict(step=0, loss=1.5), dict(step=1, loss=1.25)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "extra, save_every, kills",
+    [((), 1, 14), (from_folder(0), 2, 12), (from_folder(1), 3, 12), (from_folder(3), 2, KILLS - 38)],
+    ids=["memory", "folder", "one worker", "three workers"],
+)
+def test_fifty_kills_change_nothing(data, tmp_path, extra, save_every, kills):
+    extra = (*extra, "--epochs", "30", "--save-every", str(save_every))
+    done = 0
+    for _ in range(kills):
+        process = start(data, tmp_path / "killed", *extra)
+        time.sleep(random.uniform(0, 0.15))
+        process.kill()
+        process.communicate(timeout=60)
+        done += process.returncode == -signal.SIGKILL
+    assert done == kills, "the run was over before its last kill: give it more epochs"
+    finish(data, tmp_path / "killed", *extra)
+    finish(data, tmp_path / "undisturbed", *extra)
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")

@@ -1,0 +1,1 @@
+"""What the commands share: recipes, runs, the trainer, metrics and costs."""

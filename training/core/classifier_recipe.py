@@ -1,0 +1,78 @@
+"""The keys of a classification recipe."""
+
+from dataclasses import dataclass
+
+from training.core import recipe as recipes
+from training.core.recipe import key
+from vca.models import CLASSIFIERS
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe(recipes.BaseRecipe):
+    """Every key that a classification recipe may set."""
+
+    model: str
+    epochs: int
+    batch_size: int
+    lr: float
+    lr_batch: int = key(0, "batch size that lr, warmup_lr and min_lr are for, scaled linearly; 0: batch_size")
+    weight_decay: float = key(0.05, "not applied to norms, biases, positions, lambdas and contrast embeddings")
+    warmup_epochs: int = key(5, "epochs of linear warm-up")
+    warmup_lr: float = key(1e-6, "learning rate at the first step")
+    min_lr: float = key(1e-5, "learning rate at the end of the cosine")
+    cooldown_epochs: int = key(0, "of all epochs, the last ones that stay at min_lr")
+    drop_path: float = key(0.0, "stochastic depth rate of the last block")
+    label_smoothing: float = key(0.1, "label smoothing")
+    mixup: float = key(0.0, "mixup alpha; 0 for none")
+    cutmix: float = key(0.0, "CutMix alpha; 0 for none")
+    mix_group: int = key(0, "neighbouring rows of a batch that are mixed with one another; 0 for all of it")
+    memory: bool = key(True, "decode all images once and augment in batches on the training device")
+    padding: int = key(4, "in memory: largest shift of the random crop in pixels")
+    smallest_crop: float = key(1.0, "in memory: smallest area of a crop that is resized; 1 for none")
+    rotation: float = key(0.0, "in memory: largest rotation in degrees")
+    auto_augment: str = key("", "from files: timm's AutoAugment string, such as rand-m9-mstd0.5-inc1")
+    color_jitter: float = key(0.0, "brightness, contrast and saturation; from files for images without auto_augment")
+    erasing: float = key(0.0, "probability of random erasing")
+    crop_scale: float = key(0.08, "from files: smallest area of the random resized crop")
+    repeats: int = key(1, "from files: repeated augmentation, copies of an image in a batch")
+    mean: list = key([0.5, 0.5, 0.5], "channel means, images in [0, 1]")
+    std: list = key([0.5, 0.5, 0.5], "channel standard deviations")
+    crop_pct: float = key(0.0, "evaluation: share of the resized image's side that is seen; 0 for the model's own")
+    ema_decay: float = key(0.999, "decay of the EMA of the weights; 0 for none")
+    ema_warmup: bool = key(True, "let the decay rise with the steps")
+    eval_every: int = key(1, "epochs between evaluations")
+
+    def __post_init__(self):
+        self.check_shared()
+        recipes.check_ranges(
+            self,
+            positive=("epochs", "eval_every", "crop_scale", "smallest_crop", "repeats"),
+            not_negative=(
+                "lr_batch", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "mixup",
+                "cutmix", "mix_group", "padding", "rotation", "color_jitter", "crop_pct",
+            ),
+            shares=("drop_path", "label_smoothing", "erasing"),
+        )  # fmt: skip
+        if self.model not in CLASSIFIERS:
+            raise ValueError(f"model = {self.model!r} is no classifier; vca.list_models() names them.")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(type(value) in (int, float) and abs(value) < 1e3 for value in values):
+                raise ValueError(f"{name} = {values} must be three numbers, one for each channel.")
+        if min(self.std) <= 0:
+            raise ValueError(f"std = {self.std} must be positive.")
+        if self.memory and (self.auto_augment or self.repeats > 1):
+            raise ValueError("auto_augment and repeats need memory = false.")
+        if not self.memory and (self.smallest_crop < 1 or self.rotation):
+            raise ValueError("smallest_crop and rotation need memory = true; from files it is crop_scale.")
+        if max(self.smallest_crop, self.color_jitter) > 1:
+            raise ValueError("smallest_crop and color_jitter must be at most 1.")
+        if self.mix_group and (self.mix_group % 2 or self.batch_size % self.mix_group):
+            raise ValueError(f"mix_group = {self.mix_group} must be an even divisor of batch_size = {self.batch_size}.")
+        if self.cooldown_epochs >= self.epochs:
+            raise ValueError(f"cooldown_epochs = {self.cooldown_epochs} must be fewer than epochs = {self.epochs}.")
+
+    @property
+    def lr_scale(self) -> float:
+        """What the three learning rates are multiplied with."""
+        return self.batch_size / self.lr_batch if self.lr_batch else 1.0

@@ -1,0 +1,83 @@
+"""The model of a recipe, with random weights or with those it starts from."""
+
+import sys
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import vca
+from training.core.recipe import BaseRecipe, RecipeError
+from vca.models.dit import DiffusionTransformer
+
+FROM_TIMM = "timm:"
+
+
+def build_model(recipe: BaseRecipe, class_names: list[str], init: str | None, **args) -> tuple[nn.Module, list[dict]]:
+    """The model of a recipe, drawn from its seed, and what trained the weights it starts from (oldest run first).
+
+    Args:
+        init: a checkpoint whose weights it takes; of one with other classes all but those of the classes. Or
+            `timm:NAME`, a pretrained model of timm: what a layer of the recipe's attention does not share with
+            self-attention is then drawn, as by `vca.replace_attention`.
+        **args: more arguments of `vca.create_model`.
+
+    Raises:
+        RecipeError: no such model can be built.
+        vca.CheckpointError: `init` cannot be read, or is of another architecture.
+    """
+    torch.manual_seed(recipe.seed)
+    try:
+        model = vca.create_model(recipe.model, num_classes=len(class_names), **args, **recipe.model_args())
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"cannot build {recipe.model}: {error}") from error
+    if not init:
+        return model, []
+    if init.startswith(FROM_TIMM):
+        return _fill_from_timm(model, init), []
+    source = vca.load(init)
+    tensors = source.state_dict()
+    if source.label_names != list(class_names):
+        drawn = _class_tensors(model)
+        tensors = {key: value for key, value in tensors.items() if key not in drawn} | drawn
+        if isinstance(model, DiffusionTransformer):  # the null class stays
+            for table in drawn.values():
+                table[-1] = source.y_embedder.embedding_table.weight[-1].detach()
+        _say(f"{init} knows {len(source.label_names)} other classes; drawn anew: {', '.join(drawn)}.")
+    _fill(model, tensors, init)
+    return model, source.training_history
+
+
+def _class_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model that belong to its classes."""
+    part = model.y_embedder if isinstance(model, DiffusionTransformer) else model.get_classifier()
+    prefix = next(name for name, module in model.named_modules() if module is part)
+    return {key: value for key, value in model.state_dict().items() if key.startswith(f"{prefix}.")}
+
+
+def _fill_from_timm(model: nn.Module, init: str) -> nn.Module:
+    try:
+        source = timm.create_model(init.removeprefix(FROM_TIMM), pretrained=True)
+    except Exception as error:  # whatever the name, the network or the file does
+        raise vca.CheckpointError(f"{init}: {error}") from None
+    given, own = source.state_dict(), model.state_dict()
+    drawn = set(_class_tensors(model)) if source.num_classes != model.num_classes else set()
+    drawn |= {key for key in own.keys() - given.keys() if ".attn." in key}
+    left = {key for key in given.keys() - own.keys() if ".attn." in key}
+    taken = {key: value for key, value in given.items() if key not in drawn | left}
+    _fill(model, taken | {key: own[key] for key in drawn}, init)
+    kinds = sorted({key.rpartition(".attn.")[2] or key for key in drawn})
+    _say(f"{init}; drawn anew: {', '.join(kinds) or 'nothing'}.")
+    return model
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], init: str) -> None:
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise vca.CheckpointError(f"{init} is no {type(model).__name__} of this size: {reason}") from None
+
+
+def _say(text: str) -> None:
+    print(f"NOTE: {text}", file=sys.stderr)

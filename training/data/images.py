@@ -1,0 +1,202 @@
+"""Images of a data set, and their preprocessing.
+
+Data is named by one text: a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, a folder of WebDataset shards
+(`training.data.shards`), `hfds:NAME` for a Hugging Face data set, or `synthetic:IMAGESxCLASSES` for noise.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from training.data.seeding import seed_everything
+from training.data.shards import ShardError, ShardReader, find_shards
+from vca.images import upright_rgb
+
+
+class DataError(ValueError):
+    """Images that cannot be used; the message says which and why."""
+
+
+class Images(Dataset):
+    """The images of one split of a data set.
+
+    An item is asked for by its index, or by (seed, epoch, copy, index) for a transform whose randomness these decide.
+
+    Attributes:
+        class_folders: what the data set calls its classes, in label order.
+        class_names: the same; `classes.txt` beside the splits of a folder gives readable ones.
+
+    Raises:
+        DataError: there is no such split, it holds no images, or fewer than two classes.
+    """
+
+    def __init__(self, data: str | Path, split: str, transform: Callable | None = None):
+        self.reader = open_reader(str(data), split)
+        self.transform = transform
+        folders = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
+        if len(folders) < 2:
+            raise DataError(f"{data}/{split} has {len(folders)} class folder(s); classification needs at least two.")
+        self.class_folders = folders
+        self.class_names = folders
+        names = Path(data) / "classes.txt"
+        if names.is_file():
+            self.class_names = names.read_text(encoding="utf-8", errors="replace").split("\n")[: len(folders)]
+            if len(self.class_names) != len(folders) or not all(self.class_names):
+                raise DataError(f"{names} must name {len(folders)} classes, one a line, in the order of the folders.")
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def labels(self) -> list[int]:
+        """The label of every image, without reading the images."""
+        if hasattr(self.reader, "iter_targets"):
+            return list(self.reader.iter_targets())
+        return [sample[-1] for sample in self.reader.samples]
+
+    def __getitem__(self, key: int | tuple[int, int, int, int]):
+        if isinstance(key, tuple):
+            seed_everything(*key)
+            key = key[-1]
+        stream, label = self.reader[key]
+        try:
+            with stream:
+                image = upright_rgb(Image.open(stream))
+        except Exception as error:
+            raise DataError(f"{self.reader.filename(key, absolute=True)} is not a readable image ({error}).") from None
+        return (self.transform(image) if self.transform else image), label
+
+
+def open_splits(data: str) -> tuple[Images, Images]:
+    """The training and the validation images of a data set.
+
+    Raises:
+        DataError: as `Images`, or the two do not hold the same classes.
+    """
+    train, val = Images(data, "train"), Images(data, "val")
+    if val.class_folders != train.class_folders:
+        raise DataError(f"{data}: train and val do not hold the same class folders.")
+    return train, val
+
+
+def open_reader(data: str, split: str):
+    """timm's way to read a split: a sequence of (stream, label) with `class_to_idx` and `filename(index)`."""
+    kind, _, name = data.partition(":")
+    if kind == "synthetic":
+        count, classes = (int(number) for number in name.split("x"))
+        return SyntheticReader(count if split == "train" else min(count, SyntheticReader.VALIDATION), classes)
+    if kind == "hfds":
+        return _open_hugging_face(name, split)
+    if shards := find_shards(data, split):
+        try:
+            return ShardReader(shards)
+        except ShardError as error:
+            raise DataError(str(error)) from None
+    if not (Path(data) / split).is_dir():
+        raise DataError(f"{data} has no folder {split!r}; expected {data}/{split}/CLASS/IMAGE for each class.")
+    try:
+        return create_dataset("", root=data, split=split).reader
+    except RuntimeError:
+        raise DataError(f"{data}/{split} holds no images; expected {data}/{split}/CLASS/IMAGE.") from None
+
+
+def _open_hugging_face(name: str, split: str):
+    """A data set of the Hub, or a local folder in its layout. Its validation split may have any usual name."""
+    splits = ["validation", "val", "valid", "test"] if split == "val" else [split]
+    errors = []
+    for own_name in splits:
+        try:
+            return create_dataset(f"hfds/{name}", root=None, split=own_name).reader
+        except ImportError:
+            raise DataError("Hugging Face data sets need the package: pip install datasets.") from None
+        except Exception as error:  # whatever the name, the network or the files do
+            errors.append(f"{own_name}: {error}")
+    raise DataError(f"hfds:{name} cannot be read: {'; '.join(errors)}")
+
+
+class SyntheticReader:
+    """Images of noise, for trying a recipe out: JPEG files of the size that photos of ImageNet have."""
+
+    SIZE = (500, 375)
+    DIFFERENT = 8
+    VALIDATION = 8
+
+    def __init__(self, count: int, classes: int):
+        self.class_to_idx = {f"class{label:04d}": label for label in range(classes)}
+        self.count = count
+        self.files = []
+        for seed in range(self.DIFFERENT):
+            noise = np.random.default_rng(seed).integers(0, 256, (*self.SIZE[::-1], 3), dtype=np.uint8)
+            stream = io.BytesIO()
+            Image.fromarray(noise).save(stream, format="JPEG")
+            self.files.append(stream.getvalue())
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        return io.BytesIO(self.files[index % self.DIFFERENT]), index % len(self.class_to_idx)
+
+    def iter_targets(self) -> Iterator[int]:
+        return (index % len(self.class_to_idx) for index in range(self.count))
+
+    def filename(self, index: int, **_) -> str:
+        return f"synthetic image {index}"
+
+
+def eval_transform(pretrained_cfg: dict, as_bytes: bool = False):
+    """The checkpoint's own preprocessing: shorter side resized, centre crop; floats, or uint8 before `normalize`."""
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    transform = create_transform(**{key: pretrained_cfg[key] for key in keys}, is_training=False)
+    if not as_bytes:
+        return transform
+    geometry = transform.transforms[:-2]
+    return lambda image: torch.from_numpy(np.array(_apply(geometry, image)))
+
+
+def generator_cfg(side: int) -> dict:
+    """The preprocessing of all generators: shorter side resized to `side`, centre crop, pixels in [-1, 1]."""
+    half = (0.5, 0.5, 0.5)
+    size = (3, side, side)
+    return dict(input_size=size, interpolation="bicubic", crop_pct=1.0, crop_mode="center", mean=half, std=half)
+
+
+def _apply(transforms: list[Callable], image):
+    for transform in transforms:
+        image = transform(image)
+    return image
+
+
+def decode(images: Images, pretrained_cfg: dict, workers: int = 0) -> tuple[Tensor, Tensor]:
+    """A whole split, resized and cropped, as uint8 (N, 3, H, W) and labels (N,)."""
+    images.transform = eval_transform(pretrained_cfg, as_bytes=True)
+    loader = DataLoader(images, batch_size=256, num_workers=workers)
+    pixels, labels = zip(*read_batches(loader), strict=True)
+    return torch.cat(pixels).permute(0, 3, 1, 2).contiguous(), torch.cat(labels)
+
+
+def read_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a loader. A worker process wraps its error in a traceback; here it is what it was."""
+    try:
+        yield from loader
+    except DataError as error:
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+
+
+def normalize(pixels: Tensor, pretrained_cfg: dict) -> Tensor:
+    """uint8 (B, 3, H, W), or floats in [0, 1] -> float32, (pixels - mean) / std of pixels in [0, 1]."""
+    mean, std = (torch.tensor(pretrained_cfg[key], device=pixels.device).view(1, 3, 1, 1) for key in ("mean", "std"))
+    images = pixels if pixels.is_floating_point() else pixels.float() / 255
+    return (images - mean) / std
+
+
+def denormalize(images: Tensor, pretrained_cfg: dict) -> Tensor:
+    """Normalised images (B, 3, H, W) -> the same in [0, 1]."""
+    mean, std = (torch.tensor(pretrained_cfg[key], device=images.device).view(1, 3, 1, 1) for key in ("mean", "std"))
+    return (images * std + mean).clamp(0, 1)

@@ -1,0 +1,1 @@
+"""Objectives and samplers of the generators, and the autoencoder of their latents."""

@@ -1,0 +1,95 @@
+"""Flow matching on the straight line from noise to data, as in SiT (arXiv 2401.08740).
+
+x_t = (1 - t) x_0 + t x_1 with x_0 standard normal (t = 0) and x_1 data (t = 1). A model is any function
+`model(x, t) -> (B, C, ...)` of x (B, C, ...) and t (B,) in [0, 1]: the velocity, the mean of x_1 - x_0 given x_t.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from vca.diffusion.sampling import Callback, Model, Noise, Sampler, at_time, per_sample, silent
+from vca.functional import upcast
+
+LAST_STEP = 0.04
+
+
+def loss(model: Model, x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """Mean squared error of the velocity of each sample, (B,).
+
+    Args:
+        x1: images or latents (B, C, ...).
+        x0: standard normal noise, like x1.
+        t: (B,) in [0, 1].
+    """
+    weight = per_sample(t, x1)
+    velocity = upcast(model((1 - weight) * x0 + weight * x1, t))
+    return (velocity - (x1 - x0)).square().flatten(1).mean(1)
+
+
+def logit_normal(normal: Tensor) -> Tensor:
+    """Standard normal draws -> times in (0, 1), dense in the middle (arXiv 2403.03206)."""
+    return normal.sigmoid()
+
+
+def even_times(steps: int) -> list[float]:
+    """The ends of `steps` equal steps from 0 to 1: steps + 1 times."""
+    _check_steps(steps)
+    return [step / steps for step in range(steps + 1)]
+
+
+def sde_times(steps: int) -> list[float]:
+    """The ends of steps - 1 equal steps from 0 to 0.96 and of a last one: SiT's choice."""
+    _check_steps(steps)
+    return [(1 - LAST_STEP) * step / max(steps - 1, 1) for step in range(steps)] + [1.0]
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1.")
+
+
+def sample_euler(model: Model, noise: Noise, times: Sequence[float], callback: Callback = silent) -> Tensor:
+    """The ODE dx = v dt by Euler's method: one call of the model per step."""
+    total, x = len(times) - 1, noise()
+    for step, (t, end) in enumerate(pairwise(times)):
+        callback(step, total, x)
+        x = x + (end - t) * model(x, at_time(t, x))
+    callback(total, total, x)
+    return x
+
+
+def sample_heun(model: Model, noise: Noise, times: Sequence[float], callback: Callback = silent) -> Tensor:
+    """The ODE dx = v dt by Heun's method, of second order: two calls of the model per step."""
+    total, x = len(times) - 1, noise()
+    for step, (t, end) in enumerate(pairwise(times)):
+        callback(step, total, x)
+        slope = model(x, at_time(t, x))
+        slope_end = model(x + (end - t) * slope, at_time(end, x))
+        x = x + (end - t) / 2 * (slope + slope_end)
+    callback(total, total, x)
+    return x
+
+
+def sample_sde(model: Model, noise: Noise, times: Sequence[float], callback: Callback = silent) -> Tensor:
+    """Euler-Maruyama for dx = (v + w s) dt + sqrt(2 w) dW with w = 1 - t, SiT's default; the last step adds no noise.
+
+    s = (t v - x) / (1 - t) is the score on the straight line, so the drift is (1 + t) v - x, without a singularity.
+    """
+    total, x = len(times) - 1, noise()
+    for step, (t, end) in enumerate(pairwise(times)):
+        callback(step, total, x)
+        x = x + (end - t) * ((1 + t) * model(x, at_time(t, x)) - x)
+        if step < total - 1:
+            x = x + math.sqrt(2 * (1 - t) * (end - t)) * noise()
+    callback(total, total, x)
+    return x
+
+
+SAMPLERS = {
+    "euler": Sampler(sample_euler, even_times),
+    "heun": Sampler(sample_heun, even_times),
+    "sde": Sampler(sample_sde, sde_times),
+}

@@ -1,0 +1,62 @@
+"""What the samplers of `vca.diffusion.ddpm` and `vca.diffusion.flow` share.
+
+A sampler is a plain function `run(model, noise, times, callback) -> x`: `model(x, t)` is the network at times t (B,),
+`noise()` gives a new standard normal tensor (B, C, ...) at each call, the first of which is the starting point, and
+`callback(step, total, x)` sees the state after 0, 1, ..., total steps. A callback that raises ends the sampling.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Model = Callable[[Tensor, Tensor], Tensor]
+Noise = Callable[[], Tensor]
+Callback = Callable[[int, int, Tensor], object]
+
+
+class Sampler(NamedTuple):
+    """A sampling function and the times it asks the network at, given the number of steps."""
+
+    run: Callable[[Model, Noise, Sequence, Callback], Tensor]
+    times: Callable[[int], list]
+
+
+def silent(step: int, total: int, x: Tensor) -> None:
+    """The callback that does nothing."""
+
+
+def normal_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device) -> Noise:
+    """Noise for a batch of samples, each a function of (seed, index) alone, whatever batch it is part of.
+
+    Args:
+        seed, indices: non-negative; one index per sample.
+        shape: of one sample.
+
+    Returns:
+        A function that draws the next standard normal tensor (len(indices), *shape), float32.
+    """
+    generators = [np.random.default_rng((seed, index)) for index in indices]
+
+    def draw() -> Tensor:
+        draws = [generator.standard_normal(shape, dtype=np.float32) for generator in generators]
+        return torch.from_numpy(np.stack(draws)).to(device)
+
+    return draw
+
+
+def at_time(t: float, x: Tensor) -> Tensor:
+    """One time for every sample of x, as the network takes it: (B,), an integer where `t` is one."""
+    return torch.full((len(x),), t, device=x.device, dtype=torch.long if isinstance(t, int) else x.dtype)
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """Values (B,) or a scalar, in the type of x and with as many dimensions, for broadcasting."""
+    return values.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] -> uint8, rounded as DiT does: 127.5 x + 128 for x in [-1, 1], cut off."""
+    return (255 * images + 0.5).clamp(0, 255).byte()

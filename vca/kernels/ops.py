@@ -1,0 +1,192 @@
+"""Both stages of Visual-Contrast Attention as fused operators.
+
+Their kernels are Triton's on a GPU (`vca.kernels.triton_kernels`) and C++ on a CPU (`vca.kernels.cpu`). They are off
+until a layer's `fused_attn` is True, which is its initial value under the environment variable VCA_FUSED=1. They have
+first derivatives, and torch.compile, torch.export, autocast and FlopCounterMode know them.
+"""
+
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vca import functional as VF
+from vca.kernels import cpu
+from vca.kernels.layout import empty_sequence
+
+ENABLED = os.environ.get("VCA_FUSED") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # runs the kernels of a GPU on a CPU, for tests
+MAX_TOKENS = 64  # of the kernels for a GPU
+SHARED_MEMORY = {64: 64 * 1024, 128: 112 * 1024}  # bytes a block that they need, by the most channels of a head
+DTYPES = (torch.bfloat16, torch.float16, *(torch.float32,) * INTERPRETED)  # float32 products have no tensor cores
+
+
+def supported(x: Tensor, num_tokens: int) -> bool:
+    """Whether the operators take the sequence x (..., d) and n = `num_tokens` contrast tokens.
+
+    The first question about a CPU compiles its kernels, see `vca.kernels.cpu.kernels`.
+    """
+    if _takes_cpu_kernels(x):
+        return x.shape[-1] % 16 == 0 and x.dtype != torch.float64 and _cpu_kernels_exist()
+    runs = HAS_TRITON and (x.is_cuda or INTERPRETED)
+    if not runs or num_tokens > MAX_TOKENS or x.dtype not in DTYPES:
+        return False
+    return x.shape[-1] <= (max(SHARED_MEMORY) if INTERPRETED else _max_head_dim(x.get_device()))
+
+
+def _takes_cpu_kernels(x: Tensor) -> bool:
+    return x.is_cpu and not INTERPRETED
+
+
+@torch.compiler.assume_constant_result
+def _cpu_kernels_exist() -> bool:
+    return cpu.kernels() is not None
+
+
+@torch.compiler.assume_constant_result
+def _max_head_dim(device: int) -> int:
+    """The most channels of a head that the kernels take on this GPU; 0 before the Ampere generation."""
+    gpu = torch.cuda.get_device_properties(device)
+    fitting = (d for d, needed in SHARED_MEMORY.items() if needed <= gpu.shared_memory_per_block_optin)
+    return max(fitting, default=0) if gpu.major >= 8 else 0
+
+
+def _kernels(x: Tensor) -> ModuleType:
+    if _takes_cpu_kernels(x):
+        return cpu.kernels()
+    from vca.kernels import triton_kernels
+
+    return triton_kernels
+
+
+def contrast(tokens: Tensor, x: Tensor, values: Tensor, lam: Tensor, gain: float, axes: tuple[int, ...]) -> Tensor:
+    """`vca.functional.contrast` of two streams with a softmax each, for what is `supported`.
+
+    Args:
+        tokens, lam, gain: see `contrast_stage1`.
+        x, values: keys and values in Stage I, queries and values in Stage II, see `contrast_stage1`, `contrast_stage2`.
+        axes: `STAGE1` or `STAGE2`.
+
+    Returns:
+        (BH, n, d) in Stage I, (B, H, T, d) in Stage II.
+    """
+    if axes == VF.STAGE1:
+        return contrast_stage1(tokens, x, values, lam, gain)[0]
+    return contrast_stage2(tokens, x, values, lam, gain)
+
+
+@torch.library.custom_op("vca::contrast_stage1", mutates_args=())
+def contrast_stage1(tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Stage I of `vca.functional.contrast`; all tensors but lambda are of one type.
+
+    Args:
+        tokens: both streams of contrast tokens, scaled (BH, 2 * n, d).
+        k, v: keys and values (B, H, T, d).
+        lam: lambda, a scalar in float32.
+        gain: 1 - lambda_init.
+
+    Returns:
+        The output (BH, n, d); and for the backward pass, in float32, A+- v (BH, 2 * n, d) and the logarithms of the
+        denominators of the softmax (BH, 2 * n).
+    """
+    return _kernels(k).stage1(tokens, k, v, lam, gain)
+
+
+@contrast_stage1.register_fake
+def _(tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float) -> tuple[Tensor, Tensor, Tensor]:
+    groups, rows, d = tokens.shape
+    float32 = dict(dtype=torch.float32)
+    out = tokens.new_empty(groups, rows // 2, d)
+    return out, tokens.new_empty(groups, rows, d, **float32), tokens.new_empty(groups, rows, **float32)
+
+
+@torch.library.custom_op("vca::contrast_stage1_backward", mutates_args=())
+def contrast_stage1_backward(
+    grad: Tensor, tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float, products: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of tokens, k, v and lambda from `grad`, that of the output (BH, n, d) of `contrast_stage1`."""
+    return _kernels(k).stage1_backward(grad, tokens, k, v, lam, gain, products, lse)
+
+
+@contrast_stage1_backward.register_fake
+def _(
+    grad: Tensor, tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float, products: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tokens.new_empty(tokens.shape), empty_sequence(k), empty_sequence(v), torch.empty_like(lam)
+
+
+@torch.library.custom_op("vca::contrast_stage2", mutates_args=())
+def contrast_stage2(tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain: float) -> Tensor:
+    """Stage II of `vca.functional.contrast`; all tensors but lambda are of one type.
+
+    Args:
+        tokens, lam, gain: see `contrast_stage1`.
+        q: queries (B, H, T, d).
+        values: vhat (BH, n, d).
+
+    Returns:
+        (B, H, T, d), a view of (B, T, H, d).
+    """
+    return _kernels(q).stage2(tokens, q, values, lam, gain)
+
+
+@contrast_stage2.register_fake
+def _(tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain: float) -> Tensor:
+    return empty_sequence(q)
+
+
+@torch.library.custom_op("vca::contrast_stage2_backward", mutates_args=())
+def contrast_stage2_backward(
+    grad: Tensor, tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of tokens, q, values and lambda from `grad`, that of the output of `contrast_stage2`."""
+    return _kernels(q).stage2_backward(grad, tokens, q, values, lam, gain)
+
+
+@contrast_stage2_backward.register_fake
+def _(
+    grad: Tensor, tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tokens.new_empty(tokens.shape), empty_sequence(q), values.new_empty(values.shape), torch.empty_like(lam)
+
+
+def _save_stage1(ctx, inputs, output) -> None:
+    tokens, k, v, lam, ctx.gain = inputs
+    _, products, lse = output
+    ctx.mark_non_differentiable(products, lse)
+    ctx.save_for_backward(tokens, k, v, lam, products, lse)
+
+
+def _backward_stage1(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
+    tokens, k, v, lam, products, lse = ctx.saved_tensors
+    return *contrast_stage1_backward(grad, tokens, k, v, lam, ctx.gain, products, lse), None
+
+
+def _save_stage2(ctx, inputs, output) -> None:
+    *tensors, ctx.gain = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_stage2(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *contrast_stage2_backward(grad, *ctx.saved_tensors, ctx.gain), None
+
+
+contrast_stage1.register_autograd(_backward_stage1, setup_context=_save_stage1)
+contrast_stage2.register_autograd(_backward_stage2, setup_context=_save_stage2)
+
+
+@register_flop_formula([torch.ops.vca.contrast_stage1, torch.ops.vca.contrast_stage2])
+def contrast_flops(tokens_shape, x_shape, *_, **__) -> int:
+    """Those of `vca.functional.contrast`: two products for the scores, one for the difference of the maps."""
+    groups, rows, d = tokens_shape
+    return 2 * groups * (rows + rows // 2) * x_shape[2] * d
+
+
+@register_flop_formula([torch.ops.vca.contrast_stage1_backward, torch.ops.vca.contrast_stage2_backward])
+def contrast_backward_flops(grad_shape, tokens_shape, x_shape, *_, **__) -> int:
+    """Twice those of the forward pass, as without recomputation."""
+    return 2 * contrast_flops(tokens_shape, x_shape)

@@ -1,0 +1,74 @@
+"""Agent attention: two stages through pooled queries, without contrast."""
+
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from vca import functional as VF
+from vca.layers.depthwise import add_local, depthwise_conv3x3
+from vca.layers.grid import OnGrid, check_token_grid, refuse_mask
+from vca.layers.stage_maps import StageMaps
+
+
+@register_notrace_module
+class AgentAttention(OnGrid, nn.Module):
+    """Softmax attention in two stages through n pooled queries, without contrast (Agent Attention, arXiv 2312.08874).
+
+    The same pooling, token count and depthwise convolution as in `VisualContrastAttention`, but one stream, no
+    embedding, no lambda and no norm: o = softmax(q t^T / sqrt d) softmax(t k^T / sqrt d) v. The position biases of the
+    published layer are left out.
+
+    Args:
+        dim, num_heads, grid_size, token_grid, num_prefix_tokens, qkv_bias, proj_drop, dwc: see
+            `VisualContrastAttention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        grid_size: tuple[int, int],
+        token_grid: tuple[int, int],
+        num_prefix_tokens: int = 0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        dwc: bool = True,
+    ):
+        super().__init__()
+        self.grid_size, self.token_grid = tuple(grid_size), tuple(token_grid)
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}.")
+        check_token_grid(self.token_grid, self.grid_size)
+        self.num_heads = num_heads
+        self.num_prefix_tokens = num_prefix_tokens
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.dwc = depthwise_conv3x3(dim) if dwc else None
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False, grid_size=None) -> Tensor:
+        """Attends over (B, P + N, C) and returns the same shape."""
+        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=False)[0]
+
+    def forward_with_maps(self, x: Tensor, attn_mask: None = None, is_causal: bool = False, grid_size=None):
+        """Like `forward`, and also gives fields of `vca.LayerMaps`: `stage1` (B, H, n, T), `stage2` (B, H, T, n)."""
+        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True)
+
+    def _attend(self, x: Tensor, attn_mask: None, is_causal: bool, grid_size, keep_maps: bool) -> tuple[Tensor, dict]:
+        refuse_mask(attn_mask, is_causal)
+        grid_size = self.checked_grid(x.shape[1], grid_size)
+        qkv = self.qkv(x)
+        pooled = VF.pool_queries(qkv[:, self.num_prefix_tokens :, : x.shape[2]], grid_size, self.token_grid)
+        agents = pooled.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if keep_maps:
+            first, second = VF.softmax_map(agents, k), VF.softmax_map(q, agents)
+            out = second.to(v.dtype) @ (first.to(v.dtype) @ v)
+            fields = dict(stage1=StageMaps(first), stage2=StageMaps(second), values=v, gathered=out)
+        else:
+            out = F.scaled_dot_product_attention(q, agents, F.scaled_dot_product_attention(agents, k, v))
+            fields = {}
+        out = add_local(out.transpose(1, 2).flatten(2), self.dwc, v, grid_size, self.num_prefix_tokens)
+        place = dict(kind="agent", grid_size=grid_size, num_prefix_tokens=self.num_prefix_tokens)
+        return self.proj_drop(self.proj(out)), place | dict(token_grid=self.token_grid) | fields

@@ -1,0 +1,72 @@
+"""The depthwise convolution of the values, and self-attention with it."""
+
+import torch.nn.functional as F
+from timm.layers import Attention, register_notrace_module
+from torch import Tensor, nn
+
+from vca import functional as VF
+from vca.layers.grid import OnGrid, refuse_mask
+from vca.layers.stage_maps import StageMaps
+
+
+def local_term(convolution: nn.Conv2d, v: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Depthwise convolution of the patch values on their grid: (B, N, C) -> (B, N, C)."""
+    return convolution(VF.as_image(v, grid_size)).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def depthwise_conv3x3(dim: int) -> nn.Conv2d:
+    return nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+
+@register_notrace_module
+class DepthwiseConvAttention(OnGrid, Attention):
+    """timm's self-attention plus the depthwise convolution of the values that comes with Visual-Contrast Attention.
+
+    Args:
+        dim, num_heads, grid_size, num_prefix_tokens, qkv_bias, proj_drop: see `VisualContrastAttention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        grid_size: tuple[int, int],
+        num_prefix_tokens: int = 0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_drop=proj_drop)
+        self.grid_size = tuple(grid_size)
+        self.num_prefix_tokens = num_prefix_tokens
+        self.dwc = depthwise_conv3x3(dim)
+
+    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False, grid_size=None) -> Tensor:
+        """Attends over (B, P + N, C) and returns the same shape."""
+        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=False)[0]
+
+    def forward_with_maps(self, x: Tensor, attn_mask: None = None, is_causal: bool = False, grid_size=None):
+        """Like `forward`, and also returns the fields of `vca.LayerMaps`: `stage1` with one map (B, H, T, T)."""
+        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True)
+
+    def _attend(self, x: Tensor, attn_mask: None, is_causal: bool, grid_size, keep_maps: bool) -> tuple[Tensor, dict]:
+        refuse_mask(attn_mask, is_causal)
+        grid_size = self.checked_grid(x.shape[1], grid_size)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if keep_maps:
+            attention = VF.softmax_map(q, k)
+            out = attention.to(v.dtype) @ v
+            fields = dict(stage1=StageMaps(attention), values=v, gathered=out)
+        else:
+            out, fields = F.scaled_dot_product_attention(q, k, v), {}
+        out = add_local(out.transpose(1, 2).flatten(2), self.dwc, v, grid_size, self.num_prefix_tokens)
+        place = dict(kind="mhsa_dwc", grid_size=grid_size, num_prefix_tokens=self.num_prefix_tokens)
+        return self.proj_drop(self.proj(out)), place | fields
+
+
+def add_local(out: Tensor, convolution: nn.Conv2d | None, v: Tensor, grid_size: tuple[int, int], prefix: int) -> Tensor:
+    """Adds the depthwise convolution of the values (B, H, T, d) to the patches of `out` (B, T, C)."""
+    if convolution is None:
+        return out
+    local = local_term(convolution, v.transpose(1, 2).flatten(2)[:, prefix:], grid_size)
+    return out + F.pad(local, (0, 0, prefix, 0))

@@ -1,0 +1,269 @@
+"""Visual-Contrast Attention as a drop-in replacement for the self-attention layer of a vision transformer."""
+
+import math
+
+import torch
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from vca import functional as VF
+from vca.kernels import ops
+from vca.layers.depthwise import depthwise_conv3x3, local_term
+from vca.layers.grid import OnGrid, check_token_grid
+from vca.layers.stage_maps import StageMaps
+
+TOKENS = ("pool+emb", "emb", "pool")
+STAGE2_SOFTMAX = ("separate", "joint")
+POOLING = ("avg", "learned")
+
+
+class ContrastStage(nn.Module):
+    """The learned parts of one stage: the gain of the RMSNorm and, if differential, the lambda vectors; of length d."""
+
+    def __init__(self, head_dim: int, differential: bool = True):
+        super().__init__()
+        self.differential = differential
+        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+            self.register_parameter(name, nn.Parameter(torch.empty(head_dim)) if differential else None)
+        self.norm = nn.RMSNorm(head_dim, eps=VF.RMS_EPS)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for vector in self.parameters(recurse=False):
+            nn.init.normal_(vector, std=0.1)
+        self.norm.reset_parameters()
+
+    def contrast_lambda(self, init: float) -> Tensor | None:
+        if not self.differential:
+            return None
+        return VF.contrast_lambda(self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2, init)
+
+
+@register_notrace_module
+class VisualContrastAttention(OnGrid, nn.Module):
+    """Two-stage differential attention through n pooled contrast tokens (arXiv 2511.00833, section 3).
+
+    Stage I lets n positive and n negative contrast tokens, pooled from the queries, attend to all tokens; Stage II lets
+    all tokens attend to the contrast tokens. Each stage uses the difference of its two softmax maps, so the cost is
+    linear in the number of tokens.
+
+    Args:
+        dim: channels C; divisible by `num_heads`.
+        num_heads: heads H, each with d = C / H channels.
+        grid_size: rows and columns (Hg, Wg) of the patch grid.
+        token_grid: rows and columns (h, w) of the contrast tokens, n = h * w; at most `grid_size` in each direction.
+        num_prefix_tokens: class, register and distillation tokens before the patches. They attend and are attended to,
+            but are not pooled and get no depthwise convolution.
+        depth: 0-based index of the block in the whole network; sets `lambda_init`.
+        qkv_bias: bias in the qkv projection.
+        proj_drop: dropout after the output projection.
+        dwc: add a depthwise 3x3 convolution of the values.
+        tokens: what a contrast token is made of: the pooled query, a learned embedding, or their sum.
+        stage2_softmax: one softmax per stream, or one over the tokens of both.
+        pooling: the average of a pooling cell's queries, or one weighted by softmax(a . q_i), one vector a per head.
+        stage1_differential, stage2_differential: False leaves a stage with its positive stream, without lambda.
+
+    Attributes:
+        fused_attn: use the operators of `vca.kernels.ops` where they apply; initially False, or True under VCA_FUSED=1.
+
+    Raises:
+        ValueError: the arguments contradict one another; the message says how.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        grid_size: tuple[int, int],
+        token_grid: tuple[int, int],
+        num_prefix_tokens: int = 0,
+        depth: int = 0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        dwc: bool = True,
+        tokens: str = "pool+emb",
+        stage2_softmax: str = "separate",
+        pooling: str = "avg",
+        stage1_differential: bool = True,
+        stage2_differential: bool = True,
+    ):
+        super().__init__()
+        grid_size, token_grid = tuple(grid_size), tuple(token_grid)
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}.")
+        check_token_grid(token_grid, grid_size)
+        if num_prefix_tokens < 0:
+            raise ValueError(f"num_prefix_tokens={num_prefix_tokens} is negative.")
+        for name, value, choices in (
+            ("tokens", tokens, TOKENS),
+            ("stage2_softmax", stage2_softmax, STAGE2_SOFTMAX),
+            ("pooling", pooling, POOLING),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}.")
+        if not (stage1_differential or stage2_differential):
+            raise ValueError("one stage at least must be differential; attention='agent' has none.")
+        if stage2_softmax == "joint" and not stage2_differential:
+            raise ValueError("stage2_softmax='joint' needs both streams in Stage II, of which this kind has one.")
+        if pooling == "learned" and tokens == "emb":
+            raise ValueError("pooling='learned' has nothing to pool with tokens='emb'.")
+        self.num_heads = num_heads
+        self.grid_size = grid_size
+        self.token_grid = token_grid
+        self.num_prefix_tokens = num_prefix_tokens
+        self.tokens = tokens
+        self.stage2_softmax = stage2_softmax
+        self.lambda_init = VF.lambda_init(depth)
+        self.fused_attn = ops.ENABLED
+
+        num_tokens = token_grid[0] * token_grid[1]
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        with_embed = tokens != "pool"
+        self.positive_embed = nn.Parameter(torch.empty(num_tokens, dim)) if with_embed else None
+        self.negative_embed = nn.Parameter(torch.empty(num_tokens, dim)) if with_embed else None
+        self.pool_query = nn.Parameter(torch.empty(num_heads, dim // num_heads)) if pooling == "learned" else None
+        self.stage1 = ContrastStage(dim // num_heads, stage1_differential)
+        self.stage2 = ContrastStage(dim // num_heads, stage2_differential)
+        self.dwc = depthwise_conv3x3(dim) if dwc else None
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws e+- from a standard normal and zeroes the pooling vectors; every submodule initialises itself."""
+        if self.positive_embed is not None:
+            nn.init.normal_(self.positive_embed)
+            nn.init.normal_(self.negative_embed)
+        if self.pool_query is not None:
+            nn.init.zeros_(self.pool_query)
+
+    @property
+    def kind(self) -> str:
+        """The name of this attention for `vca.create_attention`."""
+        if self.stage1.differential and self.stage2.differential:
+            return "vca"
+        return "vca_stage1" if self.stage1.differential else "vca_stage2"
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, grid_size={self.grid_size}, token_grid={self.token_grid}, "
+            f"num_prefix_tokens={self.num_prefix_tokens}, tokens={self.tokens!r}, "
+            f"stage2_softmax={self.stage2_softmax!r}, kind={self.kind!r}"
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: None = None,
+        is_causal: bool = False,
+        grid_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Attends over (B, P + N, C) and returns the same shape. `grid_size` is that of this call, if not the layer's.
+
+        Raises:
+            ValueError: the number of tokens is not P + Hg * Wg, or a mask is given: VCA has no masked form.
+        """
+        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=False)[0]
+
+    def forward_with_maps(
+        self,
+        x: Tensor,
+        attn_mask: None = None,
+        is_causal: bool = False,
+        grid_size: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, dict]:
+        """Like `forward`, and also returns the maps of both stages; `vca.record` is the comfortable way to them.
+
+        Returns:
+            The output (B, P + N, C), and fields of `vca.LayerMaps`: `stage1` with maps (B, H, n, P + N), `stage2` with
+            maps (B, H, P + N, n), their row factors `row_scale1`, `row_scale2`, the scalars `lambda1`, `lambda2`, and
+            `values` and `gathered`, (B, H, P + N, d).
+        """
+        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True)
+
+    def _attend(
+        self, x: Tensor, attn_mask: None, is_causal: bool, grid_size: tuple[int, int] | None, keep_maps: bool
+    ) -> tuple[Tensor, dict]:
+        if attn_mask is not None or is_causal:
+            raise ValueError("Visual-Contrast Attention has no masked form: attn_mask and is_causal are not supported.")
+        batch, length, dim = x.shape
+        grid_size, prefix = self.checked_grid(length, grid_size), self.num_prefix_tokens
+
+        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).unbind(2)
+        q_patches, v_patches = ((y[:, prefix:] if prefix else y).flatten(2) for y in (q, v))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        if keep_maps or not self._is_fused(q):
+            q, k, v = (y.flatten(0, 1) for y in (q, k, v))
+        tokens = self._contrast_tokens(q_patches, grid_size).to(q.dtype)
+        v_hat, maps1 = self._stage(self.stage1, tokens, k, v, VF.STAGE1, keep_maps)
+        v_hat = (v_hat * self.stage1.norm.weight).to(v.dtype)
+        axes = VF.STAGE2_JOINT if self.stage2_softmax == "joint" else VF.STAGE2
+        out, maps2 = self._stage(self.stage2, tokens, q, v_hat, axes, keep_maps)
+
+        gathered = out.view(batch, self.num_heads, length, -1)
+        out, gain = gathered.transpose(1, 2), self.stage2.norm.weight.to(out.dtype)
+        if self.dwc is None:
+            out = out * gain
+        else:
+            local = local_term(self.dwc, v_patches, grid_size).unflatten(-1, (self.num_heads, -1))
+            add = local.addcmul if torch.is_grad_enabled() else local.addcmul_
+            if prefix:
+                head, rest = out.split([prefix, length - prefix], dim=1)
+                out = torch.cat([head * gain, add(rest, gain)], dim=1)
+            else:
+                out = add(out, gain)
+        out = self.proj_drop(self.proj(out.reshape(batch, length, dim)))
+
+        if not keep_maps:
+            return out, {}
+        (stage1, row_scale1, lambda1), (stage2, row_scale2, lambda2) = maps1, maps2
+        return out, dict(
+            kind=self.kind,
+            grid_size=grid_size,
+            token_grid=self.token_grid,
+            num_prefix_tokens=prefix,
+            stage1=stage1,
+            stage2=stage2,
+            values=(v * self.stage1.norm.weight).view(gathered.shape),
+            gathered=gathered,
+            row_scale1=row_scale1,
+            row_scale2=row_scale2,
+            lambda1=lambda1,
+            lambda2=lambda2,
+        )
+
+    def _is_fused(self, q: Tensor) -> bool:
+        standard = self.kind == "vca" and self.stage2_softmax == "separate"
+        return self.fused_attn and standard and ops.supported(q, math.prod(self.token_grid))
+
+    def _contrast_tokens(self, q: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        pooled = embeds = None
+        if self.tokens != "emb":
+            pooled = VF.pool_queries(q, grid_size, self.token_grid, self.pool_query)
+        if self.tokens != "pool":
+            embeds = self.positive_embed, self.negative_embed
+        return VF.contrast_tokens(pooled, embeds, self.num_heads, len(q))
+
+    def _stage(
+        self, stage: ContrastStage, tokens: Tensor, x: Tensor, values: Tensor, axes: tuple[int, ...], keep_maps: bool
+    ) -> tuple[Tensor, tuple[StageMaps, Tensor, Tensor | None] | None]:
+        """`VF.contrast`, by the fused operators if the sequences are (B, H, T, d) and not (BH, T, d).
+
+        If `keep_maps` also the maps, the row factors and lambda, from which the output then comes.
+        """
+        lam, gain = stage.contrast_lambda(self.lambda_init), 1 - self.lambda_init
+        if not keep_maps:
+            contrast = ops.contrast if x.ndim == 4 else VF.contrast
+            return contrast(tokens, x, values, lam, gain, axes), None
+
+        def with_rows_of_queries(maps: Tensor) -> Tensor:
+            maps = maps.unflatten(0, (-1, self.num_heads))
+            return maps if axes == VF.STAGE1 else maps.transpose(-2, -1)
+
+        streams = VF.stream_maps(tokens, x, axes, lam is not None, in_place=not torch.is_grad_enabled())
+        applied = with_rows_of_queries(VF.subtract_streams(streams, lam))
+        out = torch.bmm(applied.flatten(0, 1).to(values.dtype), values)
+        scale = VF.rms_scale(out, gain)
+        maps = StageMaps(applied) if lam is None else StageMaps(*with_rows_of_queries(streams).unbind(2), applied)
+        return out * scale.to(out.dtype), (maps, scale.unflatten(0, (-1, self.num_heads)), lam)
