@@ -1,8 +1,8 @@
-"""Writes the tables into docs/evidence.md and README.md from the published logs, and draws their curves.
+"""Writes the tables into docs/evidence.md from the published logs, and draws their curves.
 
     python -m scripts.evidence
 
-`docs/evidence/NAME.json` is the `log.json` of a `training.compare`. A page holds its table between the lines
+`docs/evidence/NAME.json` is the `log.json` of a `training.compare`. The page holds its table between the lines
 `<!-- NAME -->` and `<!-- end -->`; the curves are `docs/evidence/NAME.png`.
 """
 
@@ -14,7 +14,7 @@ from training.compare import draw_curves, table
 from vca.checkpoint import write_atomically
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs" / "evidence.md", ROOT / "README.md")
+PAGE = ROOT / "docs" / "evidence.md"
 
 
 def read_logs() -> dict[str, dict]:
@@ -44,8 +44,7 @@ def fill(page: str, tables: dict[str, str]) -> str:
 def main() -> None:
     logs = read_logs()
     tables = {name: table(log) for name, log in logs.items()}
-    for page in PAGES:
-        write_atomically(page, fill(page.read_text(encoding="utf-8"), tables).encode())
+    write_atomically(PAGE, fill(PAGE.read_text(encoding="utf-8"), tables).encode())
     for name, log in logs.items():
         draw_curves(log, ROOT / "docs" / "evidence" / f"{name}.png")
 

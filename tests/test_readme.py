@@ -1,43 +1,132 @@
-"""The examples of the README run as they stand there."""
+"""The examples of the README and of docs/ run as they stand there, and their tables are those of what was measured."""
 
 import re
 from pathlib import Path
 
 import matplotlib
 import pytest
+import yaml
 
+import vca
 from scripts import evidence
 from training import compare
 from training.evaluate import table
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SPEED = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
 
 
-def test_the_python_examples_run(monkeypatch):
+def examples(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+
+
+def run(page: Path) -> dict:
+    """The names that the examples of a page leave, run one after another."""
+    names = {}
+    for example in examples(page):
+        exec(compile(example, str(page), "exec"), names)
+    return names
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of every row of every table of a page."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_the_examples_of_the_readme_run(monkeypatch):
     matplotlib.use("Agg")
     monkeypatch.chdir(ROOT)
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    names = {}
-    for example in examples:
-        if "gradio_client" not in example:  # needs a running app; tests/app/test_app.py drives one
-            exec(example, names)
+    names = run(ROOT / "README.md")
     assert names["y"].shape == (2, 197, 192)
-    assert names["model"].label_names[3] == "cat"
+    assert names["model"].label_names[3] == "cat" and set(names["labels"]) <= set(names["model"].label_names)
+    layer = names["maps"][3]
+    assert layer.stage1.positive.shape == (2, 4, 16, 64) and layer.stage2.differential.shape == (2, 4, 64, 16)
+    assert layer.effective.shape == (2, 4, 64, 64)
+    assert all(type(block.attn) is vca.VisualContrastAttention for block in names["vit"].blocks)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_the_examples_of_docs_run(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if "gradio_client" in page.read_text(encoding="utf-8"):  # needs a running app; tests/app/test_app.py drives one
+        for example in examples(page):
+            compile(example, str(page), "exec")
+    else:
+        run(page)
+
+
+def test_the_endpoints_of_the_app_are_those_of_its_page():
+    text = (ROOT / "docs" / "app.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `/(\w+)`", text, re.M))
+    assert named == set(re.findall(r'api_name="(\w+)"', (ROOT / "app" / "api.py").read_text(encoding="utf-8")))
+    assert set(re.findall(r'api_name="/(\w+)"', text)) <= named
 
 
 def test_the_table_of_results_is_that_of_the_results_files():
     files = sorted(map(str, (ROOT / "weights").glob("*/results.json")))
     assert len(files) >= 3
-    assert table(files) in (ROOT / "README.md").read_text()
+    assert table(files) in README
 
 
 def test_the_tables_of_evidence_are_those_of_the_published_logs():
     tables = {name: compare.table(log) for name, log in evidence.read_logs().items()}
     assert tables
-    for page in evidence.PAGES:
-        text = page.read_text(encoding="utf-8")
-        assert evidence.fill(text, tables) == text
-    assert all(f"<!-- {name} -->" in evidence.PAGES[0].read_text() for name in tables)
+    text = evidence.PAGE.read_text(encoding="utf-8")
+    assert evidence.fill(text, tables) == text
+    assert all(f"<!-- {name} -->" in text for name in tables)
+
+
+SCOPES = {
+    "between the projections": ("core", "forward"),
+    "the layer": ("layer", "forward"),
+    "the layer, forward and backward": ("layer", "train"),
+    "between the projections, forward and backward": ("core", "train"),
+}
+
+
+def test_the_speeds_of_the_readme_are_those_measured():
+    measured = {tuple(row[:4]): row[5] for row in reversed(rows_of(SPEED)) if len(row) == 12}  # the column vca
+    (head,) = (row for row in rows_of(README) if row[0].startswith("patches"))
+    patches = [cell.split()[0] for cell in head[1:]]
+    shown = {row[0]: row[1:] for row in rows_of(README) if row[0] in SCOPES}
+    assert shown.keys() == SCOPES.keys()
+    for name, (scope, step) in SCOPES.items():
+        assert shown[name] == [measured[scope, step, "float32", n].removesuffix("x") for n in patches], name
+    for n, times in (("196", "0.89"), ("784", "1.37")):
+        assert measured["deit_tiny_patch16_224", "forward", "float32", n] == f"{times}x" and times in README
+
+
+def test_the_summary_of_the_fused_operators_is_that_measured():
+    measured = {tuple(row[:4]): row[5:9] for row in rows_of(SPEED) if len(row) == 10}
+    shown = [row for row in rows_of(SPEED) if len(row) == 7 and row[0].isdigit()]
+    assert [row[0] for row in shown] == ["196", "784", "4096"]
+    for patches, *cells in shown:
+        found = [measured["core", step, "float32", patches] for step in ("forward", "train")]
+        assert cells == [row[column].removesuffix("x") for row in found for column in (0, 1, 3)]
+
+
+def test_the_numbers_of_the_two_generators_are_those_of_their_checkpoints():
+    (head, *_) = rows = [row for row in rows_of(evidence.PAGE.read_text(encoding="utf-8")) if len(row) == 8]
+    assert head[0] == "generator"
+    for name, loss, *cells in rows[2:]:
+        config = vca.checkpoint.read_config(ROOT / "weights" / f"{name.strip('`')}_cifar10")
+        results = config["training"][-1]["results"]
+        by_scale = {row["guidance"]: row for row in results["quality"]["guidance"]}
+        assert loss == f"{results['val_loss']:.4f}"
+        assert cells[:3] == [f"{by_scale[scale]['recognised']:.1f} %" for scale in (1, 2, 4)]
+        for cell, scale in zip(cells[3:], (1, 2, 4), strict=True):
+            assert float(cell) == pytest.approx(by_scale[scale]["frechet_distance"], abs=0.051)
+
+
+def test_the_citation_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == vca.__version__
+    paper = citation["preferred-citation"]
+    (entry,) = re.findall(r"```bibtex\n(.*?)```", README, re.S)
+    entry = " ".join(entry.split())
+    assert f"{{{paper['title']}}}" in entry and f"{{{paper['year']}}}" in entry
+    assert " and ".join(f"{a['family-names']}, {a['given-names']}" for a in paper["authors"]) in entry
 
 
 @pytest.mark.parametrize(
