@@ -22,7 +22,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "weights/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-STARTS = ("python", ".venv/bin/python", "torchrun", "make", "pip", ".venv/bin/pip", "hf", ".venv/bin/pre-commit")
+PROGRAMS = ("python", "torchrun", "make", "pip", "hf", "pre-commit", "export")
 INLINE = re.compile(r"`((?:python|torchrun|make|pip) [^`]+)`")
 RECIPES = dict(classify=ClassifierRecipe, generate=GeneratorRecipe)
 
@@ -77,8 +77,8 @@ def check(command: str, monkeypatch) -> None:
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]) or words[0] == "compute-sanitizer":
         words = words[1:]
     program, *arguments = words
-    assert program in STARTS, f"{program} is no command of the documents"
     program = program.removeprefix(".venv/bin/")
+    assert program in PROGRAMS, f"{program} is no command of the documents"
     if program == "torchrun":
         launched = get_args_parser().parse_args(arguments)
         assert launched.module
@@ -98,6 +98,8 @@ def check(command: str, monkeypatch) -> None:
         for extras in re.findall(r"^\.\[(.*)\]$", arguments[1]):
             assert set(extras.split(",")) <= project["optional-dependencies"].keys()
         assert arguments[1] != "-r" or (ROOT / arguments[2]).is_file()
+    elif program == "export":
+        assert all(re.fullmatch(r"[A-Z_]+=\S+", word) for word in arguments)
     else:
         assert (program, *arguments) in {("hf", "auth", "login"), ("pre-commit", "install")}
 
