@@ -9,6 +9,7 @@ import yaml
 
 import vca
 from scripts import evidence
+from tests.helpers.classifiers import PAPER
 from training import compare
 from training.evaluate import table
 
@@ -104,6 +105,14 @@ def test_the_summary_of_the_fused_operators_is_that_measured():
     for patches, *cells in shown:
         found = [measured["core", step, "float32", patches] for step in ("forward", "train")]
         assert cells == [row[column].removesuffix("x") for row in found for column in (0, 1, 3)]
+
+
+def test_the_sizes_of_models_are_those_tested():
+    rows = rows_of((ROOT / "docs" / "models.md").read_text(encoding="utf-8"))
+    shown = {row[0].strip("`"): row[1:3] for row in rows if row[0].strip("`") in PAPER}
+    assert shown.keys() == PAPER.keys()
+    for name, (parameters, gmacs) in PAPER.items():
+        assert shown[name][0] == f"{parameters:,}" and float(shown[name][1]) == pytest.approx(gmacs, abs=1.5e-4)
 
 
 def test_the_numbers_of_the_two_generators_are_those_of_their_checkpoints():

@@ -110,7 +110,7 @@ def _classifier(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
         results["images"]:,} images that were not trained on
 (mean cross-entropy {results["loss"]:.4f}). Protocol: {protocol}; float32; one view; the weights of the last step{
         _average(recipe)
-    }, chosen before the accuracy was looked at. The number is what this prints:
+    }, chosen before the accuracy was known. This command prints the number:
 
     python -m training.evaluate {place(folder)} --data DATA"""
     if (folder / "maps.png").exists():
@@ -151,7 +151,7 @@ def _generator(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
     } classes: {", ".join(config["label_names"])}.
 
 Validation loss {results["val_loss"]:.4f} on {results["images"]:,} images that were not trained on: uniform times, fixed
-noise, float32, the weights of the last step{_average(recipe)}. The number is what this prints:
+noise, float32, the weights of the last step{_average(recipe)}. This command prints the number:
 
     python -m training.evaluate {place(folder)} --data DATA"""
     about += _fid(results["fid"]) if "fid" in results else "\n\nNo FID is claimed here."
@@ -214,9 +214,9 @@ def _quality(quality: dict, label_names: list[str], folder: Path) -> str:
 
 ![Samples](quality.png)
 
-One column for each of the first classes at guidance {quality["best_guidance"]:g}: its first images, none was selected.
+One column for each of the first classes at guidance {quality["best_guidance"]:g}: its first images, none selected.
 
-{quality["count"]:,} images at each guidance scale, looked at by the classifier `{quality["judge"]}`:
+{quality["count"]:,} images at each guidance scale, judged by the classifier `{quality["judge"]}`:
 
 | images | recognised | diversity | least | copies | nearest (pixels) | nearest (features) | Fréchet |
 |---|---|---|---|---|---|---|---|
@@ -224,8 +224,8 @@ One column for each of the first classes at guidance {quality["best_guidance"]:g
 
 - *recognised*: the classifier's first answer is the class that was asked for;
 - *diversity*: mean distance of two images of a class on the {quality["features"]} features before the classifier's
-  head, in percent of that of held-out images; mean over the classes, and *least* of all classes. Guidance buys
-  recognition with it;
+  head, in percent of that of held-out images; mean over the classes, and *least* of all classes. Guidance
+  trades it for recognition;
 - *nearest*: median distance to the nearest of {quality["train_images"]:,} training images and their mirror images,
   as root mean square in grey levels of 0 to 255 (blurred images lie nearer to all others), and on the features;
 - *copies*: the nearest training image is less than half as far, in pixels, as the 50 nearest are on average;
@@ -246,8 +246,8 @@ Protocol: {quality["sampler"]}, {quality["steps"]} steps, guidance on all channe
     python -m training.quality {place(folder)} {quality["options"]}"""
 
 
-TWINS = """Twins: the same data, recipe, seed and budget, another model; one run each. VCA has a depthwise convolution
-of the values, which self-attention has not: a difference is that of both."""
+TWINS = """Twins are models trained with the same data, recipe, seed and budget, once each. VCA also has a depthwise
+convolution of the values, which self-attention lacks, so a difference may come from either."""
 
 
 def _twins(folder: Path, config: dict) -> str:
@@ -287,7 +287,7 @@ def _describe_run(run: dict, first: bool) -> str:
     recipe = run["recipe"]
     start = f"from `{run['init']}`" if run["init"] else "from random weights"
     if not first:
-        start = f"from what the run above left (`--init {run['init']}`)"
+        start = f"from the result of the run above (`--init {run['init']}`)"
     values = ", ".join(f"{key} {recipe[key]}" for key in SHOWN_KEYS if key in recipe)
     return (
         f"- {run['epochs']} epochs ({run['steps']:,} steps, {run['train_images']:,} images) {start}, "
@@ -302,8 +302,8 @@ def _larger(runs: list[dict]) -> str:
     if runs[-1]["device"] != "cpu" or not found or not shipped(f"{found[2]}_gpu").exists():
         return ""
     return f"""
-A CPU trained this: a small model, a short run. The recipe of the same kind for one GPU has a larger model and more
-epochs:
+This is a small model, trained on a CPU for a short time. The recipe of the same kind for one GPU has a larger model and
+more epochs:
 
     python -m {found[1]} {found[2]}_gpu --data DATA
 """
