@@ -20,19 +20,24 @@ from vca.diffusion.vae import DecoderError
 ERRORS = (recipes.RecipeError, DataError, RunError, WorldError, DecoderError, vca.CheckpointError, OSError)
 
 
-def main(module: str, doc: str, kind: type, train: Callable, report: Callable[[dict], str]) -> None:
+def main(
+    module: str, doc: str, kind: type, train: Callable, report: Callable[[dict], str], teacher: bool = False
+) -> None:
     """Runs `train` as the command line says, prints what `report` makes of its result, and ends in a line on errors.
 
     Args:
         module, doc: name and help of the command.
         kind: its recipes' dataclass.
         train: a function of (recipe, data, out, device, init, command, tensorboard).
+        teacher: whether it also takes a `teacher`, by --teacher.
     """
     parser = argparse.ArgumentParser(module, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="the name of a file in training/recipes, or a path to a TOML file")
     parser.add_argument("--data", metavar="FOLDER", help="images or latents, as above")
     parser.add_argument("--out", help="run folder; default runs/RECIPE")
     parser.add_argument("--init", help="checkpoint to start from, or timm:NAME for timm's pretrained model")
+    if teacher:
+        parser.add_argument("--teacher", metavar="MODEL", help="timm:NAME, timm:NAME=FILE.safetensors or a checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard, too")
     parser.add_argument("--plan", action="store_true", help="print what the run will cost, and stop")
@@ -55,7 +60,8 @@ def main(module: str, doc: str, kind: type, train: Callable, report: Callable[[d
             out = args.out or f"runs/{Path(args.recipe).stem}"
             command = f"python -m {module} " + shlex.join("DATA" if a == args.data else a for a in sys.argv[1:])
             device = open_device(args.device)
-            result = train(recipe, args.data, out, device, args.init, command, args.tensorboard)
+            more = dict(teacher=args.teacher) if teacher else {}
+            result = train(recipe, args.data, out, device, args.init, command, args.tensorboard, **more)
             if join(device).first:
                 print(f"{out}/checkpoint: {report(result)}")
     except ERRORS as error:

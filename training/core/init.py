@@ -2,15 +2,13 @@
 
 import sys
 
-import timm
 import torch
 from torch import Tensor, nn
 
 import vca
 from training.core.recipe import BaseRecipe, RecipeError
+from training.core.teacher import FROM_TIMM, open_timm
 from vca.models.dit import DiffusionTransformer
-
-FROM_TIMM = "timm:"
 
 
 def build_model(recipe: BaseRecipe, class_names: list[str], init: str | None, **args) -> tuple[nn.Module, list[dict]]:
@@ -56,10 +54,7 @@ def _class_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _fill_from_timm(model: nn.Module, init: str) -> nn.Module:
-    try:
-        source = timm.create_model(init.removeprefix(FROM_TIMM), pretrained=True)
-    except Exception as error:  # whatever the name, the network or the file does
-        raise vca.CheckpointError(f"{init}: {error}") from None
+    source = open_timm(init, img_size=model.patch_embed.img_size)
     given, own = source.state_dict(), model.state_dict()
     drawn = set(_class_tensors(model)) if source.num_classes != model.num_classes else set()
     drawn |= {key for key in own.keys() - given.keys() if ".attn." in key}

@@ -61,7 +61,7 @@ class Trainer:
             prepare_compiler()
             model.compile()
         self._loss = _Loss(model, loss_fn)
-        self._autocast = autocast(device, precision)
+        self.autocast = autocast(device, precision)
         if world.size > 1:
             self._loss = DistributedDataParallel(self._loss)
         signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -106,7 +106,7 @@ class Trainer:
             seed_everything(self.seed, self.step, 4, self.world.rank * rows + first)
             last = first + size >= rows
             with nullcontext() if last or self.world.size == 1 else self._loss.no_sync():
-                with self._autocast:
+                with self.autocast:
                     loss = self._loss(*part) * (len(part[0]) / rows)
                 loss.backward()
             total += loss.detach()

@@ -1,8 +1,10 @@
-"""Vision transformers for small images, with Visual-Contrast Attention (`vca_vit_*`) or self-attention (`mhsa_vit_*`).
+"""Plain vision transformers with Visual-Contrast Attention (`vca_vit_*`) or self-attention (`mhsa_vit_*`).
 
-Names read `{attention}_vit_{size}_patch{patch}_{image size}`. They have no class token: the patches are averaged.
+Names read `{attention}_vit_{size}_patch{patch}_{image size}`. Those for small images have no class token: the
+patches are averaged. `vit_small_patch14_224` is the architecture of DINOv2's ViT-S/14, to be converted from it.
 """
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -18,6 +20,7 @@ SIZES = {
     "tiny": dict(embed_dim=192, depth=12, num_heads=3),
 }
 GEOMETRIES = [(2, 32), (4, 32), (4, 64), (8, 64)]
+DINOV2 = dict(embed_dim=384, depth=12, num_heads=6, init_values=1e-5, class_token=True, token_grid=(8, 8))
 ATTENTION = ("vca", "mhsa")
 FEATURES = dict(out_indices=3, feature_cls="getter")
 
@@ -143,11 +146,16 @@ def exchange_attention(
             layer.dynamic_grid = model.dynamic_img_size
 
 
-_VARIANTS = {
-    f"{attention}_vit_{size}_patch{patch}_{image}": (attention, size, patch, image)
+_SMALL = {
+    (attention, size, patch, image): dict(SIZES[size], class_token=False, global_pool="avg")
     for attention in ATTENTION
     for size in SIZES
     for patch, image in GEOMETRIES
+}
+_SPECS = _SMALL | {(attention, "small", 14, 224): DINOV2 for attention in ATTENTION}
+_VARIANTS = {
+    f"{attention}_vit_{size}_patch{patch}_{image}": (attention, size, patch, image)
+    for attention, size, patch, image in _SPECS
 }
 
 default_cfgs = generate_default_cfgs(
@@ -160,8 +168,8 @@ default_cfgs = generate_default_cfgs(
             crop_mode="center",
             interpolation="bicubic",
             fixed_input_size=True,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
+            mean=(0.5, 0.5, 0.5) if image < 224 else IMAGENET_DEFAULT_MEAN,
+            std=(0.5, 0.5, 0.5) if image < 224 else IMAGENET_DEFAULT_STD,
             first_conv="patch_embed.proj",
             classifier="head",
         )
@@ -170,15 +178,9 @@ default_cfgs = generate_default_cfgs(
 )
 
 MODELS = tuple(_VARIANTS)
-for _name, (_attention, _size, _patch, _image) in _VARIANTS.items():
-    _spec = dict(
-        SIZES[_size],
-        attention=_attention,
-        patch_size=_patch,
-        img_size=_image,
-        class_token=False,
-        global_pool="avg",
-    )
+for _name, _key in _VARIANTS.items():
+    _attention, _size, _patch, _image = _key
+    _spec = dict(_SPECS[_key], attention=_attention, patch_size=_patch, img_size=_image)
     _doc = f"ViT-{_size}, patch {_patch}, {_image} px, attention={_attention!r}."
     _create = entry_point(__name__, _name, ContrastVisionTransformer, _spec, FEATURES, _doc)
     globals()[_name] = register_model(_create)

@@ -1,0 +1,217 @@
+"""Attention transfer: the attention of a pretrained ViT is exchanged, and taught to give what it gave.
+
+    python -m training.transfer everyday_transfer --teacher timm:NAME --data FOLDER
+    python -m training.transfer everyday_transfer --teacher timm:NAME=FILE.safetensors --data FOLDER
+    python -m training.transfer RECIPE --teacher weights/NAME --data FOLDER --out runs/mine --attention agent
+
+Images need no labels: FOLDER/train holds those to learn from, FOLDER/val those to measure on, in any sub-folders. In
+every block the new layer reads what the teacher's self-attention reads, on the teacher's own stream, and learns its
+output (docs/transfer.md). The result is a checkpoint, with the teacher's head if it has one, that --init of
+training.classify takes. The same command resumes an interrupted run.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torchvision import transforms
+
+import vca
+from training.core import cli
+from training.core.distributed import join
+from training.core.init import build_model
+from training.core.plots import plot_curve
+from training.core.precision import round_weights, set_tf32
+from training.core.run import RunFolder, progress
+from training.core.teacher import attention_pairs, blocks, open_teacher, relative_error, resize
+from training.core.trainer import Trainer
+from training.core.transfer_recipe import TransferRecipe
+from training.data.batches import FolderBatches
+from training.data.images import DataError, eval_transform
+from training.data.seeding import derive_seed
+from training.data.unlabeled import UnlabeledImages
+from vca.checkpoint import write_atomically
+from vca.layers.grid import OnGrid
+
+KEPT = ("qkv", "proj")
+
+
+def layer_errors(student: nn.Module, teacher: nn.Module, images: Tensor) -> Tensor:
+    """Relative errors (L,) of the student's attention layers on the teacher's stream."""
+    errors = []
+    for block, (z, target) in zip(blocks(student), attention_pairs(teacher, images), strict=True):
+        errors.append(relative_error(attend(block, z, grid_of(teacher, images)), target))
+    return torch.stack(errors)
+
+
+def attend(block: nn.Module, z: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """The attention of a block on normalized tokens: (B, T, C) of a ViT on that grid, (B, H, W, C) of a Swin."""
+    if hasattr(block, "_attn"):
+        return block._attn(z)
+    return block.attn(z, grid_size=grid_size) if isinstance(block.attn, OnGrid) else block.attn(z)
+
+
+def grid_of(model: nn.Module, images: Tensor) -> tuple[int, int]:
+    """Rows and columns of the patches of these images."""
+    patch = model.patch_embed.patch_size
+    return images.shape[-2] // patch[0], images.shape[-1] // patch[1]
+
+
+def stream_errors(student: nn.Module, teacher: nn.Module, images: Tensor) -> Tensor:
+    """Relative errors (L + 1,) of the student's hidden states after every block, and of its final features."""
+    with torch.no_grad():
+        targets = hidden_states(teacher, images)
+    pairs = zip(hidden_states(student, images), targets, strict=True)
+    return torch.stack([relative_error(state, target) for state, target in pairs])
+
+
+def hidden_states(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """What every block of a model gives, and its final features."""
+    states = []
+    handles = [block.register_forward_hook(lambda _, __, out: states.append(out)) for block in blocks(model)]
+    try:
+        features = model.forward_features(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [*states, features]
+
+
+@torch.no_grad()
+def held_out_errors(student: nn.Module, teacher: nn.Module, images: list[Tensor], sides: list[int]) -> dict:
+    """Mean relative error at each image size, and by block at the largest."""
+    student.eval()
+    measured = {}
+    for side in sorted(set(sides)):
+        errors = torch.stack([layer_errors(student, teacher, resize(x, side)) for x in images]).mean(0)
+        measured[f"error_{side}"] = round(errors.mean().item(), 4)
+    return dict(error=measured[f"error_{side}"], **measured, by_block=[round(e, 4) for e in errors.tolist()])
+
+
+def param_groups(student: nn.Module, recipe: TransferRecipe) -> list[dict]:
+    """What the teacher has trained, and what is new, each with its learning rate; the rest is frozen or slow."""
+    kept, new = [], []
+    for name, parameter in student.named_parameters():
+        in_attention = ".attn." in name
+        if recipe.stream == "teacher" and not in_attention:
+            parameter.requires_grad_(False)
+        elif in_attention and name.split(".")[-2] not in KEPT:
+            new.append(parameter)
+        else:
+            kept.append(parameter)
+    return [dict(params=new, lr=recipe.lr), dict(params=kept, lr=recipe.lr_kept)]
+
+
+def train(
+    recipe: TransferRecipe, data: str, out: str, device: torch.device, init: str | None, command: str,
+    tensorboard: bool = False, teacher: str = "",
+) -> dict:  # fmt: skip
+    """Runs a recipe to its end and writes `out/checkpoint`; returns the errors of the shipped weights."""
+    world = join(device)
+    run = RunFolder(out, recipe, world, tensorboard=tensorboard, init=init, teacher=teacher)
+    set_tf32(recipe.tf32)
+    size = dict(dynamic_img_size=True) if len(set(recipe.img_sizes)) > 1 else dict(img_size=recipe.img_sizes[0])
+    taught_by = open_teacher(teacher, **size).to(device)
+    names = getattr(taught_by, "label_names", [f"class{i}" for i in range(taught_by.num_classes)])
+    student, history = build_model(recipe, names, init or teacher, **size)
+    student.to(device)
+    cfg = taught_by.pretrained_cfg | dict(input_size=(3, max(recipe.img_sizes), max(recipe.img_sizes)))
+    train_images, held_out = open_images(data, recipe, cfg)
+    rows = world.rows(recipe.batch_size)
+    batches = FolderBatches(
+        train_images, batch_size=recipe.batch_size, seed=recipe.seed, workers=recipe.workers, device=device, rows=rows
+    )
+    if not batches.steps_per_epoch:
+        raise DataError(f"{len(train_images)} training images are fewer than one batch of {recipe.batch_size}.")
+
+    errors = layer_errors if recipe.stream == "teacher" else stream_errors
+    optimizer = torch.optim.AdamW(param_groups(student, recipe), lr=recipe.lr, weight_decay=0.0)
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=recipe.steps, lr_min=recipe.min_lr, warmup_t=recipe.warmup_steps, t_in_epochs=False
+    )
+    trainer = Trainer(
+        run, student, lambda student, x: errors(student, taught_by, x).mean(), optimizer, scheduler, seed=recipe.seed,
+        device=device, precision=recipe.precision, ema_decay=recipe.ema_decay, clip_grad=recipe.clip_grad,
+        micro_batch=recipe.micro_batch, compile=recipe.compile, save_every=recipe.save_every, world=world,
+    )  # fmt: skip
+
+    per_epoch = batches.steps_per_epoch
+    with progress(recipe.steps, trainer.step, world) as bar:
+        while trainer.step < recipe.steps:
+            epoch, first = divmod(trainer.step, per_epoch)
+            for (x,) in trainer.waiting_for(batches.epoch(epoch, first)):
+                metrics = trainer.train_step((resize(x, drawn_side(recipe, trainer.step)),))
+                bar.update()
+                done = trainer.step == recipe.steps
+                if trainer.step % recipe.log_every == 0 or done:
+                    bar.set_postfix_str(f"error {metrics['loss']:.4f} lr {metrics['lr']:.1e}", False)
+                    run.log(step=trainer.step, **trainer.clock(), **metrics)
+                if trainer.step % recipe.eval_every == 0 or done:
+                    with trainer.autocast:
+                        measured = held_out_errors(trainer.eval_model, taught_by, held_out, recipe.img_sizes)
+                    run.log(step=trainer.step, **measured)
+                    plot_curve(run, "error", "relative error, held-out images")
+                trainer.checkpoint(force=done)
+                if done:
+                    break
+
+    stored = round_weights(trainer.eval_model, recipe.stored_as)
+    with trainer.autocast:
+        result = held_out_errors(trainer.eval_model, taught_by, held_out, recipe.img_sizes)
+    this_run = dict(
+        recipe=asdict(recipe), command=command, init=init, teacher=teacher, steps=recipe.steps,
+        train_images=len(train_images), skipped_steps=trainer.skipped, torch=torch.__version__, device=device.type,
+        results=result,
+    )  # fmt: skip
+    if world.first:
+        checkpoint = run.path / "checkpoint"
+        trainer.eval_model.model_args.pop("dynamic_img_size", None)
+        vca.save(trainer.eval_model, checkpoint, label_names=names, training=[*history, this_run], dtype=stored)
+        write_atomically(checkpoint / "log.jsonl", run.compact_log())
+    return result
+
+
+def drawn_side(recipe: TransferRecipe, step: int) -> int:
+    """The image size of a step."""
+    return recipe.img_sizes[derive_seed(recipe.seed, step, 5) % len(recipe.img_sizes)]
+
+
+def open_images(data: str, recipe: TransferRecipe, cfg: dict) -> tuple[UnlabeledImages, list[Tensor]]:
+    """The training images, as random crops, and batches of held-out ones, spread over all there are.
+
+    Raises:
+        DataError: one of the two folders holds no images.
+    """
+    side = cfg["input_size"][-1]
+    crop = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(
+                side, (recipe.crop_scale, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
+            ),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(cfg["mean"], cfg["std"]),
+        ]
+    )
+    held_out = UnlabeledImages(Path(data) / "val", eval_transform(cfg))
+    chosen = range(0, len(held_out), max(1, len(held_out) // recipe.eval_images))[: recipe.eval_images]
+    images = torch.stack([held_out[index][0] for index in chosen])
+    return UnlabeledImages(Path(data) / "train", crop), list(images.split(recipe.batch_size))
+
+
+def report(result: dict) -> str:
+    return "mean relative error on held-out images " + ", ".join(
+        f"{value:.4f} at {name.removeprefix('error_')} px"
+        for name, value in result.items()
+        if name.startswith("error_")
+    )
+
+
+def main() -> None:
+    cli.main("training.transfer", __doc__, TransferRecipe, train, report, teacher=True)
+
+
+if __name__ == "__main__":
+    main()
