@@ -3,6 +3,7 @@
     python -m training.classify cifar10_vca --data FOLDER
     python -m training.classify cifar10_vca --data FOLDER --out runs/mine --epochs 5 --lr 5e-4
     python -m training.classify cifar10_vca --data FOLDER --init weights/NAME
+    python -m training.classify everyday_vca --data FOLDER --init CONVERTED --teacher timm:NAME
     torchrun --nproc-per-node 8 -m training.classify imagenet_vca_deit_tiny --data FOLDER
 
 FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE; for shards and Hugging Face data sets see training/data. The same
@@ -17,20 +18,24 @@ import torch.nn.functional as F
 from timm.data import Mixup, create_transform
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms import Compose
 
 import vca
 from training.card import write_card
 from training.core import cli
 from training.core import recipe as recipes
 from training.core.classifier_recipe import ClassifierRecipe
+from training.core.distill import Student, teacher_probabilities
 from training.core.distributed import ALONE, World, join
 from training.core.init import build_model
 from training.core.metrics import accuracy
 from training.core.plots import grid_png, plot_curve
 from training.core.precision import round_weights, set_tf32
 from training.core.run import RunFolder, progress
+from training.core.teacher import open_teacher, resize
 from training.core.trainer import Trainer
+from training.data.augment import RandomDownscale
 from training.data.batches import FolderBatches, FolderEvaluation, MemoryBatches, MemoryEvaluation
 from training.data.images import DataError, Images, decode, denormalize, open_splits
 from training.data.seeding import seed_everything
@@ -49,7 +54,7 @@ def open_batches(recipe: ClassifierRecipe, images: Images, cfg: dict, device: to
         }
         return MemoryBatches(*decode(images, cfg, recipe.workers), cfg=cfg, **augment, **shared)
     try:
-        images.transform = create_transform(
+        transform = create_transform(
             cfg["input_size"], is_training=True, scale=(recipe.crop_scale, 1.0),
             color_jitter=recipe.color_jitter or None, auto_augment=recipe.auto_augment or None,
             interpolation=cfg["interpolation"], mean=cfg["mean"], std=cfg["std"], re_prob=recipe.erasing,
@@ -57,6 +62,7 @@ def open_batches(recipe: ClassifierRecipe, images: Images, cfg: dict, device: to
         )  # fmt: skip
     except (AssertionError, ValueError) as error:  # what timm says to a text that it does not know
         raise recipes.RecipeError(f"auto_augment = {recipe.auto_augment!r} is not known to timm: {error}.") from None
+    images.transform = Compose([RandomDownscale(recipe.downscale), transform]) if recipe.downscale else transform
     groups = recipe.batch_size // recipe.mix_group if recipe.mix_group else 1
     return FolderBatches(images, workers=recipe.workers, repeats=recipe.repeats, groups=groups, **shared)
 
@@ -74,9 +80,20 @@ def create_scheduler(recipe: ClassifierRecipe, optimizer: torch.optim.Optimizer,
     cosine = per_epoch * (recipe.epochs - recipe.cooldown_epochs)
     return CosineLRScheduler(
         optimizer, t_initial=cosine, lr_min=recipe.min_lr * recipe.lr_scale,
-        warmup_t=min(recipe.warmup_epochs * per_epoch, cosine - 1), warmup_lr_init=recipe.warmup_lr * recipe.lr_scale,
+        warmup_t=min(round(recipe.warmup_epochs * per_epoch), cosine - 1), warmup_lr_init=recipe.warmup_lr * recipe.lr_scale,
         warmup_prefix=False, t_in_epochs=False,
     )  # fmt: skip
+
+
+def create_optimizer(recipe: ClassifierRecipe, model: nn.Module, trained: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over `model`, with layer decay if the recipe has it, and over what `trained` has beside it."""
+    options = dict(lr=recipe.lr * recipe.lr_scale, weight_decay=recipe.weight_decay)
+    optimizer = create_optimizer_v2(model, "adamw", layer_decay=recipe.layer_decay or None, **options)
+    if trained is not model:
+        own = {id(parameter) for parameter in model.parameters()}
+        more = [parameter for parameter in trained.parameters() if id(parameter) not in own]
+        optimizer.add_param_group(dict(params=more, lr_scale=1.0, **options))
+    return optimizer
 
 
 def create_mix(recipe: ClassifierRecipe, num_classes: int, world: World = ALONE) -> Callable | None:
@@ -115,13 +132,15 @@ def train(
     init: str | None,
     command: str,
     tensorboard: bool = False,
+    teacher: str | None = None,
 ) -> dict:
     """Runs a recipe to its end and writes `out/checkpoint`; returns the accuracy of the shipped weights."""
     world = join(device)
-    run = RunFolder(out, recipe, world, tensorboard=tensorboard, init=init)
+    run = RunFolder(out, recipe, world, tensorboard=tensorboard, init=init, teacher=teacher)
     set_tf32(recipe.tf32)
     train_images, val_images = open_splits(data)
-    model, history = build_model(recipe, train_images.class_names, init, drop_path_rate=recipe.drop_path)
+    grows = dict(dynamic_img_size=True) if recipe.img_sizes else {}
+    model, history = build_model(recipe, train_images.class_names, init, drop_path_rate=recipe.drop_path, **grows)
     cfg = model.pretrained_cfg
     cfg.update(mean=tuple(recipe.mean), std=tuple(recipe.std), crop_pct=recipe.crop_pct or cfg["crop_pct"])
     model.to(device).set_grad_checkpointing(recipe.checkpointing)
@@ -130,18 +149,27 @@ def train(
     val = open_evaluation(recipe, val_images, cfg, world)
 
     per_epoch, total = batches.steps_per_epoch, batches.steps_per_epoch * recipe.epochs
-    optimizer = create_optimizer_v2(model, "adamw", lr=recipe.lr * recipe.lr_scale, weight_decay=recipe.weight_decay)
     smoothing = 0.0 if mix else recipe.label_smoothing
+    taught_by = open_teacher(teacher).to(device, memory_format=torch.channels_last) if teacher else None
+    trained = Student(model, taught_by.num_classes).to(device) if teacher else model
+    optimizer = create_optimizer(recipe, model, trained)
 
-    def loss_fn(model, x, y):
-        return F.cross_entropy(model(x).float(), y, label_smoothing=smoothing)
+    def loss_fn(trained, x, y):
+        images = resize(x, recipe.img_size_at(trainer.step / total)) if recipe.img_sizes else x
+        if not taught_by:
+            return F.cross_entropy(trained(images).float(), y, label_smoothing=smoothing)
+        logits, as_teacher = trained(images)
+        probabilities = teacher_probabilities(taught_by, x, cfg, recipe.teacher_size)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
+        return loss + recipe.teacher_weight * F.cross_entropy(as_teacher.float(), probabilities)
 
     trainer = Trainer(
-        run, model, loss_fn, optimizer, create_scheduler(recipe, optimizer, per_epoch), seed=recipe.seed,
+        run, trained, loss_fn, optimizer, create_scheduler(recipe, optimizer, per_epoch), seed=recipe.seed,
         device=device, precision=recipe.precision, ema_decay=recipe.ema_decay, ema_warmup=recipe.ema_warmup,
         clip_grad=recipe.clip_grad, micro_batch=recipe.micro_batch, compile=recipe.compile,
         save_every=recipe.save_every, world=world,
     )  # fmt: skip
+    shipped = trainer.eval_model.model if teacher else trainer.eval_model
 
     with progress(total, trainer.step, world) as bar:
         while trainer.step < total:
@@ -158,21 +186,23 @@ def train(
                     bar.set_postfix_str(f"loss {metrics['loss']:.3f} lr {metrics['lr']:.1e} {rate:.0f} img/s", False)
                     run.log(step=trainer.step, epoch=epoch, **trainer.clock(), **metrics)
                 if trainer.step % per_epoch == 0 and ((epoch + 1) % recipe.eval_every == 0 or trainer.step == total):
-                    run.log(step=trainer.step, epoch=epoch + 1, **accuracy(trainer.eval_model, val, world))
+                    run.log(step=trainer.step, epoch=epoch + 1, **accuracy(shipped, val, world))
                     plot_curve(run, "top1", "validation top-1 (%)")
                 trainer.checkpoint(force=trainer.step == total)
 
-    stored = round_weights(trainer.eval_model, recipe.stored_as)
-    result = accuracy(trainer.eval_model, val, world)
+    stored = round_weights(shipped, recipe.stored_as)
+    result = accuracy(shipped, val, world)
     this_run = dict(
-        recipe=asdict(recipe), command=command, init=init, steps=total, epochs=recipe.epochs,
+        recipe=asdict(recipe), command=command, init=init, teacher=teacher, steps=total, epochs=recipe.epochs,
         train_images=len(train_images), skipped_steps=trainer.skipped, torch=torch.__version__, device=device.type,
         results=result,
     )  # fmt: skip
     if world.first:
         checkpoint = run.path / "checkpoint"
         label_names = train_images.class_names
-        vca.save(trainer.eval_model, checkpoint, label_names=label_names, training=[*history, this_run], dtype=stored)
+        for argument in grows:  # of training; the checkpoint has one size, which set_input_size changes
+            shipped.model_args.pop(argument)
+        vca.save(shipped, checkpoint, label_names=label_names, training=[*history, this_run], dtype=stored)
         write_atomically(checkpoint / "log.jsonl", run.compact_log())
         write_card(checkpoint)
     return result
@@ -183,7 +213,7 @@ def report(result: dict) -> str:
 
 
 def main() -> None:
-    cli.main("training.classify", __doc__, ClassifierRecipe, train, report)
+    cli.main("training.classify", __doc__, ClassifierRecipe, train, report, teacher=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ class ClassifierRecipe(recipes.BaseRecipe):
     lr: float
     lr_batch: int = key(0, "batch size that lr, warmup_lr and min_lr are for, scaled linearly; 0: batch_size")
     weight_decay: float = key(0.05, "not applied to norms, biases, positions, lambdas and contrast embeddings")
-    warmup_epochs: int = key(5, "epochs of linear warm-up")
+    warmup_epochs: float = key(5.0, "epochs of linear warm-up")
     warmup_lr: float = key(1e-6, "learning rate at the first step")
     min_lr: float = key(1e-5, "learning rate at the end of the cosine")
     cooldown_epochs: int = key(0, "of all epochs, the last ones that stay at min_lr")
@@ -34,6 +34,15 @@ class ClassifierRecipe(recipes.BaseRecipe):
     color_jitter: float = key(0.0, "brightness, contrast and saturation; from files for images without auto_augment")
     erasing: float = key(0.0, "probability of random erasing")
     crop_scale: float = key(0.08, "from files: smallest area of the random resized crop")
+    downscale: int = key(
+        0, "from files: half of the images are first reduced to this shorter side, so that blur tells nothing"
+    )
+    img_sizes: list = key(
+        [], "image size in pixels from a share of the steps on: [[0, 112], [0.9, 224]]; empty: the model's own"
+    )
+    layer_decay: float = key(0.0, "factor on the learning rate for each block further from the head; 0 for none")
+    teacher_weight: float = key(1.0, "with a teacher: weight of the cross-entropy with its probabilities")
+    teacher_size: int = key(0, "with a teacher: image size that it sees, in pixels; 0 for its own")
     repeats: int = key(1, "from files: repeated augmentation, copies of an image in a batch")
     mean: list = key([0.5, 0.5, 0.5], "channel means, images in [0, 1]")
     std: list = key([0.5, 0.5, 0.5], "channel standard deviations")
@@ -49,10 +58,17 @@ class ClassifierRecipe(recipes.BaseRecipe):
             positive=("epochs", "eval_every", "crop_scale", "smallest_crop", "repeats"),
             not_negative=(
                 "lr_batch", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "mixup",
-                "cutmix", "mix_group", "padding", "rotation", "color_jitter", "crop_pct",
+                "cutmix", "mix_group", "padding", "rotation", "color_jitter", "crop_pct", "downscale", "layer_decay",
+                "teacher_weight", "teacher_size",
             ),
             shares=("drop_path", "label_smoothing", "erasing"),
         )  # fmt: skip
+        if self.img_sizes and not _grows(self.img_sizes):
+            raise ValueError(
+                f"img_sizes = {self.img_sizes} must be [share, pixels] pairs, shares rising from 0 to below 1."
+            )
+        if self.memory and (self.img_sizes or self.downscale):
+            raise ValueError("img_sizes and downscale need memory = false.")
         if self.model not in CLASSIFIERS:
             raise ValueError(f"model = {self.model!r} is no classifier; vca.list_models() names them.")
         for name in ("mean", "std"):
@@ -76,3 +92,20 @@ class ClassifierRecipe(recipes.BaseRecipe):
     def lr_scale(self) -> float:
         """What the three learning rates are multiplied with."""
         return self.batch_size / self.lr_batch if self.lr_batch else 1.0
+
+    def img_size_at(self, share: float) -> int:
+        """The image size after that share of the steps, in pixels."""
+        return next(side for start, side in reversed(self.img_sizes) if share >= start)
+
+
+def _grows(img_sizes: list) -> bool:
+    try:
+        starts, sides = zip(*img_sizes, strict=True)
+        return (
+            starts[0] == 0
+            and list(starts) == sorted(set(starts))
+            and starts[-1] < 1
+            and all(type(side) is int and side > 0 for side in sides)
+        )
+    except (TypeError, ValueError):
+        return False

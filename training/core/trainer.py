@@ -112,7 +112,7 @@ class Trainer:
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad or float("inf")).item()
         loss = self._agree(total.item())
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
         self.step += 1
         if loss + norm < float("inf"):
             self.optimizer.step()

@@ -4,9 +4,11 @@ Images are float (B, 3, H, W) in [0, 1], draws uniform numbers in [0, 1), a row 
 """
 
 import math
+import random
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 ASPECT = (3 / 4, 4 / 3)  # of a crop, as in torchvision's RandomResizedCrop
@@ -92,3 +94,20 @@ def pad_crop_flip(pixels: Tensor, draws: Tensor, padding: int) -> Tensor:
     padded = F.pad(pixels, [padding] * 4).permute(0, 2, 3, 1)
     index = torch.arange(batch, device=pixels.device)[:, None, None]
     return padded[index, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+class RandomDownscale:
+    """Reduces half of the images (Pillow's) to a shorter side, so that sharpness does not tell where they come from.
+
+    Args:
+        side: the shorter side in pixels; smaller images stay as they are.
+    """
+
+    def __init__(self, side: int):
+        self.side = side
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if min(image.size) <= self.side or random.random() < 0.5:
+            return image
+        scale = self.side / min(image.size)
+        return image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
