@@ -213,7 +213,7 @@ def report(result: dict) -> str:
 
 
 def main() -> None:
-    cli.main("training.classify", __doc__, ClassifierRecipe, train, report, teacher=True)
+    cli.main("training.classify", __doc__, ClassifierRecipe, train, report, teacher="optional")
 
 
 if __name__ == "__main__":

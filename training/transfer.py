@@ -21,11 +21,11 @@ from torchvision import transforms
 import vca
 from training.core import cli
 from training.core.distributed import join
-from training.core.init import build_model
+from training.core.init import build_model, fill_converted
 from training.core.plots import plot_curve
 from training.core.precision import round_weights, set_tf32
 from training.core.run import RunFolder, progress
-from training.core.teacher import attention_pairs, blocks, open_teacher, relative_error, resize
+from training.core.teacher import attention_pairs, blocks, hidden_states, open_teacher, relative_error, resize
 from training.core.trainer import Trainer
 from training.core.transfer_recipe import TransferRecipe
 from training.data.batches import FolderBatches
@@ -67,18 +67,6 @@ def stream_errors(student: nn.Module, teacher: nn.Module, images: Tensor) -> Ten
     return torch.stack([relative_error(state, target) for state, target in pairs])
 
 
-def hidden_states(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """What every block of a model gives, and its final features."""
-    states = []
-    handles = [block.register_forward_hook(lambda _, __, out: states.append(out)) for block in blocks(model)]
-    try:
-        features = model.forward_features(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [*states, features]
-
-
 @torch.no_grad()
 def held_out_errors(student: nn.Module, teacher: nn.Module, images: list[Tensor], sides: list[int]) -> dict:
     """Mean relative error at each image size, and by block at the largest."""
@@ -110,12 +98,16 @@ def train(
 ) -> dict:  # fmt: skip
     """Runs a recipe to its end and writes `out/checkpoint`; returns the errors of the shipped weights."""
     world = join(device)
-    run = RunFolder(out, recipe, world, tensorboard=tensorboard, init=init, teacher=teacher)
     set_tf32(recipe.tf32)
     size = dict(dynamic_img_size=True) if len(set(recipe.img_sizes)) > 1 else dict(img_size=recipe.img_sizes[0])
     taught_by = open_teacher(teacher, **size).to(device)
     names = getattr(taught_by, "label_names", [f"class{i}" for i in range(taught_by.num_classes)])
-    student, history = build_model(recipe, names, init or teacher, **size)
+    blocks(taught_by)  # refuses a teacher of another kind before anything is made
+    run = RunFolder(out, recipe, world, tensorboard=tensorboard, init=init, teacher=teacher)
+    student, history = build_model(recipe, names, init, **size)
+    if not init:
+        fill_converted(student, taught_by, teacher)
+        history = getattr(taught_by, "training_history", [])
     student.to(device)
     cfg = taught_by.pretrained_cfg | dict(input_size=(3, max(recipe.img_sizes), max(recipe.img_sizes)))
     train_images, held_out = open_images(data, recipe, cfg)
@@ -210,7 +202,7 @@ def report(result: dict) -> str:
 
 
 def main() -> None:
-    cli.main("training.transfer", __doc__, TransferRecipe, train, report, teacher=True)
+    cli.main("training.transfer", __doc__, TransferRecipe, train, report, teacher="required")
 
 
 if __name__ == "__main__":

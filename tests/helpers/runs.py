@@ -54,8 +54,13 @@ def finish(data, out, *extra):
 
 
 def start_and_signal(data, out, extra, signum, delay):
+    """As `start_and_signal_command`, for the classification command."""
+    return start_and_signal_command(command(data, out, *extra), out, signum, delay)
+
+
+def start_and_signal_command(args, out, signum, delay):
     """Starts a run, waits for its first saved state and `delay` seconds, then sends the signal."""
-    process = subprocess.Popen(command(data, out, *extra), env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(args, env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(out.glob("state-*.pt")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

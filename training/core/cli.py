@@ -29,7 +29,7 @@ def main(
         module, doc: name and help of the command.
         kind: its recipes' dataclass.
         train: a function of (recipe, data, out, device, init, command, tensorboard).
-        teacher: whether it also takes a `teacher`, by --teacher.
+        teacher: "optional" or "required" if it also takes a `teacher`, by --teacher.
     """
     parser = argparse.ArgumentParser(module, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="the name of a file in training/recipes, or a path to a TOML file")
@@ -54,6 +54,8 @@ def main(
             text = smoke(recipe, train, device, args.smoke)
             if join(device).first:
                 print(text)
+        elif teacher == "required" and not args.teacher:
+            parser.error("--teacher is needed.")
         elif not args.data:
             parser.error("--data is needed (or --plan, or --smoke).")
         else:

@@ -32,7 +32,8 @@ def build_model(recipe: BaseRecipe, class_names: list[str], init: str | None, **
     if not init:
         return model, []
     if init.startswith(FROM_TIMM):
-        return _fill_from_timm(model, init), []
+        fill_converted(model, open_timm(init, img_size=model.patch_embed.img_size), init)
+        return model, []
     source = vca.load(init)
     tensors = source.state_dict()
     if source.label_names != list(class_names):
@@ -53,24 +54,34 @@ def _class_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in model.state_dict().items() if key.startswith(f"{prefix}.")}
 
 
-def _fill_from_timm(model: nn.Module, init: str) -> nn.Module:
-    source = open_timm(init, img_size=model.patch_embed.img_size)
+def fill_converted(model: nn.Module, source: nn.Module, name: str) -> None:
+    """Gives `model` the weights of `source`, which differs from it in its attention, and perhaps in its classes.
+
+    What the attention layers do not share, and the head of other classes, stays as it was drawn; a note says so.
+
+    Args:
+        name: of the source, for the note and the error.
+
+    Raises:
+        vca.CheckpointError: the two differ in more than that.
+    """
     given, own = source.state_dict(), model.state_dict()
     drawn = set(_class_tensors(model)) if source.num_classes != model.num_classes else set()
     drawn |= {key for key in own.keys() - given.keys() if ".attn." in key}
     left = {key for key in given.keys() - own.keys() if ".attn." in key}
+    if source.num_classes != model.num_classes:
+        left |= set(_class_tensors(source))
     taken = {key: value for key, value in given.items() if key not in drawn | left}
-    _fill(model, taken | {key: own[key] for key in drawn}, init)
+    _fill(model, taken | {key: own[key] for key in drawn}, name)
     kinds = sorted({key.rpartition(".attn.")[2] or key for key in drawn})
-    _say(f"{init}; drawn anew: {', '.join(kinds) or 'nothing'}.")
-    return model
+    _say(f"{name}; drawn anew: {', '.join(kinds) or 'nothing'}.")
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], init: str) -> None:
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[1:4])
+        reason = " ".join(line.strip() for line in str(error).splitlines()[1:4])[:300]
         raise vca.CheckpointError(f"{init} is no {type(model).__name__} of this size: {reason}") from None
 
 

@@ -6,6 +6,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vca
@@ -33,6 +35,7 @@ def open_teacher(name: str, **args) -> nn.Module:
         model = vca.create_model(stored.pretrained_cfg["architecture"], num_classes=stored.num_classes, **config)
         model.load_state_dict(stored.state_dict())
         model.pretrained_cfg.update(stored.pretrained_cfg)
+        model.label_names, model.training_history = stored.label_names, stored.training_history
     return model.eval().requires_grad_(False)
 
 
@@ -82,7 +85,13 @@ def attention_input_and_output(block: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a ViT, DeiT or Swin, from the first to the last."""
+    """The transformer blocks of a ViT, DeiT or Swin, from the first to the last.
+
+    Raises:
+        RecipeError: the model is of another kind.
+    """
+    if not isinstance(model, VisionTransformer | SwinTransformer):
+        raise RecipeError(f"a {type(model).__name__} cannot teach its attention; a timm ViT, DeiT or Swin can.")
     return [b for stage in model.layers for b in stage.blocks] if hasattr(model, "layers") else list(model.blocks)
 
 
@@ -100,6 +109,18 @@ def attention_pairs(teacher: nn.Module, images: Tensor) -> list[tuple[Tensor, Te
         for handle in handles:
             handle.remove()
     return list(zip(read, given, strict=True))
+
+
+def hidden_states(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """What every block of a model gives, and its final features."""
+    states = []
+    handles = [block.register_forward_hook(lambda _, __, out: states.append(out)) for block in blocks(model)]
+    try:
+        features = model.forward_features(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [*states, features]
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
