@@ -1,9 +1,9 @@
 """Lays out the data of the photo model: two ImageFolders under one vocabulary, and tests by source.
 
-    python -m scripts.everyday_data --photos FOLDER --tinyimagenet FOLDER --vocabulary FILE [--unlabeled FOLDER ...] --out EVERYDAY
+    python -m scripts.everyday_data --photos FOLDER --tinyimagenet FOLDER --vocabulary FILE --out EVERYDAY
 
-Of the classes that both sources have, some keep only one of them for training; the other source's pictures of them are the
-test of what a stranger brings (EVERYDAY/other_sources). Which: by place in the alphabet, whatever their accuracy.
+Of the classes that both sources have, some keep only one of them for training. The other source's pictures of them are
+the test of what a stranger brings (EVERYDAY/other_sources). The alphabet decides which, whatever their accuracy.
 EVERYDAY holds links:
 
     train, val            of every class, from the sources it is trained on; the few photos come REPEATS times in train

@@ -80,8 +80,8 @@ def create_scheduler(recipe: ClassifierRecipe, optimizer: torch.optim.Optimizer,
     cosine = per_epoch * (recipe.epochs - recipe.cooldown_epochs)
     return CosineLRScheduler(
         optimizer, t_initial=cosine, lr_min=recipe.min_lr * recipe.lr_scale,
-        warmup_t=min(round(recipe.warmup_epochs * per_epoch), cosine - 1), warmup_lr_init=recipe.warmup_lr * recipe.lr_scale,
-        warmup_prefix=False, t_in_epochs=False,
+        warmup_t=min(round(recipe.warmup_epochs * per_epoch), cosine - 1),
+        warmup_lr_init=recipe.warmup_lr * recipe.lr_scale, warmup_prefix=False, t_in_epochs=False,
     )  # fmt: skip
 
 

@@ -72,7 +72,11 @@ def test_the_error_falls_below_a_bound(undisturbed):
 def test_the_checkpoint_keeps_the_teachers_head_and_all_but_its_attention(place, undisturbed):
     student, teacher = vca.load(undisturbed / "checkpoint"), vca.load(place / "teacher")
     assert student.label_names == teacher.label_names
-    changed = {k for k, v in student.state_dict().items() if k not in teacher.state_dict() or (v != teacher.state_dict()[k]).any()}
+    changed = {
+        k
+        for k, v in student.state_dict().items()
+        if k not in teacher.state_dict() or (v != teacher.state_dict()[k]).any()
+    }
     assert changed and all(".attn." in key for key in changed)
     assert student.training_history[-1]["results"]["error"] < 0.1
 
@@ -113,7 +117,9 @@ def test_without_a_teacher_it_says_so(place, tmp_path):
     assert result.returncode == 2 and "--teacher" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"]
+)
 def test_pairs_are_what_the_attention_reads_and_gives(name):
     import timm
 
