@@ -125,24 +125,24 @@ def page(args: argparse.Namespace, rows: list[Row], cell: tuple[int, int], cells
 In brackets: the difference from the random order, and whether it is significant.
 
 - **Images**: {args.count} of FOLDER/val, taken evenly; the class explained is the predicted one.
-- **Deletion**: the cells of the image, those of the largest attribution first, give way to the image's mean colour;
-  the area under the probability of the class. Smaller is more faithful.
-- **Insertion**: the cells come back to the blurred image (Gaussian of 1/8 of the side) in the same order. Larger is
+- **Deletion**: the cells of the image are replaced by its mean color, those with the largest attribution first. The
+  number is the area under the probability of the class. Smaller is more faithful.
+- **Insertion**: the cells are put into the blurred image (Gaussian of 1/8 of the side) in the same order. Larger is
   more faithful.
 - **Cells** are {cell[0]}x{cell[1]} pixels, {cells} in all; their value is the mean of the signed attribution.
   {min(args.steps, cells)} steps of equally many cells, area by trapezoids.
-- **Random order**: the mean of {ORDERS} orders for every image, ± the standard deviation of the means of the orders.
-- **Significance**: two-sided Wilcoxon signed-rank test, paired by image, p times the number of tests (Bonferroni),
-  below {LEVEL}.
-- **Infidelity** (Captum): half of the cells, drawn {INFIDELITY_DRAWS} times, give way to the mean colour; the mean
-  squared error of the attribution, scaled to fit best, for the fall of the logit. Mean of {args.measured} images.
-  Smaller is better; it rewards additive explanations.
+- **Random order**: the mean over {ORDERS} orders for every image, ± the standard deviation of the means of the orders.
+- **Significance**: two-sided Wilcoxon signed-rank test, paired by image. A p below {LEVEL} is significant, after
+  multiplication by the number of tests (Bonferroni).
+- **Infidelity** (Captum): half of the cells, drawn {INFIDELITY_DRAWS} times, are replaced by the mean color. The number
+  is the mean squared error with which the attribution, scaled to fit best, predicts the fall of the logit. Mean of
+  {args.measured} images. Smaller is better; the measure rewards additive explanations.
 - **Sensitivity** (Captum): the largest relative change of the attribution under {SENSITIVITY_DRAWS} draws of uniform
   noise of +-0.02 in every normalised pixel. Mean of the same {args.measured} images. Smaller is more stable.
 
-The two maps are `vca.attribution.gradient_weighted` and `vca.attribution.rollout`; their form was chosen among variants
-on 40 CIFAR-10 training images. The centre prior and the edge map never look at the model: photos put their subject in
-the centre, so whatever beats the random order should be held against these two as well.
+The two maps are `vca.attribution.gradient_weighted` and `vca.attribution.rollout`. Their form was chosen among variants
+on 40 CIFAR-10 training images. The centre prior and the edge map never look at the model. Photos have their subject in
+the centre, so a method that beats the random order should be compared with these two as well.
 """
 
 

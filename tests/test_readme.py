@@ -1,5 +1,6 @@
 """The examples of the README and of docs/ run as they stand there, and their tables are those of what was measured."""
 
+import argparse
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 import vca
+from benchmarks import faithfulness
 from scripts import evidence
 from tests.helpers.classifiers import PAPER
 from training import compare
@@ -105,6 +107,14 @@ def test_the_summary_of_the_fused_operators_is_that_measured():
     for patches, *cells in shown:
         found = [measured["core", step, "float32", patches] for step in ("forward", "train")]
         assert cells == [row[column].removesuffix("x") for row in found for column in (0, 1, 3)]
+
+
+def test_the_protocol_of_faithfulness_is_what_its_command_writes(monkeypatch):
+    text = (ROOT / "docs" / "faithfulness.md").read_text(encoding="utf-8")
+    measured = re.search(r"^\| attribution.*?\|\n(?=\n)", text, re.M | re.S)[0].rstrip("\n")
+    monkeypatch.setattr(faithfulness, "table", lambda rows: measured)
+    given = argparse.Namespace(checkpoint="vca_vit_pico_patch4_32_cifar10", count=200, measured=20, steps=8)
+    assert faithfulness.page(given, [], (4, 4), 64) == text
 
 
 def test_the_sizes_of_models_are_those_tested():
