@@ -6,13 +6,12 @@ from typing import Literal
 
 import gradio as gr
 import numpy as np
-from gradio.processing_utils import save_bytes_to_cache
-from gradio.utils import get_upload_folder
 from torch import Tensor
 
 import vca
 from app.runtime import drawing, preprocessing, records, sampling
 from app.runtime.checkpoints import Checkpoints
+from app.runtime.gradio_adapter import kept_file
 from app.runtime.images import read_image, uploaded_file
 from app.runtime.sampling import MAX_COUNT, MAX_GUIDANCE, MAX_STEPS, Run, check_request, one_line
 from app.runtime.validation import listed, one_of, refused, whole
@@ -53,7 +52,7 @@ def build(checkpoints: Checkpoints) -> None:
     def classify(image: gr.FileData, model: str, top_k: int = 5) -> dict[str, float]:
         network = checkpoints.load(model)
         count = whole("top_k", top_k, 1, network.num_classes)
-        probabilities, _ = records.run(network, preprocessing.preprocess(network, read_image(uploaded_file(image))))
+        probabilities = records.classify(network, preprocessing.preprocess(network, read_image(uploaded_file(image))))
         return records.top_labels(network, probabilities, count)
 
     def attention(
@@ -67,7 +66,8 @@ def build(checkpoints: Checkpoints) -> None:
         network = checkpoints.load(model)
         picture = read_image(uploaded_file(image))
         one_of("stage", stage, STAGES)
-        _, maps = records.run(network, preprocessing.preprocess(network, picture))
+        _, maps = records.record(network, preprocessing.preprocess(network, picture))
+        maps = records.whole_grid(maps)
         layer = next((layer for layer in maps if layer.block == block), None)
         if layer is None:
             raise refused(f"block must be one of: {listed(layer.block for layer in maps)}.")
@@ -80,7 +80,7 @@ def build(checkpoints: Checkpoints) -> None:
             place["lambdas"] = lambdas
         content = io.BytesIO()
         np.savez(content, **arrays, **place)
-        return gr.FileData(path=save_bytes_to_cache(content.getvalue(), f"{stage}.npz", get_upload_folder()))
+        return gr.FileData(path=kept_file(content.getvalue(), f"{stage}.npz"))
 
     def generate(
         label: str,

@@ -1,4 +1,4 @@
-"""The page: one tab per file, and the road from Classify to Explore."""
+"""The page: a header, and the tabs."""
 
 from html import escape
 from pathlib import Path
@@ -7,10 +7,12 @@ import gradio as gr
 
 from app import api, settings
 from app.components import ModelChoice
+from app.context import Context
 from app.runtime.assets import STATIC, example_files
 from app.runtime.checkpoints import Checkpoints
-from app.runtime.images import uploaded_file
 from app.tabs import about, classify, compare, explore, generate
+
+TABS = (classify, explore, generate, compare, about)  # in this order: a tab may use those before it
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
@@ -48,38 +50,14 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
     checkpoints = Checkpoints(Path(weights), settings.served())
     cleanup = settings.CACHE if settings.is_public() else (3600, 86400)
     choice = ModelChoice(checkpoints)
-    examples = example_files()
     with gr.Blocks(title="Visual-Contrast Attention", analytics_enabled=False, delete_cache=cleanup) as demo:
         api.build(checkpoints)  # first, so that no event of a tab takes one of its names
         problems = [f"<p class='vca-problem'>{escape(problem)}</p>" for problem in checkpoints.problems]
         gr.HTML(HEADER + "".join(problems) + ("" if checkpoints.classifiers else NO_WEIGHTS))
         with gr.Tabs() as tabs:
-            with gr.Tab("Classify", id="classify"):
-                explore_button, image, model = classify.build(choice, examples)
-            with gr.Tab("Explore", id="explore"):
-                explorer = explore.build(choice, examples)
-            with gr.Tab("Generate", id="generate"):
-                generate.build(checkpoints, explorer, image, tabs)
-            with gr.Tab("Compare", id="compare"):
-                compare.build(choice, examples, explorer.store)
-            with gr.Tab("About", id="about"):
-                about.build(checkpoints)
+            context = Context(demo, tabs, checkpoints, choice, example_files())
+            for tab in TABS:
+                with gr.Tab(tab.TITLE, id=tab.TITLE.lower()):
+                    tab.build(context)
         choice.connect()
-        gr.on(
-            [demo.load, explorer.view.select],
-            lambda link: (*explorer.restore(link), gr.Tabs(selected="explore") if link else gr.skip()),
-            explorer.view,
-            [explorer.image, explorer.model, tabs],
-            js="() => location.hash.startsWith('#explore?') ? location.hash : ''",
-            show_progress="hidden",
-            api_visibility="private",
-        )
-        explore_button.click(
-            lambda upload, name: (uploaded_file(upload), name, gr.Tabs(selected="explore")),
-            [image, model],
-            [explorer.image, explorer.model, tabs],
-            preprocess=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
     return demo.queue(max_size=settings.QUEUE if settings.is_public() else None)

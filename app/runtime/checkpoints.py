@@ -1,16 +1,14 @@
 """The models that the app serves."""
 
-import secrets
-from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from threading import Lock
 
 import gradio as gr
 from torch import nn
 
 import vca
 from app.runtime import loading
+from app.runtime.store import Store
 from vca.checkpoint import read_config
 from vca.hub import fetch
 from vca.models import CLASSIFIERS, GENERATORS
@@ -19,39 +17,9 @@ from vca.models.dit import DiffusionTransformer
 CACHE_BYTES = 4 * 2**30
 
 
-class ModelCache:
-    """The models used last, at most `limit` bytes of parameters in all; each is opened once, however many ask."""
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self._models: OrderedDict[str, nn.Module] = OrderedDict()
-        self._opening = Lock()
-        self._lock = Lock()
-
-    def get(self, key: str, open_model: Callable[[], nn.Module]) -> nn.Module:
-        """The model under `key`; opened if it is not there."""
-        if (model := self._find(key)) is None:
-            with self._opening:
-                if (model := self._find(key)) is None:
-                    self.put(key, model := open_model())
-        return model
-
-    def put(self, key: str, model: nn.Module) -> None:
-        """Keeps a model, and forgets the longest unused others as needed."""
-        with self._lock:
-            self._models[key] = model
-            while self.size() > self.limit and len(self._models) > 1:
-                self._models.popitem(last=False)
-
-    def _find(self, key: str) -> nn.Module | None:
-        with self._lock:
-            if key in self._models:
-                self._models.move_to_end(key)
-            return self._models.get(key)
-
-    def size(self) -> int:
-        """Bytes held."""
-        return sum(p.numel() * p.element_size() for model in self._models.values() for p in model.parameters())
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters of a model."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 class Checkpoints:
@@ -85,7 +53,7 @@ class Checkpoints:
                 self.problems.append(str(error))
         self.classifiers = self._names_of(CLASSIFIERS)
         self.generators = self._names_of(GENERATORS)
-        self._models = ModelCache(limit)
+        self._models: Store[nn.Module] = Store(limit, model_bytes, "This model is too large to be kept here.")
 
     def _names_of(self, architectures: Container[str]) -> list[str]:
         names = [name for name, config in self.configs.items() if config["architecture"] in architectures]
@@ -122,12 +90,10 @@ class Checkpoints:
 
     def keep(self, model: nn.Module) -> str:
         """Keeps a visitor's own model for a while; `load` finds it by what this returns, which nobody can guess."""
-        name = loading.UPLOADED + secrets.token_urlsafe(24)
-        self._models.put(name, model)
-        return name
+        return self._models.put(model, loading.UPLOADED)
 
     def _get(self, name: str, open_model: Callable[[], nn.Module]) -> nn.Module:
         try:
-            return self._models.get(name, open_model)
+            return self._models.get_or_make(name, open_model)
         except vca.CheckpointError as error:
             raise gr.Error(str(error), print_exception=False) from error

@@ -4,9 +4,9 @@ import base64
 import io
 
 import numpy as np
-from gradio.processing_utils import save_bytes_to_cache
-from gradio.utils import get_upload_folder
 from PIL import Image
+
+from app.runtime.gradio_adapter import kept_file
 
 # Five colours from zero to the maximum, for each theme; ColorBrewer's Oranges and Blues. A signed map joins the two at
 # zero. `overlay` is the colour laid over an image, with an opacity that grows with the value.
@@ -49,7 +49,7 @@ def data_url(image: Image.Image, format: str) -> str:
 
 
 def png_file(image: Image.Image, name: str) -> str:
-    """Writes the image as a PNG file where gradio keeps its visitors' files; returns the path."""
+    """Writes the image as a PNG file for a visitor; returns its path."""
     stream = io.BytesIO()
     image.save(stream, "PNG")
-    return save_bytes_to_cache(stream.getvalue(), name, get_upload_folder())
+    return kept_file(stream.getvalue(), name)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import gradio as gr
-from gradio.utils import get_upload_folder
 from PIL import Image
 
+from app.runtime.gradio_adapter import upload_folder
 from vca.images import upright_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -29,7 +29,7 @@ def uploaded_file(upload: dict | None) -> Path:
     path = upload.get("path") if isinstance(upload, dict) else None
     if not isinstance(path, str):
         raise ImageError("No image was uploaded. From Python, pass gradio_client.handle_file(path).")
-    if not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+    if not Path(path).resolve().is_relative_to(upload_folder()):
         raise ImageError("This file was not uploaded.")
     return Path(path)
 

@@ -1,6 +1,7 @@
 """Recorded maps as the page draws them: arrays of each layer, kept under a token."""
 
 import base64
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import vca
 from app.runtime import drawing
 from app.runtime.store import Store
 
+STORE_BYTES = 512 * 2**20
 NO_GRID = "The attention of this model cannot be drawn: it works on no grid of patches."
 
 
@@ -97,7 +99,7 @@ def _direction(layer: vca.LayerMaps) -> str:
 class MapStore(Store[list[Layer]]):
     """The maps of the newest runs."""
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int = STORE_BYTES):
         super().__init__(limit, _size, "The maps of this model are too large to explore here.")
 
 
@@ -119,6 +121,17 @@ def run_of(store: MapStore, maps, picture: Image.Image, caption, prefix_names: l
     )
 
 
+def pair_of(sides: list[dict], film: dict) -> str:
+    """What the Compare tab's page shows, as JSON: two runs, or the problem of one.
+
+    Args:
+        sides: what `run_of` returns of each model, and its `name`.
+        film: of generators, the steps and pictures that can be looked into.
+    """
+    problem = next((f"{side['name']}: {side['problem']}" for side in sides if "problem" in side), None)
+    return json.dumps(dict(problem=problem) if problem else dict(sides=sides, film=film))
+
+
 def fetched(store: MapStore, request: dict) -> dict:
     """The arrays of the block of a run that the page's request names: name -> shape, type and base64 bytes."""
     try:
@@ -128,6 +141,7 @@ def fetched(store: MapStore, request: dict) -> dict:
 
 
 def arrays_of(layer: Layer) -> dict:
+    """The arrays of a layer as JSON values: name -> shape, type and base64 bytes."""
     return {
         name: dict(shape=array.shape, type=array.dtype.name, data=base64.b64encode(array.tobytes()).decode())
         for name, array in layer.arrays.items()

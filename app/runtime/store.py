@@ -1,57 +1,75 @@
-"""What the server keeps for the page: bounded in bytes, and found again by a token."""
+"""What the server keeps: the items used last, within a limit of bytes."""
 
 import secrets
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from contextlib import suppress
 from threading import Lock
 from typing import Generic, TypeVar
+from weakref import WeakValueDictionary
 
 import gradio as gr
+from cachetools import LRUCache
 
 Item = TypeVar("Item")
 
 
 class Store(Generic[Item]):
-    """The items used last, at most `limit` bytes of them, each under a token that nobody can guess.
+    """The items used last, at most `limit` bytes of them. It may be used by many threads at once.
 
     Args:
         limit: bytes.
         size_of: bytes of an item; they do not change.
-        too_large: what is said of an item larger than the limit.
+        too_large: what a visitor is told of an item larger than the limit.
     """
 
-    def __init__(self, limit: int, size_of: Callable[[Item], int], too_large: str):
-        self.limit = limit
-        self._size_of = size_of
+    def __init__(self, limit: int, size_of: Callable[[Item], int], too_large: str = "This is too large to be kept."):
+        self._items: LRUCache[Hashable, Item] = LRUCache(limit, size_of)
         self._too_large = too_large
-        self._items: OrderedDict[str, Item] = OrderedDict()
         self._lock = Lock()
+        self._making: WeakValueDictionary[Hashable, Lock] = WeakValueDictionary()
 
-    def put(self, item: Item) -> str:
-        """Keeps an item, forgets the longest unused ones as needed, and returns the item's token.
+    def put(self, item: Item, prefix: str = "") -> str:
+        """Keeps an item, forgets the longest unused ones as needed, and returns a token that nobody can guess.
+
+        Args:
+            item: what to keep.
+            prefix: how the token begins.
 
         Raises:
             gr.Error: the item alone is larger than the limit.
         """
-        if self._size_of(item) > self.limit:
-            raise gr.Error(self._too_large, print_exception=False)
-        token = secrets.token_urlsafe(24)
-        with self._lock:
-            self._items[token] = item
-            while self.size() > self.limit:
-                self._items.popitem(last=False)
+        token = prefix + secrets.token_urlsafe(24)
+        try:
+            with self._lock:
+                self._items[token] = item
+        except ValueError:
+            raise gr.Error(self._too_large, print_exception=False) from None
         return token
 
-    def get(self, token: str) -> Item:
-        """The item of a token.
+    def get(self, key: Hashable) -> Item:
+        """The item under a key.
 
         Raises:
             KeyError: it was forgotten, or never was.
         """
         with self._lock:
-            self._items.move_to_end(token)
-            return self._items[token]
+            return self._items[key]
+
+    def get_or_make(self, key: Hashable, make: Callable[[], Item]) -> Item:
+        """The item under a key, made if it is not there: once, however many ask for it at the same time.
+
+        An item larger than the limit is returned and not kept.
+        """
+        with self._lock:
+            making = self._making.setdefault(key, Lock())
+        with making:
+            with suppress(KeyError):
+                return self.get(key)
+            item = make()
+            with self._lock, suppress(ValueError):
+                self._items[key] = item
+        return item
 
     def size(self) -> int:
         """Bytes held."""
-        return sum(map(self._size_of, self._items.values()))
+        return self._items.currsize

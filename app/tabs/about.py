@@ -3,12 +3,14 @@
 import gradio as gr
 from PIL import Image
 
+from app.context import Context
 from app.runtime import drawing
 from app.runtime.assets import STATIC
 from app.runtime.checkpoints import Checkpoints
 from vca.diffusion.vae import STRIDE
 from vca.models import GENERATORS
 
+TITLE = "About"
 MAPS = r"""
 ## What the maps mean
 
@@ -68,14 +70,14 @@ arXiv [2511.00833](https://arxiv.org/abs/2511.00833).
 MATH = [dict(left="$$", right="$$", display=True), dict(left="$", right="$", display=False)]
 
 
-def build(checkpoints: Checkpoints) -> None:
+def build(context: Context) -> None:
     """Builds the tab."""
     with gr.Column(elem_classes="vca-about"):
         gr.Markdown(MAPS, latex_delimiters=MATH)
         gr.Markdown(TIMESTEPS)
         file, alt = TIMESTEPS_PICTURE
         gr.HTML(f'<img src="{drawing.data_url(Image.open(file), "PNG")}" alt="{alt}" style="width: 100%">')
-        gr.Markdown(table(checkpoints))
+        gr.Markdown(table(context.checkpoints))
         gr.Markdown(PAPER)
 
 

@@ -1,6 +1,7 @@
 """The Classify tab's "What speaks for it": an attribution of any class, and how faithful it is."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from html import escape
 
@@ -10,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from app.context import Context
 from app.runtime import drawing, preprocessing, records
-from app.runtime.checkpoints import Checkpoints
-from app.runtime.images import ImageError, read_image, uploaded_file
+from app.runtime.images import ImageError, uploaded_file
+from app.runtime.records import Recorded
 from vca.attribution import METHODS, Method, cell_size, head_map
 from vca.faithfulness import BASELINES, Curves, curves, infidelity, random_map, sensitivity
 
@@ -25,19 +27,38 @@ STYLES = {"centre prior": "centre", "edge map": "edges", RANDOM: "random"}
 WIDTH, HEIGHT, LEFT, BOTTOM = 300, 190, 30, 34  # of a plot, its margins included
 
 
-def build(checkpoints: Checkpoints, image: gr.Image, model: gr.Dropdown) -> None:
-    """Builds the section for an image and a choice of model that are on the page already."""
+@dataclass(frozen=True)
+class Question:
+    """What an attribution is asked of: a model, a recorded photo, a method by its name and a class by its index."""
 
-    def prepare(upload: dict, name: str, method: str, target: int):
-        """Model, input, picture, probabilities, methods, the method and the class; raises ImageError or gr.Error."""
+    network: nn.Module
+    recorded: Recorded
+    methods: dict[str, Method]
+    method: str
+    index: int
+
+    def attribution(self) -> Tensor:
+        """The answer, (1, H, W). Raises a ValueError that says why where the method is not defined."""
+        return self.methods[self.method](self.network, self.recorded.x, self.classes)
+
+    @property
+    def classes(self) -> Tensor:
+        """The index of the class, (1,)."""
+        return torch.tensor([self.index])
+
+
+def build(context: Context, image: gr.Image, model: gr.Dropdown) -> None:
+    """Builds the section for an image and a choice of model that are on the page already."""
+    checkpoints = context.checkpoints
+
+    def question(upload: dict, name: str, method: str, target: int) -> Question:
+        """The question of a visitor, for the likeliest class if `target` is none. Raises ImageError or gr.Error."""
         network = checkpoints.load(name)
-        picture = read_image(uploaded_file(upload))
-        x = preprocessing.preprocess(network, picture)
-        probabilities, maps = records.run(network, x)
-        methods = methods_of(maps)
+        recorded = context.recordings.get(network, uploaded_file(upload))
+        methods = methods_of(records.whole_grid(recorded.maps))
         method = method if method in methods else next(iter(METHODS))
-        index = target if 0 <= target < network.num_classes else int(probabilities.argmax())
-        return network, x, picture, probabilities, methods, method, index
+        index = target if 0 <= target < network.num_classes else int(recorded.probabilities.argmax())
+        return Question(network, recorded, methods, method, index)
 
     def explain(upload: dict | None, name: str, method: str, target: int):
         """A chosen method and class: the figure, the button, and no measurement."""
@@ -49,25 +70,26 @@ def build(checkpoints: Checkpoints, image: gr.Image, model: gr.Dropdown) -> None
         if upload is None:
             return nothing
         try:
-            network, x, picture, probabilities, methods, method, index = prepare(upload, name, method, target)
+            asked = question(upload, name, method, target)
         except ImageError:  # the tab says so already
             return nothing
+        labels = asked.network.label_names
         choices = (
-            gr.Dropdown(method_choices(methods), value=method),
-            gr.Dropdown(class_choices(network.label_names), value=target),
+            gr.Dropdown(method_choices(asked.methods), value=asked.method),
+            gr.Dropdown(class_choices(labels), value=target),
         )
         try:
-            values = methods[method](network, x, torch.tensor([index]))[0].numpy()
+            values = asked.attribution()[0].numpy()
         except ValueError as error:
-            return *choices, _problem(f"{_sentence(method)} is not defined here: {error}"), *nothing[3:]
-        crop, label = preprocessing.center_crop(network, picture), network.label_names[index]
-        html = figure(values, crop, method, label, float(probabilities[index]))
+            return *choices, _problem(f"{_sentence(asked.method)} is not defined here: {error}"), *nothing[3:]
+        crop = preprocessing.center_crop(asked.network, asked.recorded.image)
+        probability = float(asked.recorded.probabilities[asked.index])
+        html = figure(values, crop, asked.method, labels[asked.index], probability)
         return *choices, html, gr.Button(interactive=True), ""
 
     def measure(upload: dict | None, name: str, method: str, target: int) -> Iterator[str]:
         try:
-            network, x, _, _, methods, method, index = prepare(upload, name, method, target)
-            yield from measurements(network, x, torch.tensor([index]), method, methods[method])
+            yield from measurements(question(upload, name, method, target))
         except ImageError as error:
             yield _problem(error.message)
         except ValueError as error:
@@ -140,10 +162,11 @@ def figure(values: np.ndarray, crop: Image.Image, method: str, label: str, proba
         </figcaption></figure>"""
 
 
-def measurements(network: nn.Module, x: Tensor, classes: Tensor, name: str, method: Method) -> Iterator[str]:
+def measurements(question: Question) -> Iterator[str]:
     """HTML of what has been measured so far, with a progress bar, and at last without one."""
     found: dict[str, Curves] = {}
-    values = method(network, x, classes)
+    network, x, classes, name = question.network, question.recorded.x, question.classes, question.method
+    values = question.attribution()
     maps = {name: values} | {RANDOM + f" {i}": random_map(x, i) for i in range(ORDERS)}
     maps |= {key: baseline(x) for key, baseline in BASELINES.items()}
     parts = len(maps) + 2
@@ -153,7 +176,7 @@ def measurements(network: nn.Module, x: Tensor, classes: Tensor, name: str, meth
     yield _progress(parts - 2, parts, "Infidelity")
     unfaithful = infidelity(network, x, classes, values, INFIDELITY_DRAWS).item()
     yield _progress(parts - 1, parts, "Sensitivity")
-    unstable = sensitivity(network, x, classes, method, SENSITIVITY_DRAWS).item()
+    unstable = sensitivity(network, x, classes, question.methods[name], SENSITIVITY_DRAWS).item()
     yield report(name, found, cell_size(network, x), unfaithful, unstable)
 
 

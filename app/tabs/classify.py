@@ -5,20 +5,23 @@ from html import escape
 import gradio as gr
 import numpy as np
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 import vca
-from app.components import ModelChoice, image_and_model
+from app.components import image_and_model
+from app.context import ClassifyTab, Context
 from app.runtime import drawing, preprocessing, records
-from app.runtime.images import ImageError, read_image, uploaded_file
+from app.runtime.images import ImageError, uploaded_file
 from app.tabs import attribution
+
+TITLE = "Classify"
 
 EMPTY = "<p class='vca-empty'>Drop an image, take a photo or pick an example: it is classified right away.</p>"
 
 
-def build(choice: ModelChoice, examples: list[str]) -> tuple[gr.Button, gr.Image, gr.Dropdown]:
-    """Builds the tab. Returns its "Explore this" button, and the image and the model that it should carry along."""
-    checkpoints = choice.checkpoints
+def build(context: Context) -> None:
+    """Builds the tab, and sets `context.classify`."""
+    checkpoints = context.checkpoints
 
     def classify(upload: dict | None, name: str):
         explore_button = gr.Button(interactive=False)
@@ -27,25 +30,21 @@ def build(choice: ModelChoice, examples: list[str]) -> tuple[gr.Button, gr.Image
             return None, None, EMPTY, _classes(labels), explore_button
         model = checkpoints.load(name)
         try:
-            image = read_image(uploaded_file(upload))
+            recorded = context.recordings.get(model, uploaded_file(upload))
         except ImageError as error:
             problem = f"<p class='vca-problem' role='alert'>{escape(error.message)}</p>"
             return None, None, problem, _classes(model.label_names), explore_button
-        x = preprocessing.preprocess(model, image)
-        probabilities, maps = records.run(model, x)
         return (
-            records.top_labels(model, probabilities, 5),
-            preprocessing.input_picture(model, x).resize(
-                (256 * x.shape[3] // x.shape[2], 256), Image.Resampling.NEAREST
-            ),
-            strip(model, maps, preprocessing.center_crop(model, image)),
+            records.top_labels(model, recorded.probabilities, 5),
+            input_picture(model, recorded.x),
+            strip(model, records.whole_grid(recorded.maps), preprocessing.center_crop(model, recorded.image)),
             _classes(model.label_names),
             gr.Button(interactive=True),
         )
 
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
-            image, model = image_and_model(choice, examples, height=320)
+            image, model = image_and_model(context.choice, context.examples, height=320)
             explore_button = gr.Button("Explore this", variant="primary", interactive=False)
         with gr.Column(scale=7, min_width=320):
             with gr.Row(equal_height=True):
@@ -61,7 +60,7 @@ def build(choice: ModelChoice, examples: list[str]) -> tuple[gr.Button, gr.Image
                     elem_classes="vca-pixels",
                 )
             maps = gr.HTML(EMPTY)
-            attribution.build(checkpoints, image, model)
+            attribution.build(context, image, model)
             classes = gr.HTML(_classes(checkpoints.configs[model.value]["label_names"] if model.value else []))
     gr.on(
         [image.change, model.change],
@@ -73,7 +72,13 @@ def build(choice: ModelChoice, examples: list[str]) -> tuple[gr.Button, gr.Image
         trigger_mode="always_last",
         api_visibility="private",
     )
-    return explore_button, image, model
+    context.classify = ClassifyTab(image, model, explore_button)
+
+
+def input_picture(model: nn.Module, x: Tensor) -> Image.Image:
+    """The model's input (1, 3, H, W) as a picture 256 pixels high, every pixel a square."""
+    size = (256 * x.shape[3] // x.shape[2], 256)
+    return preprocessing.input_picture(model, x).resize(size, Image.Resampling.NEAREST)
 
 
 def strip(model: nn.Module, maps: list[vca.LayerMaps], crop: Image.Image) -> str:

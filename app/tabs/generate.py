@@ -12,17 +12,17 @@ import gradio as gr
 from PIL import Image
 
 from app.components import sampling_settings
-from app.runtime import drawing, sampling
-from app.runtime.assets import text
-from app.runtime.checkpoints import Checkpoints
+from app.context import Context
+from app.runtime import assets, drawing, sampling
+from app.runtime.packing import run_of
 from app.runtime.sampling import Run
 from app.runtime.store import Store
 from app.runtime.validation import refused, whole
-from app.tabs.explore import Explorer
 from vca.diffusion.vae import DecoderError
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
 
+TITLE = "Generate"
 STORE_BYTES = 256 * 2**20
 NO_GENERATOR = """<p class="vca-empty">There is no generator yet. Train one with
 <code>python -m training.generate cifar10_sit_vca --data FOLDER</code>, copy
@@ -35,15 +35,9 @@ WAITING = '() => JSON.stringify({ state: "waiting" })'
 FAILED = '() => JSON.stringify({ state: "failed" })'
 
 
-def build(checkpoints: Checkpoints, explorer: Explorer, image: gr.Image, tabs: gr.Tabs) -> None:
-    """Builds the tab.
-
-    Args:
-        checkpoints: the models.
-        explorer: the Explore tab.
-        image: of the Classify tab; setting it classifies a picture.
-        tabs: those of the page, to change to another.
-    """
+def build(context: Context) -> None:
+    """Builds the tab, and the ways from a picture to Explore and to Classify."""
+    checkpoints = context.checkpoints
     if not checkpoints.generators:
         gr.HTML(NO_GENERATOR)
         return
@@ -93,20 +87,21 @@ def build(checkpoints: Checkpoints, explorer: Explorer, image: gr.Image, tabs: g
     def chosen(event: gr.EventData) -> tuple[Run, int, int, Image.Image]:
         """What a button of the page is about: the run, the step, the index of the picture, and the picture."""
         try:
-            run, step = store.get(event._data["token"]), event._data["step"]
-            picture = whole("picture", event._data["picture"], 0, run.request.count - 1)
+            run, step = store.get(event.token), event.step
+            picture = whole("picture", event.picture, 0, run.request.count - 1)
             return run, step, picture, run.picture(step, picture)
-        except (LookupError, TypeError):
+        except (LookupError, TypeError, AttributeError):  # forgotten, or not an event of our page
             raise refused(FORGOTTEN) from None
 
     def explore_step(event: gr.EventData):
         run, step, number, picture = chosen(event)
-        without_class = bool(event._data.get("withoutClass"))
+        without_class = bool(getattr(event, "withoutClass", False))
         if step not in run.states:
             raise refused(FORGOTTEN)
         maps = run.record(step, number, without_class)
         caption = ("This step", run.caption(step, number, without_class))
-        return explorer.opened(maps, sampling.enlarged(picture), caption), gr.Tabs(selected="explore")
+        view = run_of(context.maps, maps, drawing.muted(sampling.enlarged(picture)), caption, [])
+        return json.dumps(view), gr.Tabs(selected="explore")
 
     def classify_picture(event: gr.EventData):
         return drawing.png_file(chosen(event)[-1], "generated.png"), gr.Tabs(selected="classify")
@@ -126,9 +121,9 @@ def build(checkpoints: Checkpoints, explorer: Explorer, image: gr.Image, tabs: g
         with gr.Column(scale=7, min_width=320):
             viewer = gr.HTML(
                 "",
-                html_template=text("generate.html"),
-                css_template=text("view.css", "generate.css"),
-                js_on_load=text("generate.js"),
+                html_template=assets.text("generate.html"),
+                css_template=assets.text("view.css", "generate.css"),
+                js_on_load=assets.text("generate.js"),
                 apply_default_css=False,
                 server_functions=[fetch_frame, stop_run],
                 elem_id="generated",
@@ -147,8 +142,8 @@ def build(checkpoints: Checkpoints, explorer: Explorer, image: gr.Image, tabs: g
     running.failure(None, outputs=viewer, js=FAILED, **quiet)
     viewer.stop(None, cancels=[running], **quiet)
     name.change(choose_model, name, [label, sampler, note], **quiet)
-    viewer.select(explore_step, outputs=[explorer.view, tabs], **quiet)
-    viewer.submit(classify_picture, outputs=[image, tabs], **quiet)
+    viewer.select(explore_step, outputs=[context.explore.view, context.tabs], **quiet)
+    viewer.submit(classify_picture, outputs=[context.classify.image, context.tabs], **quiet)
 
 
 def _choices(config: dict) -> tuple[list[str], list[str], str]:

@@ -1,7 +1,6 @@
 """The app through its endpoints: what it answers, what it refuses, and that it never falls over."""
 
 import base64
-import json
 import shutil
 import time
 
@@ -15,12 +14,11 @@ from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 
 import vca
-from app.components import ModelChoice
 from app.runtime import packing, preprocessing, records
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.images import MAX_PIXELS, WORKING_SIDE, read_image
 from app.runtime.packing import MapStore
-from app.tabs import about, explore
+from app.tabs import about
 from app.tabs.classify import decision_rows
 from app.ui import build
 from tests.helpers.app import LABELS, MHSA, PLAIN, PREFIXED, SMALL_PYRAMID, photo, recorded
@@ -135,7 +133,7 @@ def test_large_photo_is_fast_and_right(client, weights, tmp_path):
     assert time.perf_counter() - start < 8
     assert min(read_image(path).size) >= WORKING_SIDE
     model = vca.load(weights / PLAIN)
-    exact, _ = records.run(model, preprocessing.preprocess(model, large))
+    exact, _ = records.record(model, preprocessing.preprocess(model, large))
     np.testing.assert_allclose([answer[label] for label in LABELS], exact, atol=0.02)
 
 
@@ -308,16 +306,15 @@ def test_prefix_tokens_have_names():
     assert records.prefix_names(model) == ["class", "distillation"]
 
 
-def test_maps_recorded_elsewhere_can_be_opened(weights):
-    with gr.Blocks():
-        explorer = explore.build(ModelChoice(Checkpoints(weights)), [])
+def test_maps_recorded_elsewhere_can_be_shown():
+    store = MapStore()
     generator = vca.create_model("vca_dit_s_2", input_size=8, dim=24, depth=2, num_heads=3, num_classes=4)
     with torch.no_grad(), vca.record(generator) as maps:
         generator(torch.randn(2, 4, 8, 8), torch.tensor([3, 3]), torch.tensor([0, 1]))
-    run = json.loads(explorer.opened(maps, photo(8, 8), ("Sample", "left, step 3"), sample=1))
-    assert run["caption"] == ["Sample", "left, step 3"]
-    assert [block["grid"] for block in run["blocks"]] == [[4, 4], [4, 4]]
-    kept = explorer.store.get(run["token"])[1].arrays["positive2"]
+    run = packing.run_of(store, maps, photo(8, 8), ("Sample", "left, step 3"), [], sample=1)
+    assert run["caption"] == ("Sample", "left, step 3")
+    assert [block["grid"] for block in run["blocks"]] == [(4, 4), (4, 4)]
+    kept = store.get(run["token"])[1].arrays["positive2"]
     np.testing.assert_allclose(kept, maps[1].stage2.positive[1], atol=5e-4)
 
 

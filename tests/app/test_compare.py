@@ -1,5 +1,6 @@
 """The Compare tab, and "Load another model" in every tab, in a real browser."""
 
+import time
 import zipfile
 from functools import partial
 
@@ -8,9 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from app.runtime import loading, preprocessing, records
+from app.runtime import cost, loading, preprocessing, records
 from app.runtime.images import read_image
-from app.tabs import compare
 from tests.helpers.app import MHSA, PLAIN, PREFIXED, recorded, save_timm
 from tests.helpers.browser import needs_browser
 from tests.helpers.compare_page import READ, facts_of, pair, panel_of
@@ -170,10 +170,10 @@ def test_latencies_take_turns():
     def forward(name, seconds):
         assert not torch.is_grad_enabled()
         order.append(name)
-        compare.time.sleep(seconds)
+        time.sleep(seconds)
 
-    fast, slow = compare.latencies([partial(forward, "fast", 0.001), partial(forward, "slow", 0.02)])
-    assert order == ["fast", "slow"] * (len(order) // 2) and len(order) == 2 * (compare.ROUNDS + 1)
+    fast, slow = cost.latencies([partial(forward, "fast", 0.001), partial(forward, "slow", 0.02)])
+    assert order == ["fast", "slow"] * (len(order) // 2) and len(order) == 2 * (cost.ROUNDS + 1)
     assert 1 <= fast < 10 and 20 <= slow < 40
 
 
@@ -189,7 +189,7 @@ def test_a_model_loaded_in_one_tab_is_in_the_choice_of_all(page, picture, timm_f
     panel.locator(".vca-hint:has-text('is loaded')").wait_for()
     panel.locator("input[type=file]").first.set_input_files(picture)
     model = loading.open_model(str(timm_folder))
-    probabilities, _ = records.run(model, preprocessing.preprocess(model, read_image(picture)))
+    probabilities, _ = records.record(model, preprocessing.preprocess(model, read_image(picture)))
     page.wait_for_selector(f"[data-testid=label-output-value]:has-text('class {probabilities.argmax()}')")
     for tab, label in (("Explore", "Model"), ("Compare", "First model")):
         panel_of(page, tab).get_by_label(label, exact=True).click()
@@ -205,7 +205,7 @@ def test_by_hub_id_in_the_explorer(page, hub, picture, timm_folder):
     page.wait_for_selector(".vx[data-state=complete]")
     assert page.locator(".vx-blocks button").count() == 2
     model = loading.open_model(str(timm_folder))
-    _, maps = records.run(model, preprocessing.preprocess(model, read_image(picture)))
+    _, maps = records.record(model, preprocessing.preprocess(model, read_image(picture)))
     assert maps[0].kind == "mhsa"
 
 

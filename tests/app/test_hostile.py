@@ -33,7 +33,7 @@ def assert_same_picture(seen: Image.Image, truth: Image.Image) -> None:
 
 
 def probabilities_of(model, image: Image.Image) -> list[float]:
-    return records.run(model, preprocessing.preprocess(model, image.convert("RGB")))[0].tolist()
+    return records.record(model, preprocessing.preprocess(model, image.convert("RGB")))[0].tolist()
 
 
 # ---- Checkpoints: name -> how a good one is damaged, and what is said about it

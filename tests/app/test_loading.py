@@ -13,6 +13,7 @@ from timm.models import save_for_hf
 
 import vca
 from app.runtime import checkpoints, loading
+from app.runtime.store import Store
 from tests.helpers.app import LABELS, PLAIN, PREFIXED, TIMM, save_checkpoints, save_timm
 
 
@@ -279,9 +280,9 @@ def test_the_cache_is_bounded_and_forgets_the_longest_unused():
         made.append(name)
         return torch.nn.Linear(10, 10, bias=False)  # 400 bytes
 
-    cache = checkpoints.ModelCache(1000)
+    cache = Store(1000, checkpoints.model_bytes)
     for name in "abacab":
-        cache.get(name, lambda name=name: model(name))
+        cache.get_or_make(name, lambda name=name: model(name))
         assert cache.size() <= 1000
     assert made == ["a", "b", "c", "b"]
 

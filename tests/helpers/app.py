@@ -47,7 +47,7 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
 
 def recorded(weights, name: str, path):
     model = vca.load(weights / name)
-    return model, *records.run(model, preprocessing.preprocess(model, read_image(path)))
+    return model, *records.record(model, preprocessing.preprocess(model, read_image(path)))
 
 
 SMALL_PYRAMID = dict(img_size=32, num_classes=4, embed_dims=(8, 16, 16, 16), depths=(1, 1, 1, 1))

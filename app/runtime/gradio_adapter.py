@@ -1,0 +1,18 @@
+"""What the app uses of gradio beyond its documented interface: all of it is here, so that an update has one place."""
+
+from pathlib import Path
+
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
+
+ROOT = "window.gradio_config.root"  # in the page: the address of the app, without a slash at its end
+
+
+def upload_folder() -> Path:
+    """The folder in which gradio keeps the files of visitors."""
+    return Path(get_upload_folder()).resolve()
+
+
+def kept_file(content: bytes, name: str) -> str:
+    """Writes a file for a visitor where gradio may serve it; returns its path."""
+    return save_bytes_to_cache(content, name, str(upload_folder()))

@@ -1,0 +1,94 @@
+"""Two classifiers in the Compare tab: they look at one image."""
+
+import json
+
+import gradio as gr
+from PIL import Image
+from torch import nn
+
+from app.components import image_input, show_examples
+from app.context import Context
+from app.runtime import cost, drawing, loading, packing, preprocessing, records
+from app.runtime.images import ImageError, uploaded_file
+from app.runtime.records import Recorded
+
+
+class Classifiers:
+    """The choice of an image and two classifiers, and what the page shows of them.
+
+    Attributes:
+        inputs: the components that `compare` takes, once `build` made them.
+    """
+
+    def __init__(self, context: Context):
+        self.context = context
+        self.inputs: list[gr.Image | gr.Dropdown] = []
+
+    def build(self) -> None:
+        """The inputs, in the column at work."""
+        choice = self.context.choice
+        image = image_input(height=240)
+        first, second = choice.dropdown("First model"), choice.dropdown("Second model", first=1)
+        choice.loader(second)
+        show_examples(self.context.examples, image)
+        self.inputs = [image, first, second]
+
+    def connect(self, view: gr.HTML) -> None:
+        """Compares in `view` whenever an input changes."""
+        gr.on(
+            [*(component.change for component in self.inputs), view.submit],
+            self.compare,
+            self.inputs,
+            view,
+            preprocess=False,
+            trigger_mode="always_last",
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+    def compare(self, upload: dict | None, first: str, second: str) -> str:
+        """What the page shows, as JSON."""
+        if upload is None:
+            return ""
+        networks = {name: self.context.checkpoints.load(name) for name in (first, second)}
+        try:
+            path = uploaded_file(upload)
+            recorded = {name: self.context.recordings.get(network, path) for name, network in networks.items()}
+        except ImageError as error:
+            return json.dumps(dict(problem=error.message))
+        sides = [self._side(name, networks[name], recorded[name]) for name in (first, second)]
+        return packing.pair_of(sides, film={})
+
+    def _side(self, name: str, model: nn.Module, recorded: Recorded) -> dict:
+        """What the page needs of one classifier, as JSON values."""
+        picture = drawing.muted(preprocessing.center_crop(model, recorded.image))
+        names = records.prefix_names(model)
+        run = packing.run_of(self.context.maps, recorded.maps, picture, ("", ""), names)
+        uploaded = name.startswith(loading.UPLOADED)
+        return run | dict(
+            model=name,
+            name=f"{model.pretrained_cfg['architecture']} (uploaded)" if uploaded else name,
+            top=list(records.top_labels(model, recorded.probabilities, 5).items()),
+            box=_part_seen(model, recorded.image),
+            facts=_facts(model, recorded),
+        )
+
+
+def _part_seen(model: nn.Module, image: Image.Image) -> list[float]:
+    """The part of the image that reaches the model, in parts of its sides: left, top, right, bottom."""
+    sides = (image.width, image.height) * 2
+    return [edge / side for edge, side in zip(preprocessing.crop_box(model, image), sides, strict=True)]
+
+
+def _facts(model: nn.Module, recorded: Recorded) -> dict[str, str]:
+    card, (rows, cols) = model.card, recorded.x.shape[2:]
+    return {
+        "Architecture": model.pretrained_cfg["architecture"],
+        "Attention": ", ".join(sorted({layer.kind for layer in recorded.maps})),
+        "Trained on": card.trained_on or "not said",
+        "Top-1, by its card": "not said" if card.top1 is None else f"{card.top1:.2f} %",
+        "Classes": f"{model.num_classes:,}",
+        "Input": f"{cols} × {rows} px",
+        **cost.size_facts(model),
+        "Latency, one image": "measuring …",
+    }
