@@ -13,6 +13,7 @@ import argparse
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from string import Template
 
 import yaml
 
@@ -23,21 +24,7 @@ from vca.hub import REPO_ID, published_files, upload
 ROOT = Path(__file__).parent.parent
 TITLE = "Visual-Contrast Attention"
 SHORT = "Where every head of a vision transformer looks"  # at most 60 characters
-TRAINING_LINE = "# What training and the tests need besides."
-BODY = f"""
-# {TITLE}
-
-See where every head of a vision transformer looks: what it draws in, and what it pushes away. Classify a photo, explore
-the positive, negative and effective attention maps of every head, and generate images.
-
-*Linear Differential Vision Transformer: Learning Visual Contrasts via Pairwise Differentials*, NeurIPS 2025,
-[arXiv 2511.00833](https://arxiv.org/abs/2511.00833). This is an independent implementation.
-"""
-SERVE = """import os
-
-os.environ.setdefault("VCA_MODELS", "{models}")
-
-"""
+TEMPLATES = ROOT / "training" / "space"
 
 
 def space_files(folders: list[Path], repositories: list[str]) -> dict[str, Path | bytes]:
@@ -50,20 +37,20 @@ def space_files(folders: list[Path], repositories: list[str]) -> dict[str, Path 
         CheckpointError: a folder must not be published.
     """
     code = [file for name in ("app", "vca") for file in sorted((ROOT / name).rglob("*")) if _is_code(file)]
-    files: dict[str, Path | bytes] = {file.relative_to(ROOT).as_posix(): file for file in [*code, ROOT / "LICENSE"]}
-    start = (ROOT / "app.py").read_text(encoding="utf-8")
-    if repositories:
-        head, separator, rest = start.partition("from app")
-        start = head + SERVE.format(models=",".join(repositories)) + separator + rest
-    files["app.py"] = start.encode()
-    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").split(TRAINING_LINE)[0].splitlines()
-    files["requirements.txt"] = "".join(f"{line}\n" for line in requirements if not line.startswith("gradio")).encode()
+    own = [*code, ROOT / "LICENSE", ROOT / "requirements.txt"]
+    files: dict[str, Path | bytes] = {file.relative_to(ROOT).as_posix(): file for file in own}
     front = yaml.safe_dump(front_matter(repositories), sort_keys=False, allow_unicode=True)
-    files["README.md"] = f"---\n{front}---\n{BODY}".encode()
+    files["app.py"] = _filled("app.py", models=",".join(repositories))
+    files["README.md"] = _filled("README.md", front_matter=front, title=TITLE)
     for folder in folders:
         carried = published_files(folder, vca.checkpoint.place(folder))
         files |= {f"weights/{folder.resolve().name}/{name}": content for name, content in carried.items()}
     return files
+
+
+def _filled(name: str, **words: str) -> bytes:
+    """The file that a Space has by this name, from its template."""
+    return Template((TEMPLATES / f"{name}.template").read_text(encoding="utf-8")).substitute(words).encode()
 
 
 def _is_code(file: Path) -> bool:

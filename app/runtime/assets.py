@@ -1,14 +1,15 @@
 """Files that come with the app: scripts, styles and templates of the page, and example images."""
 
+import json
+import re
 import tempfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import skimage.data
 from PIL import Image
 
-MAP_SCRIPTS = ("maps.js", "map_drawing.js", "map_figure.js", "map_words.js")  # what all pages that draw maps share
-EXPLORER_SCRIPTS = (*MAP_SCRIPTS, "explorer.js", "explorer_controls.js", "explorer_saving.js")
-COMPARE_SCRIPTS = (*MAP_SCRIPTS, "compare.js", "compare_drawing.js", "compare_controls.js")
+IMPORT = re.compile(r'^import .* from "\./([\w.]+)";$', re.MULTILINE)
 STATIC = Path(__file__).parents[1] / "static"
 PHOTOS = {
     "cat": skimage.data.cat,
@@ -43,3 +44,25 @@ def _write_photos() -> list[str]:
 def text(*names: str) -> str:
     """The text of files of `app/static/`, one after another."""
     return "\n".join((STATIC / name).read_text(encoding="utf-8") for name in names)
+
+
+def modules(entry: str) -> list[tuple[str, str]]:
+    """Name and source of an ES module of `app/static/` and of all that it imports; imported ones come first.
+
+    Raises:
+        graphlib.CycleError: modules import each other in a circle.
+    """
+    sources: dict[str, str] = {}
+    waiting = [entry]
+    while waiting:
+        if (name := waiting.pop()) not in sources:
+            sources[name] = text(name)
+            waiting += IMPORT.findall(sources[name])
+    order = TopologicalSorter({name: IMPORT.findall(source) for name, source in sources.items()}).static_order()
+    return [(name, sources[name]) for name in order]
+
+
+def script(entry: str) -> str:
+    """JavaScript that mounts an ES module of `app/static/`: the body of a function of gr.HTML's `js_on_load`."""
+    sources = json.dumps(modules(entry)).replace("<", "\\u003c")  # it may stand in a <script> of a page
+    return f"const MODULES = {sources};\n{text('load.js')}"

@@ -6,7 +6,7 @@ import json
 import numpy as np
 
 from app.runtime import drawing
-from app.runtime.assets import EXPLORER_SCRIPTS, text
+from app.runtime.assets import script, text
 from app.runtime.packing import Layer
 
 MODES = ("effective", "stage1", "stage2")
@@ -102,7 +102,7 @@ PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' blob:; img-src data: blob:">
 <title>%(title)s</title>
 <style>
 %(css)s
@@ -136,7 +136,7 @@ def page(run: dict, maps: list[dict], view: dict) -> str:
         title=_escaped(title),
         css=text("page.css", "view.css", "explorer.css"),
         html=text("explorer.html"),
-        js=text(*EXPLORER_SCRIPTS),
+        js=script("explorer.js"),
         data=json.dumps(dict(props=props, maps=maps)).replace("<", "\\u003c"),
     )
 

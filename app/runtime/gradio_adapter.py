@@ -5,8 +5,6 @@ from pathlib import Path
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
-ROOT = "window.gradio_config.root"  # in the page: the address of the app, without a slash at its end
-
 
 def upload_folder() -> Path:
     """The folder in which gradio keeps the files of visitors."""

@@ -2,231 +2,277 @@
 // `server.fetch_maps`. From then on every click is drawn here, by the functions of maps.js. A saved web page runs this
 // file too, on maps that it brings along.
 
-const root = element.querySelector(".vx");
-const find = (selector) => root.querySelector(selector);
-const large = find(".vx-large canvas");
-const panels = [...root.querySelectorAll(".vv-panels figure")];
-const slider = find(".vx-what-if input");
-const empty = find(".vv-note span").textContent;
+import { buildChart, buildStrip, drawControls, listen } from "./explorer_controls.js";
+import { linked, listenToLinks, listenToSaving, viewOfLink, writeLink } from "./explorer_saving.js";
+import { colorTables, drawMap, paint, raster, theme } from "./map_drawing.js";
+import { SCALES, describe, hundredths, lambdasOf, meaningOf, nameOfHead, number, ordinal, thousandths, titlesOf } from "./map_words.js";
+import { MEAN, clamp, indexAt, isSigned, latticeOf, limitOf, modeOf, nameOf, prepare, rowsOfHeads, total } from "./maps.js";
+import { Panel, writeFigure } from "./panel.js";
+
 const AWAITED = "The view of this link waits for its picture: drop it on the left.";
+const STAGES = ["λ₁", "λ₂"];
 
-const state = {
-  mode: "effective",
-  stream: "differential",
-  block: Infinity,
-  head: MEAN,
-  scale: "map",
-  query: { x: 0.5, y: 0.5, prefix: null },
-  ...props.view,
-  ...viewOfLink(),
-};
-let hover = null; // index of the key under the pointer
-let whatIf = null; // a lambda to draw the differential of this block with, instead of its own
-let run = null;
-let layers = []; // of maps.js, of each block, once its maps are here
-let photo = null;
-let strip = []; // strip[block]: head + 1 -> button
-let table = []; // table[block]: head + 1 -> the rows of the query
-let current = null; // the rows on show: { positive, negative, differential }
+export class Explorer extends Panel {
+  run = null;
+  layers = []; // of maps.js, of each block, once its maps are here
+  photo = null;
+  strip = []; // strip[block]: head + 1 -> button
+  table = []; // table[block]: head + 1 -> the rows of the query
+  current = null; // the rows on show: { positive, negative, differential }
+  hover = null; // index of the key under the pointer
+  whatIf = null; // a lambda to draw the differential of this block with, instead of its own
 
-async function receive() {
-  const received = props.value ? JSON.parse(props.value) : null;
-  run = received?.token ? received : null;
-  layers = [];
-  table = [];
-  current = whatIf = null;
-  root.dataset.state = run ? "loading" : "empty";
-  find(".vx-body").hidden = !run;
-  if (!run) return note(received?.problem ?? (linked().get("model") && !linked().get("image") ? AWAITED : empty), received ? "vv-problem" : "");
-  note("");
-  const mine = run;
-  photo = new Image();
-  photo.src = run.image;
-  await photo.decode();
-  if (run !== mine) return;
-  state.block = clamp(state.block, 0, run.blocks.length - 1);
-  state.head = clamp(state.head, MEAN, run.blocks[state.block].heads - 1);
-  buildStrip();
-  buildChart();
-  writeLink();
-  for (let left = run.blocks.length; left; left--) {
-    const block = layers[state.block] ? run.blocks.findIndex((_, b) => !layers[b]) : state.block;
-    const arrays = await server.fetch_maps({ token: run.token, block }).catch(() => ({ lost: true }));
-    if (run !== mine) return;
-    if (arrays.expired) return note("These maps are no longer kept on the server.", "vv-above", run.repeatable);
-    if (arrays.lost) return note("The server does not answer.", "vv-above", run.repeatable);
-    layers[block] = prepare(run.blocks[block], arrays);
-    if (block === state.block) draw();
-    else if (table.length) {
-      compute(block);
-      drawStrip([block]);
-    }
+  constructor(host) {
+    super(host, ".vx");
+    this.large = this.find(".vx-large canvas");
+    this.figures = [...this.root.querySelectorAll(".vv-panels figure")];
+    this.colors = colorTables(this.props.palette);
+    this.state = {
+      mode: "effective",
+      stream: "differential",
+      block: Infinity,
+      head: MEAN,
+      scale: "map",
+      query: { x: 0.5, y: 0.5, prefix: null },
+      ...this.props.view,
+      ...viewOfLink(),
+    };
   }
-  if (state.scale === "all") draw();
-  root.dataset.state = "complete";
-}
 
-function note(text, style = "", again = false) {
-  find(".vv-note").hidden = !text;
-  find(".vv-note").className = `vv-note ${style}`;
-  find(".vv-note span").textContent = text;
-  find(".vv-note button").hidden = !again;
-}
+  async receive() {
+    const received = this.props.value ? JSON.parse(this.props.value) : null;
+    const run = received?.token ? received : null;
+    this.run = run;
+    this.layers = [];
+    this.table = [];
+    this.current = this.whatIf = null;
+    this.root.dataset.state = run ? "loading" : "empty";
+    this.find(".vx-body").hidden = !run;
+    if (!run) return this.note(received?.problem ?? (isAwaited() ? AWAITED : this.hint), { style: received ? "vv-problem" : "" });
+    this.note("");
+    this.photo = Object.assign(new Image(), { src: run.image });
+    await this.photo.decode();
+    if (this.run !== run) return;
+    this.keepInside();
+    buildStrip(this);
+    buildChart(this);
+    writeLink(this);
+    await this.fetchMaps(run);
+  }
 
-// ---- The block on show
+  // The maps of every block, the one on show first.
+  async fetchMaps(run) {
+    const { state, layers } = this;
+    for (let left = run.blocks.length; left; left--) {
+      const block = layers[state.block] ? run.blocks.findIndex((_, b) => !layers[b]) : state.block;
+      const arrays = await this.server.fetch_maps({ token: run.token, block }).catch(() => ({ lost: true }));
+      if (this.run !== run) return;
+      if (arrays.expired || arrays.lost) return this.noteLoss(arrays);
+      layers[block] = prepare(run.blocks[block], arrays);
+      if (block === state.block) this.draw();
+      else if (this.table.length) {
+        this.compute(block);
+        this.drawStrip([block]);
+      }
+    }
+    if (state.scale === "all") this.draw();
+    this.root.dataset.state = "complete";
+  }
 
-const info = () => layers[state.block]?.info ?? run.blocks[state.block];
-const mode = () => modeOf(run.blocks[state.block], state.mode);
-const lattice = (side) => latticeOf(info(), mode(), side);
-const streamOf = (block) => (isSigned(run.blocks[block], modeOf(run.blocks[block], state.mode)) ? state.stream : "positive");
-const stage = () => (mode() === "stage2" ? 2 : 1);
-const nameOfHead = (head) => (head === MEAN ? "mean of heads" : `head ${head + 1}`);
-const queryName = () => nameOf(lattice("query"), indexAt(info(), lattice("query"), state.query), run.prefixNames);
+  noteLoss({ expired }) {
+    const text = expired ? "These maps are no longer kept on the server." : "The server does not answer.";
+    this.note(text, { style: "vv-above", button: this.run.repeatable ? ".vx-again" : null });
+  }
 
-function compute(block) {
-  const layer = layers[block];
-  const lambda = block === state.block ? (whatIf ?? undefined) : undefined;
-  table[block] = rowsOfHeads(layer, modeOf(layer.info, state.mode), state.query, lambda);
-}
+  // ---- The block on show
 
-// The value of the strongest colour of one map, on the scale chosen.
-function limitIn(block, head, stream) {
-  if (state.scale === "map") return limitOf(table[block][head + 1], stream);
-  const sharing = state.scale === "block" ? [table[block]] : table.filter(Boolean);
-  return sharing.flat().reduce((most, rows) => Math.max(most, limitOf(rows, stream)), 0);
-}
+  get info() {
+    return this.layers[this.state.block]?.info ?? this.run.blocks[this.state.block];
+  }
 
-// ---- Drawing
+  get mode() {
+    return modeOf(this.run.blocks[this.state.block], this.state.mode);
+  }
 
-const colors = colorTables(props.palette);
-const aspect = () => photo.naturalHeight / photo.naturalWidth;
-const hundredths = (value) => value.toFixed(2).replace("-", "−");
-const thousandths = (value) => value.toFixed(3).replace("-", "−");
+  get stage() {
+    return this.mode === "stage2" ? 2 : 1;
+  }
 
-function drawCanvas(canvas, stream) {
-  const isLarge = canvas === large;
-  const limit = limitIn(state.block, state.head, stream);
-  drawMap(canvas, {
-    info: info(),
-    mode: mode(),
-    aspect: aspect(),
-    painted: paint(current[stream], stream, limit, colors[isLarge ? "veil" : theme()]),
-    photo: isLarge ? photo : null,
-    prefixNames: isLarge ? run.prefixNames : null,
-    point: state.query,
-    hover,
-  });
-}
+  get aspect() {
+    return this.photo.naturalHeight / this.photo.naturalWidth;
+  }
 
-function drawStrip(blocks) {
-  for (const block of blocks) {
-    const stream = streamOf(block);
-    strip[block].forEach((button, i) => {
-      const painted = paint(table[block][i][stream], stream, limitIn(block, i - 1, stream), colors[theme()]);
-      raster(button.firstChild, layers[block].info, modeOf(layers[block].info, state.mode), painted);
+  get headName() {
+    return nameOfHead(this.state.head);
+  }
+
+  get queryName() {
+    const lattice = this.lattice("query");
+    return nameOf(lattice, indexAt(this.info, lattice, this.state.query), this.run.prefixNames);
+  }
+
+  lattice(side) {
+    return latticeOf(this.info, this.mode, side);
+  }
+
+  streamOf(block) {
+    const info = this.run.blocks[block];
+    return isSigned(info, modeOf(info, this.state.mode)) ? this.state.stream : "positive";
+  }
+
+  compute(block) {
+    const layer = this.layers[block];
+    const lambda = block === this.state.block ? (this.whatIf ?? undefined) : undefined;
+    this.table[block] = rowsOfHeads(layer, modeOf(layer.info, this.state.mode), this.state.query, lambda);
+  }
+
+  // The value of the strongest colour of one map, on the scale chosen.
+  limitIn(block, head, stream) {
+    const { state, table } = this;
+    if (state.scale === "map") return limitOf(table[block][head + 1], stream);
+    const sharing = state.scale === "block" ? [table[block]] : table.filter(Boolean);
+    return sharing.flat().reduce((most, rows) => Math.max(most, limitOf(rows, stream)), 0);
+  }
+
+  limitOf(stream) {
+    return this.limitIn(this.state.block, this.state.head, stream);
+  }
+
+  keepInside() {
+    const { state, run } = this;
+    state.block = clamp(state.block, 0, run.blocks.length - 1);
+    state.head = clamp(state.head, MEAN, run.blocks[state.block].heads - 1);
+  }
+
+  // Shows another view. Another lambda is kept while block and map stay.
+  show(change, lambda = this.whatIf) {
+    const { state } = this;
+    const before = `${state.block} ${state.mode}`;
+    Object.assign(state, change);
+    this.keepInside();
+    const isOther = before !== `${state.block} ${state.mode}`;
+    this.whatIf = isOther ? null : lambda;
+    if (isOther) this.hover = null;
+    this.draw();
+    writeLink(this);
+  }
+
+  // ---- Drawing
+
+  draw() {
+    const { run, layers, table, state } = this;
+    if (!run || !layers[state.block] || !this.root.clientWidth) return;
+    const start = performance.now();
+    const ready = run.blocks.map((_, block) => block).filter((block) => layers[block]);
+    ready.forEach((block) => this.compute(block));
+    this.current = table[state.block][state.head + 1];
+    if (this.hover !== null && this.hover >= this.current.positive.length) this.hover = null;
+    drawControls(this);
+    this.drawWords();
+    this.drawPanels();
+    this.drawStrip(ready);
+    this.root.dataset.drawMs = (performance.now() - start).toFixed(2);
+  }
+
+  drawPanels() {
+    this.drawCanvas(this.large, this.streamOf(this.state.block));
+    for (const figure of this.figures) if (!figure.hidden) this.drawCanvas(figure.querySelector("canvas"), figure.dataset.stream);
+    this.drawHover();
+  }
+
+  drawCanvas(canvas, stream) {
+    const isLarge = canvas === this.large;
+    drawMap(canvas, {
+      info: this.info,
+      mode: this.mode,
+      aspect: this.aspect,
+      painted: paint(this.current[stream], stream, this.limitOf(stream), this.colors[isLarge ? "veil" : theme()]),
+      photo: isLarge ? this.photo : null,
+      prefixNames: isLarge ? this.run.prefixNames : null,
+      point: this.state.query,
+      hover: this.hover,
     });
   }
-}
 
-const SCALES = {
-  map: "each map on a scale of its own",
-  block: "the maps of a block on one scale",
-  all: "all maps on one scale",
-};
-
-function drawWords() {
-  const facts = info();
-  const titles = titlesOf(facts, mode());
-  const signed = isSigned(facts, mode());
-  find(".vx-says").textContent = meaningOf(facts, mode());
-  find(".vx-query").textContent = queryName();
-  find(".vx-kind").textContent = describe(facts);
-  find(".vx-lambdas").textContent = `block ${facts.label}: ${lambdasOf(facts).join(", ") || "none"}`;
-  [find(".vx-term").textContent, find(".vx-caption").textContent] = run.caption;
-  for (const panel of panels) {
-    const stream = panel.dataset.stream;
-    panel.hidden = !signed && stream !== "positive";
-    if (panel.hidden) continue;
-    const title = titles[stream];
-    const limit = limitIn(state.block, state.head, stream);
-    panel.querySelector("button").textContent = title;
-    panel.querySelector("button").title = `Show “${title}” over the image`;
-    panel.querySelector("canvas").setAttribute("aria-label", `${title}: ${summary(stream)} Arrow keys move the query.`);
-    panel.querySelector("i").style.background = barOf(props.palette, theme(), stream);
-    panel.querySelector(".vv-marks").replaceChildren(...marksOf(stream, limit).map((textContent) => make("span", { textContent })));
-    panel.querySelector(".vx-sum").textContent = sumOf(stream);
+  drawStrip(blocks) {
+    for (const block of blocks) {
+      const [stream, { info }] = [this.streamOf(block), this.layers[block]];
+      this.strip[block].forEach((button, i) => {
+        const painted = paint(this.table[block][i][stream], stream, this.limitIn(block, i - 1, stream), this.colors[theme()]);
+        raster(button.firstChild, info, modeOf(info, this.state.mode), painted);
+      });
+    }
   }
-  const title = titles[signed ? state.stream : "positive"];
-  const shown = `${title}${whatIf === null || state.stream !== "differential" ? "" : ` with λ = ${hundredths(whatIf)}`}`;
-  find(".vx-large figcaption").textContent = `${shown} over the image: the stronger the colour, the larger the value.`;
-  large.setAttribute("aria-label", `${shown} over the image: ${summary(streamOf(state.block))} Arrow keys move the query.`);
-  find(".vx-strip h2").textContent = `${title}, of the same query in every head`;
-  find(".vx-strip > p").textContent = `Heads (rows) by blocks (columns), ${SCALES[state.scale]}. Click one to see it above.`;
-}
 
-const lambdasOf = ({ lambda1, lambda2 }) =>
-  [["λ₁", lambda1], ["λ₂", lambda2]].filter(([, value]) => value !== null).map(([name, value]) => `${name} = ${thousandths(value)}`);
-const marksOf = (stream, limit) => (stream === "differential" ? [`−${number(limit)}`, "0", `+${number(limit)}`] : ["0", number(limit)]);
-
-function sumOf(stream) {
-  const sum = total(current[stream]);
-  const lambda = whatIf ?? info()[`lambda${stage()}`];
-  if (info().patches && info().slots > current[stream].reduce((seen, v) => seen + !Number.isNaN(v), 0)) {
-    return `row sum ${sum.toFixed(3)}, the rest on padding`;
+  drawWords() {
+    const { info, mode, state, whatIf } = this;
+    const titles = titlesOf(info, mode);
+    const signed = isSigned(info, mode);
+    this.find(".vx-says").textContent = meaningOf(info, mode);
+    this.find(".vx-query").textContent = this.queryName;
+    this.find(".vx-kind").textContent = describe(info);
+    this.find(".vx-lambdas").textContent = `block ${info.label}: ${lambdasOf(info).join(", ") || "none"}`;
+    [this.find(".vx-term").textContent, this.find(".vx-caption").textContent] = this.run.caption;
+    for (const figure of this.figures) {
+      const { stream } = figure.dataset;
+      figure.hidden = !signed && stream !== "positive";
+      if (figure.hidden) continue;
+      const title = titles[stream];
+      const label = `${title}: ${this.summary(stream)} Arrow keys move the query.`;
+      writeFigure(figure, { title, label, stream, limit: this.limitOf(stream), palette: this.props.palette });
+      figure.querySelector("button").title = `Show “${title}” over the image`;
+      figure.querySelector(".vx-sum").textContent = this.sumOf(stream);
+    }
+    const title = titles[signed ? state.stream : "positive"];
+    const shown = `${title}${whatIf === null || state.stream !== "differential" ? "" : ` with λ = ${hundredths(whatIf)}`}`;
+    this.find(".vx-large figcaption").textContent = `${shown} over the image: the stronger the colour, the larger the value.`;
+    this.large.setAttribute("aria-label", `${shown} over the image: ${this.summary(this.streamOf(state.block))} Arrow keys move the query.`);
+    this.find(".vx-strip h2").textContent = `${title}, of the same query in every head`;
+    this.find(".vx-strip > p").textContent = `Heads (rows) by blocks (columns), ${SCALES[state.scale]}. Click one to see it above.`;
   }
-  const isRest = stream === "differential" && mode() !== "effective" && Math.abs(1 - lambda - sum) < 0.002;
-  return `row sum ${thousandths(sum)}${isRest ? ` = 1 − ${whatIf === null ? ["λ₁", "λ₂"][stage() - 1] : "λ"}` : ""}`;
-}
 
-// A map in words, for those who do not see it.
-function summary(stream) {
-  const values = current[stream];
-  const strongest = values.reduce((best, v, i) => (Number.isNaN(values[best]) || Math.abs(v) > Math.abs(values[best]) ? i : best), 0);
-  const where = nameOf(lattice("key"), strongest, run.prefixNames);
-  return `block ${info().label}, ${nameOfHead(state.head)}, query ${queryName()}; strongest at ${where}, ${number(values[strongest])}.`;
-}
+  drawHover() {
+    const { hover, current } = this;
+    this.find(".vx-pointer").textContent = hover === null ? "–" : nameOf(this.lattice("key"), hover, this.run.prefixNames);
+    for (const figure of this.figures) {
+      const values = current[figure.dataset.stream];
+      const rank = hover === null ? 0 : 1 + values.reduce((above, v) => above + (Math.abs(v) > Math.abs(values[hover])), 0);
+      const seen = values.reduce((count, v) => count + !Number.isNaN(v), 0);
+      const words = () => (Number.isNaN(values[hover]) ? "outside the window" : `${number(values[hover])} · ${ordinal(rank)} of ${seen}`);
+      figure.querySelector(".vx-value").textContent = hover === null ? "" : words();
+    }
+  }
 
-const KINDS = {
-  vca: "Visual-Contrast Attention", vca_stage1: "Contrast in Stage I only", vca_stage2: "Contrast in Stage II only",
-  mhsa: "Self-attention", mhsa_dwc: "Self-attention and a depthwise convolution", diff: "Differential attention",
-  agent: "Agent attention", sr: "Spatial-reduction attention", window: "Window attention", stripes: "Stripe attention",
-};
+  sumOf(stream) {
+    const { info, whatIf } = this;
+    const values = this.current[stream];
+    const sum = total(values);
+    const lambda = whatIf ?? info[`lambda${this.stage}`];
+    if (info.patches && info.slots > values.reduce((seen, v) => seen + !Number.isNaN(v), 0)) {
+      return `row sum ${sum.toFixed(3)}, the rest on padding`;
+    }
+    const isRest = stream === "differential" && this.mode !== "effective" && Math.abs(1 - lambda - sum) < 0.002;
+    return `row sum ${thousandths(sum)}${isRest ? ` = 1 − ${whatIf === null ? STAGES[this.stage - 1] : "λ"}` : ""}`;
+  }
 
-function describe({ kind, grid, tokens, keys, window }) {
-  const parts = [`${grid.join(" × ")} patches`];
-  if (tokens) parts.push(`${tokens.join(" × ")} contrast tokens`);
-  if (keys) parts.push(`${keys.join(" × ")} reduced keys`);
-  if (window && String(window) !== String(grid)) parts.push(`${kind === "stripes" ? "stripes" : "windows"} of ${window.join(" × ")}`);
-  return `${KINDS[kind] ?? kind}: ${parts.join(", ")}`;
-}
-
-function drawHover() {
-  find(".vx-pointer").textContent = hover === null ? "–" : nameOf(lattice("key"), hover, run.prefixNames);
-  for (const panel of panels) {
-    const values = current[panel.dataset.stream];
-    const rank = hover === null ? 0 : 1 + values.reduce((above, v) => above + (Math.abs(v) > Math.abs(values[hover])), 0);
-    const seen = values.reduce((count, v) => count + !Number.isNaN(v), 0);
-    const words = () => (Number.isNaN(values[hover]) ? "outside the window" : `${number(values[hover])} · ${ordinal(rank)} of ${seen}`);
-    panel.querySelector(".vx-value").textContent = hover === null ? "" : words();
+  // A map in words, for those who do not see it.
+  summary(stream) {
+    const values = this.current[stream];
+    const strongest = values.reduce((best, v, i) => (Number.isNaN(values[best]) || Math.abs(v) > Math.abs(values[best]) ? i : best), 0);
+    const where = nameOf(this.lattice("key"), strongest, this.run.prefixNames);
+    return `block ${this.info.label}, ${this.headName}, query ${this.queryName}; strongest at ${where}, ${number(values[strongest])}.`;
   }
 }
 
-function drawPanels() {
-  drawCanvas(large, streamOf(state.block));
-  for (const panel of panels) if (!panel.hidden) drawCanvas(panel.querySelector("canvas"), panel.dataset.stream);
-  drawHover();
-}
+const isAwaited = () => linked().get("model") && !linked().get("image");
 
-function draw() {
-  if (!run || !layers[state.block] || !root.clientWidth) return;
-  const start = performance.now();
-  const ready = run.blocks.map((_, block) => block).filter((block) => layers[block]);
-  ready.forEach(compute);
-  current = table[state.block][state.head + 1];
-  if (hover !== null && hover >= current.positive.length) hover = null;
-  drawControls();
-  drawWords();
-  drawPanels();
-  drawStrip(ready);
-  root.dataset.drawMs = (performance.now() - start).toFixed(2);
+export function mount(host) {
+  const view = new Explorer(host);
+  const { root, state } = view;
+  listen(view);
+  listenToLinks(view);
+  listenToSaving(view);
+  host.watch("value", () => view.receive());
+  root.explorer = { state, get rows() { return view.current; } };
+  view.receive();
 }

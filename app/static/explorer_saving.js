@@ -1,10 +1,19 @@
+// What can be taken away from the explorer: the link of a view, and files.
+
+import { drawingOf } from "./map_figure.js";
+import { SCALES, hundredths, lambdasOf, marksOf, titlesOf } from "./map_words.js";
+import { MEAN, STREAMS, clamp, indexAt, isSigned } from "./maps.js";
+import { make, redrawOnChange } from "./panel.js";
+
 // ---- The link of a view: #explore?model=...&image=...&map=...
 
-function linked() {
-  return new URLSearchParams(location.hash.startsWith("#explore?") ? location.hash.slice("#explore?".length) : "");
+const PREFIX = "#explore?";
+
+export function linked() {
+  return new URLSearchParams(location.hash.startsWith(PREFIX) ? location.hash.slice(PREFIX.length) : "");
 }
 
-function viewOfLink() {
+export function viewOfLink() {
   const link = linked();
   const view = {};
   const take = (key, pattern, read) => pattern.test(link.get(key) ?? "") && Object.assign(view, read(link.get(key)));
@@ -21,52 +30,59 @@ function viewOfLink() {
   return view;
 }
 
-function writeLink() {
-  if (!run?.model) return clearLink();
+export function writeLink({ run, state }) {
+  if (!run?.model) return clearLink(run);
   const { mode, stream, scale, block, head, query } = state;
   const link = new URLSearchParams({ model: run.model });
   if (run.example) link.set("image", run.example);
-  const place = query.prefix === null ? `${query.x.toFixed(4)},${query.y.toFixed(4)}` : `token${query.prefix + 1}`;
-  const view = { map: mode, stream, block: block + 1, head: head === MEAN ? "mean" : head + 1, query: place, scale };
+  const point = query.prefix === null ? `${query.x.toFixed(4)},${query.y.toFixed(4)}` : `token${query.prefix + 1}`;
+  const view = { map: mode, stream, block: block + 1, head: head === MEAN ? "mean" : head + 1, query: point, scale };
   for (const [key, value] of Object.entries(view)) link.set(key, value);
-  history.replaceState(history.state, "", `#explore?${link}`);
+  history.replaceState(history.state, "", PREFIX + link);
 }
 
-function clearLink() {
-  if (run && location.hash.startsWith("#explore?")) history.replaceState(history.state, "", location.pathname + location.search);
+function clearLink(run) {
+  if (run && location.hash.startsWith(PREFIX)) history.replaceState(history.state, "", location.pathname + location.search);
 }
 
-addEventListener("hashchange", () => {
-  const link = linked();
-  if (!link.get("model")) return;
-  Object.assign(state, viewOfLink());
-  if (run && link.get("model") === run.model && (link.get("image") ?? run.example) === run.example) show({});
-  else trigger("select");
-});
+// Follows a link that is typed or clicked, and keeps the page's address up to date while the explorer is on show.
+export function listenToLinks(view) {
+  addEventListener("hashchange", () => {
+    const { run } = view;
+    const link = linked();
+    if (!link.get("model")) return;
+    Object.assign(view.state, viewOfLink());
+    if (run && link.get("model") === run.model && (link.get("image") ?? run.example) === run.example) view.show({});
+    else view.trigger("select");
+  });
+  redrawOnChange(view.root, () => {
+    view.draw();
+    if (view.root.clientWidth) writeLink(view);
+    else clearLink(view.run);
+  });
+}
 
-// ---- Saving
+// ---- Files
 
-const limits = () => Object.fromEntries(STREAMS.map((stream) => [stream, limitIn(state.block, state.head, stream)]));
-const shownStreams = () => (isSigned(info(), mode()) ? STREAMS : ["positive"]);
-
-function figure() {
-  const titles = titlesOf(info(), mode());
-  const lambdas = lambdasOf(info());
-  if (whatIf !== null) lambdas.push(`drawn with λ = ${hundredths(whatIf)} instead`);
+function figure(view) {
+  const { info, mode, state, run } = view;
+  const titles = titlesOf(info, mode);
+  const lambdas = lambdasOf(info);
+  if (view.whatIf !== null) lambdas.push(`drawn with λ = ${hundredths(view.whatIf)} instead`);
   const [term, words] = run.caption;
   return drawingOf({
-    info: info(),
-    mode: mode(),
-    aspect: aspect(),
+    info,
+    mode,
+    aspect: view.aspect,
     photo: run.image,
     point: state.query,
-    palette: props.palette,
-    title: [run.model, `block ${info().label}`, nameOfHead(state.head)].filter(Boolean).join(" · "),
-    lines: [`${term}: ${words}. Query: ${queryName()}.`, [...lambdas, SCALES[state.scale]].join(", ").replace(/^./, (first) => first.toUpperCase())],
-    over: streamOf(state.block),
-    maps: shownStreams().map((stream) => {
-      const limit = limitIn(state.block, state.head, stream);
-      return { stream, title: titles[stream], values: current[stream], limit, marks: marksOf(stream, limit), sum: sumOf(stream) };
+    palette: view.props.palette,
+    title: [run.model, `block ${info.label}`, view.headName].filter(Boolean).join(" · "),
+    lines: [`${term}: ${words}. Query: ${view.queryName}.`, [...lambdas, SCALES[state.scale]].join(", ").replace(/^./, (first) => first.toUpperCase())],
+    over: view.streamOf(state.block),
+    maps: (isSigned(info, mode) ? STREAMS : ["positive"]).map((stream) => {
+      const limit = view.limitOf(stream);
+      return { stream, title: titles[stream], values: view.current[stream], limit, marks: marksOf(stream, limit), sum: view.sumOf(stream) };
     }),
   });
 }
@@ -80,48 +96,48 @@ async function pictureOf(svg) {
   return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
 }
 
-// What the server needs to know of this view, and what the saved numbers should say of it.
-function request() {
+// What the server needs to know of a view, and what the saved numbers should say of it.
+function request(view) {
+  const { info, mode, state, run, queryName } = view;
   const { block, head } = state;
-  const query = indexAt(info(), lattice("query"), state.query);
-  const view = { ...state, mode: mode(), stream: streamOf(block), queryName: queryName(), limits: limits() };
-  return { token: run.token, block, head, mode: mode(), query, lambda: whatIf, view, run: props.value };
+  const query = indexAt(info, view.lattice("query"), state.query);
+  const limits = Object.fromEntries(STREAMS.map((stream) => [stream, view.limitOf(stream)]));
+  const shown = { ...state, mode, stream: view.streamOf(block), queryName, limits };
+  return { token: run.token, block, head, mode, query, lambda: view.whatIf, view: shown, run: view.props.value };
 }
 
-const fromServer = async (answer, type) => {
+async function fromServer(answer, type) {
   const { data } = await answer;
   if (!data) throw new Error("expired");
   return new Blob([Uint8Array.from(atob(data), (character) => character.charCodeAt(0))], { type });
-};
-const FILES = {
-  svg: () => new Blob([figure()], { type: "image/svg+xml" }),
-  png: () => pictureOf(figure()),
-  npz: () => fromServer(server.export_numbers(request()), "application/zip"),
-  html: () => fromServer(server.export_page(request()), "text/html"),
-};
-
-for (const button of root.querySelectorAll("[data-save]")) {
-  const form = button.dataset.save;
-  button.hidden = props.offline && ["npz", "html"].includes(form);
-  button.onclick = async () => {
-    if (!current) return;
-    const status = find(".vx-save [role=status]");
-    status.textContent = "";
-    try {
-      const head = state.head === MEAN ? "mean" : `head${state.head + 1}`;
-      const name = [run.model ?? "maps", `block${run.blocks[state.block].block + 1}`, head, mode()].join("-");
-      const link = make("a", { href: URL.createObjectURL(await FILES[form]()), download: `${name}.${form}` });
-      link.click();
-      setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
-    } catch {
-      status.textContent = "The server no longer keeps these maps, or does not answer.";
-    }
-  };
 }
 
-find(".vv-note button").onclick = () => trigger("submit");
-new ResizeObserver(() => (root.clientWidth ? (draw(), writeLink()) : clearLink())).observe(root);
-new MutationObserver(draw).observe(document.body, { attributes: true, attributeFilter: ["class"] });
-watch("value", receive);
-root.explorer = { state, get rows() { return current; } };
-receive();
+const FILES = {
+  svg: (view) => new Blob([figure(view)], { type: "image/svg+xml" }),
+  png: (view) => pictureOf(figure(view)),
+  npz: (view) => fromServer(view.server.export_numbers(request(view)), "application/zip"),
+  html: (view) => fromServer(view.server.export_page(request(view)), "text/html"),
+};
+
+export function listenToSaving(view) {
+  for (const button of view.root.querySelectorAll("[data-save]")) {
+    const form = button.dataset.save;
+    button.hidden = view.props.offline && ["npz", "html"].includes(form);
+    button.onclick = () => view.current && save(view, form);
+  }
+}
+
+async function save(view, form) {
+  const status = view.find(".vx-save [role=status]");
+  status.textContent = "";
+  try {
+    const { run, state } = view;
+    const head = state.head === MEAN ? "mean" : `head${state.head + 1}`;
+    const name = [run.model ?? "maps", `block${run.blocks[state.block].block + 1}`, head, view.mode].join("-");
+    const link = make("a", { href: URL.createObjectURL(await FILES[form](view)), download: `${name}.${form}` });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+  } catch {
+    status.textContent = "The server no longer keeps these maps, or does not answer.";
+  }
+}

@@ -2,164 +2,185 @@
 // it has ended, its timeline. `server.fetch_frame` gives the frames that did not stream by. A frame is one image with
 // all pictures one below another.
 
-const root = element.querySelector(".vg");
-const find = (selector) => root.querySelector(selector);
-const range = find(".vv-timeline input");
-const EMPTY = find(".vv-note span").textContent;
+import { Panel, make, press } from "./panel.js";
 
-let run = null; // what the server said last
-let film = {}; // step -> the frame's image
-let at = 0; // index in run.timeline
-let picture = 0; // index of the chosen picture
-let started = 0; // when the first frame came, in ms
+const COLUMNS = 4;
 
-const isRunning = () => run?.state === "running";
-const isAwaited = () => isRunning() || run?.state === "waiting";
-const ordinal = (i) => `picture ${i + 1}`;
-const time = (t) => (Number.isInteger(t) ? `${t}` : t.toFixed(3));
+class Pictures extends Panel {
+  run = null; // what the server said last
+  frames = {}; // step -> the frame's image
+  at = 0; // index in run.timeline
+  picture = 0; // index of the chosen picture
+  started = 0; // when the first frame came, in ms
 
-function note(text, { isProblem = false, canCancel = false } = {}) {
-  find(".vv-note").hidden = !text;
-  find(".vv-note").classList.toggle("vv-problem", isProblem);
-  find(".vv-note span").textContent = text;
-  find(".vv-note button").hidden = !canCancel;
-  find(".vg-body").hidden = Boolean(text);
-}
-
-async function receive() {
-  const received = props.value ? JSON.parse(props.value) : {};
-  if (received.state === "waiting") return isRunning() || wait();
-  if (received.state === "failed") return isAwaited() && fail();
-  const isNew = received.token !== run?.token;
-  run = received;
-  root.dataset.state = run.state ?? "empty";
-  if (!run.token) return note(run.problem ?? EMPTY, { isProblem: Boolean(run.problem) });
-  if (isNew) {
-    film = {};
-    started = performance.now();
-    buildGrid();
+  constructor(host) {
+    super(host, ".vg");
+    this.range = this.find(".vv-timeline input");
   }
-  note("");
-  await keep(run.step, run.image);
-  if (received !== run) return;
-  drawProgress();
-  find(".vg-ended").hidden = isRunning();
-  if (isRunning()) return show(film[run.step]);
-  range.max = run.timeline.length - 1;
-  move(run.timeline.length - 1);
-  for (const { step } of run.timeline) {
-    if (film[step]) continue;
-    const frame = await server.fetch_frame({ token: run.token, step }).catch(() => ({}));
-    if (received !== run || !frame.image) return;
-    await keep(step, frame.image);
+
+  get isRunning() {
+    return this.run?.state === "running";
   }
-  root.dataset.film = "complete";
-}
 
-function wait() {
-  run = { state: "waiting" };
-  root.dataset.state = "waiting";
-  note("Starting …");
-  const mine = run;
-  setTimeout(() => run === mine && note("Waiting for the pictures of other visitors …", { canCancel: true }), 2000);
-}
+  async receive() {
+    const received = this.props.value ? JSON.parse(this.props.value) : {};
+    if (received.state === "waiting") return this.isRunning || this.wait();
+    if (received.state === "failed") return (this.isRunning || this.run?.state === "waiting") && this.fail();
+    const isNew = received.token !== this.run?.token;
+    this.run = received;
+    this.root.dataset.state = received.state ?? "empty";
+    if (!received.token) return this.say(received.problem ?? this.hint, { style: received.problem ? "vv-problem" : "" });
+    if (isNew) {
+      this.frames = {};
+      this.started = performance.now();
+      this.buildGrid();
+    }
+    this.say("");
+    await this.keep(received.step, received.image);
+    if (this.run !== received) return;
+    this.drawProgress();
+    this.find(".vg-ended").hidden = this.isRunning;
+    if (this.isRunning) return this.show(this.frames[received.step]);
+    this.range.max = received.timeline.length - 1;
+    this.move(received.timeline.length - 1);
+    for (const { step } of received.timeline) {
+      if (this.frames[step]) continue;
+      const frame = await this.server.fetch_frame({ token: received.token, step }).catch(() => ({}));
+      if (this.run !== received || !frame.image) return;
+      await this.keep(step, frame.image);
+    }
+    this.root.dataset.film = "complete";
+  }
 
-// The server is full or gone. A request that the visitor gave up ends so, too, but is not awaited any more.
-function fail() {
-  run = null;
-  root.dataset.state = "empty";
-  note("The server did not answer. Please try again in a minute.", { isProblem: true });
-}
+  // Says something in the place of the pictures.
+  say(text, options) {
+    this.note(text, options);
+    this.find(".vg-body").hidden = Boolean(text);
+  }
 
-async function keep(step, source) {
-  const image = new Image();
-  image.src = source;
-  await image.decode();
-  film[step] = image;
-}
+  wait() {
+    const mine = { state: "waiting" };
+    this.run = mine;
+    this.root.dataset.state = "waiting";
+    this.say("Starting …");
+    setTimeout(() => this.run === mine && this.say("Waiting for the pictures of other visitors …", { button: ".vg-cancel" }), 2000);
+  }
 
-// ---- Drawing
+  // The server is full or gone. A request that the visitor gave up ends so, too, but is not awaited any more.
+  fail() {
+    this.leave();
+    this.say("The server did not answer. Please try again in a minute.", { style: "vv-problem" });
+  }
 
-function buildGrid() {
-  const columns = run.count <= 4 ? run.count : 4;
-  find(".vg-grid").style.setProperty("--columns", columns);
-  picture = Math.min(picture, run.count - 1);
-  delete root.dataset.film;
-  find(".vg-grid").replaceChildren(
-    ...[...Array(run.count).keys()].map((i) => {
-      const button = Object.assign(document.createElement("button"), { type: "button" });
-      button.append(document.createElement("canvas"));
-      button.setAttribute("aria-label", `${run.label}, ${ordinal(i)}`);
-      button.onclick = () => choose(i);
+  cancel() {
+    this.trigger("stop");
+    this.leave();
+    this.say(this.hint);
+  }
+
+  leave() {
+    this.run = null;
+    this.root.dataset.state = "empty";
+  }
+
+  async keep(step, source) {
+    const { frames } = this;
+    const image = Object.assign(new Image(), { src: source });
+    await image.decode();
+    frames[step] = image;
+  }
+
+  // ---- Drawing
+
+  buildGrid() {
+    const { count } = this.run;
+    this.find(".vg-grid").style.setProperty("--columns", Math.min(count, COLUMNS));
+    delete this.root.dataset.film;
+    this.find(".vg-grid").replaceChildren(...Array.from({ length: count }, (_, i) => {
+      const button = make("button", { type: "button", onclick: () => this.choose(i) });
+      button.append(make("canvas"));
+      button.setAttribute("aria-label", this.nameOf(i));
       return button;
-    }),
-  );
-  choose(picture);
-}
-
-function show(frame) {
-  const height = frame.naturalHeight / run.count;
-  [...root.querySelectorAll(".vg-grid canvas")].forEach((canvas, i) => {
-    canvas.width = frame.naturalWidth;
-    canvas.height = height;
-    canvas.getContext("2d").drawImage(frame, 0, i * height, canvas.width, height, 0, 0, canvas.width, height);
-  });
-}
-
-function drawProgress() {
-  const { step, steps, state } = run;
-  const left = ((performance.now() - started) / step) * (steps - step) / 1000;
-  const rest = { running: step > 1 ? `, ${Math.ceil(left)} s left` : "", stopped: ", stopped", complete: "" }[state];
-  find("progress").max = steps;
-  find("progress").value = step;
-  find(".vg-count").textContent = `${step} of ${steps} steps${rest}`;
-  find(".vg-stop").hidden = !isRunning();
-}
-
-// Which state "Explore this step" looks into: the network never saw the finished pictures.
-const seen = () => run.timeline[at].t === undefined ? run.timeline[at - 1] : run.timeline[at];
-
-function drawWords() {
-  const { step, t } = run.timeline[at];
-  const where = t === undefined ? "finished" : `after ${step} of ${run.steps} steps, t = ${time(t)}`;
-  find(".vv-says").textContent = `${run.label}, ${ordinal(picture)}: ${where}`;
-  find(".vg-explore").textContent = t === undefined ? "Explore the last step" : "Explore this step";
-  find(".vv-branch").hidden = !run.guided;
-}
-
-// ---- Controls
-
-async function move(index) {
-  at = index;
-  range.value = index;
-  range.setAttribute("aria-valuetext", `after ${run.timeline[at].step} of ${run.steps} steps`);
-  drawWords();
-  const { step } = run.timeline[at];
-  if (!film[step]) {
-    const { token } = run;
-    const frame = await server.fetch_frame({ token, step }).catch(() => ({}));
-    if (token !== run.token || !frame.image) return;
-    await keep(step, frame.image);
+    }));
+    this.choose(Math.min(this.picture, count - 1));
   }
-  if (run.timeline?.[at]?.step === step) show(film[step]);
+
+  show(frame) {
+    const height = frame.naturalHeight / this.run.count;
+    [...this.root.querySelectorAll(".vg-grid canvas")].forEach((canvas, i) => {
+      canvas.width = frame.naturalWidth;
+      canvas.height = height;
+      canvas.getContext("2d").drawImage(frame, 0, i * height, canvas.width, height, 0, 0, canvas.width, height);
+    });
+  }
+
+  drawProgress() {
+    const { step, steps, state } = this.run;
+    const left = (((performance.now() - this.started) / step) * (steps - step)) / 1000;
+    const rest = { running: step > 1 ? `, ${Math.ceil(left)} s left` : "", stopped: ", stopped", complete: "" }[state];
+    Object.assign(this.find(".vg-progress progress"), { max: steps, value: step });
+    this.find(".vg-count").textContent = `${step} of ${steps} steps${rest}`;
+    this.find(".vg-stop").hidden = !this.isRunning;
+  }
+
+  drawWords() {
+    const { step, t } = this.run.timeline[this.at];
+    const time = Number.isInteger(t) ? t : t?.toFixed(3);
+    const where = t === undefined ? "finished" : `after ${step} of ${this.run.steps} steps, t = ${time}`;
+    this.find(".vv-says").textContent = `${this.nameOf(this.picture)}: ${where}`;
+    this.find(".vg-explore").textContent = t === undefined ? "Explore the last step" : "Explore this step";
+    this.find(".vv-branch").hidden = !this.run.guided;
+  }
+
+  nameOf(picture) {
+    return `${this.run.label}, picture ${picture + 1}`;
+  }
+
+  // ---- Controls
+
+  async move(index) {
+    const { run, range, frames } = this;
+    const { step } = run.timeline[index];
+    this.at = index;
+    range.value = index;
+    range.setAttribute("aria-valuetext", `after ${step} of ${run.steps} steps`);
+    this.drawWords();
+    if (!frames[step]) {
+      const frame = await this.server.fetch_frame({ token: run.token, step }).catch(() => ({}));
+      if (this.run?.token !== run.token || !frame.image) return;
+      await this.keep(step, frame.image);
+    }
+    if (this.run?.timeline?.[this.at]?.step === step) this.show(frames[step]);
+  }
+
+  choose(index) {
+    this.picture = index;
+    [...this.find(".vg-grid").children].forEach((button, i) => press(button, i === index));
+    if (this.run.timeline) this.drawWords();
+  }
+
+  // Which state "Explore this step" looks into: the network never saw the finished pictures.
+  get seen() {
+    const { timeline } = this.run;
+    return timeline[this.at].t === undefined ? timeline[this.at - 1] : timeline[this.at];
+  }
+
+  listen() {
+    this.range.oninput = () => this.move(Number(this.range.value));
+    this.find(".vg-cancel").onclick = () => this.cancel();
+    this.find(".vg-stop").onclick = () => this.server.stop_run({ token: this.run.token });
+    this.find(".vg-explore").onclick = () => {
+      const withoutClass = this.run.guided && this.find(".vv-branch input").checked;
+      this.trigger("select", { token: this.run.token, step: this.seen.step, picture: this.picture, withoutClass });
+    };
+    this.find(".vg-classify").onclick = () =>
+      this.trigger("submit", { token: this.run.token, step: this.run.timeline[this.at].step, picture: this.picture });
+  }
 }
 
-function choose(index) {
-  picture = index;
-  [...find(".vg-grid").children].forEach((button, i) => button.setAttribute("aria-pressed", i === index));
-  if (run.timeline) drawWords();
+export function mount(host) {
+  const view = new Pictures(host);
+  view.listen();
+  host.watch("value", () => view.receive());
+  view.receive();
 }
-
-find(".vv-note button").onclick = () => {
-  trigger("stop");
-  run = null;
-  root.dataset.state = "empty";
-  note(EMPTY);
-};
-range.oninput = () => move(Number(range.value));
-find(".vg-stop").onclick = () => server.stop_run({ token: run.token });
-find(".vg-explore").onclick = () =>
-  trigger("select", { token: run.token, step: seen().step, picture, withoutClass: run.guided && find(".vv-branch input").checked });
-find(".vg-classify").onclick = () => trigger("submit", { token: run.token, step: run.timeline[at].step, picture });
-watch("value", receive);
-receive();

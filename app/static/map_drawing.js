@@ -1,7 +1,9 @@
+import { clamp, indexAt, latticeOf, layout, outline } from "./maps.js";
+
 // ---- Colour
 
 const parse = (color) => [1, 3, 5].map((i) => parseInt(color.slice(i, i + 2), 16));
-const theme = () => (document.body.classList.contains("dark") ? "dark" : "light");
+export const theme = () => (document.body.classList.contains("dark") ? "dark" : "light");
 
 function shade(stops, part) {
   const at = clamp(part, 0, 1) * (stops.length - 1);
@@ -20,9 +22,9 @@ function pixels(colorOf, none) {
 }
 
 // The colours of drawing.PALETTE: solid on a light or a dark page, and `veil`, to lay over an image.
-function colorTables(palette) {
-  const solid = (theme) => {
-    const ramps = { positive: palette[theme].positive.map(parse), negative: palette[theme].negative.map(parse) };
+export function colorTables(palette) {
+  const solid = (scheme) => {
+    const ramps = { positive: palette[scheme].positive.map(parse), negative: palette[scheme].negative.map(parse) };
     return pixels((side, part) => [...shade(ramps[side], part), 255], [0, 0, 0, 0]);
   };
   const over = { positive: parse(palette.overlay.positive), negative: parse(palette.overlay.negative) };
@@ -30,14 +32,14 @@ function colorTables(palette) {
 }
 
 // The colour bar of a stream as a CSS background.
-function barOf(palette, theme, stream) {
-  const { positive, negative } = palette[theme];
+export function barOf(palette, scheme, stream) {
+  const { positive, negative } = palette[scheme];
   const stops = { positive, negative, differential: [...negative.slice(1).reverse(), ...positive] }[stream];
   return `linear-gradient(to right, ${stops.join(", ")})`;
 }
 
 // The values of a stream as pixels; the negative stream is positive in number and blue in colour.
-function paint(values, stream, limit, colors) {
+export function paint(values, stream, limit, colors) {
   const scale = limit ? (stream === "negative" ? -STEPS : STEPS) / limit : 0;
   return Uint32Array.from(values, (value) => colors[Number.isNaN(value) ? NO_VALUE : STEPS + Math.round(clamp(value * scale, -STEPS, STEPS))]);
 }
@@ -47,7 +49,7 @@ function paint(values, stream, limit, colors) {
 // Which key each pixel of a map's picture shows. A pixel is a patch; of coarser cells, a quarter of one, because they
 // may meet in a patch's middle.
 const pixelKeys = new WeakMap();
-function keyOfPixel(info, lattice) {
+export function keyOfPixel(info, lattice) {
   const kept = pixelKeys.get(info) ?? pixelKeys.set(info, {}).get(info);
   if (kept[lattice.what]) return kept[lattice.what];
   const [rows, cols] = info.grid.map((count, i) => count * (count === lattice.size[i] ? 1 : 2));
@@ -61,7 +63,7 @@ function keyOfPixel(info, lattice) {
 }
 
 // A map without its prefix tokens as a small picture, the canvas's size.
-function raster(canvas, info, mode, painted) {
+export function raster(canvas, info, mode, painted) {
   const { keys, rows, cols } = keyOfPixel(info, latticeOf(info, mode, "key"));
   canvas.width = cols;
   canvas.height = rows;
@@ -76,7 +78,7 @@ function raster(canvas, info, mode, painted) {
 //   photo                drawn below the map, if given
 //   prefixNames          written beside the squares of the prefix tokens, if given
 //   point, hover         the query's place, and the key under the pointer or null
-function drawMap(canvas, { info, mode, aspect, painted, photo = null, prefixNames = null, point, hover = null }) {
+export function drawMap(canvas, { info, mode, aspect, painted, photo = null, prefixNames = null, point, hover = null }) {
   const [queries, keys] = [latticeOf(info, mode, "query"), latticeOf(info, mode, "key")];
   const place = layout(canvas, info, aspect, prefixNames);
   const scale = window.devicePixelRatio;
@@ -144,7 +146,7 @@ function drawWindows(context, info, place, thickness) {
   }
 }
 
-function windowLines(info, place, thickness) {
+export function windowLines(info, place, thickness) {
   const path = windowBorders(info, place).map(([x, y, w, h]) => `M${x} ${y}h${w}v${h}`).join("");
   const line = ([color, width]) => `<path d="${path}" fill="none" stroke="${color}" stroke-width="${thickness * width}"/>`;
   return BORDER.map(line).join("");
@@ -152,7 +154,7 @@ function windowLines(info, place, thickness) {
 
 // A dark line beside a light one: it shows on any picture. Inside the box, so that nothing is cut off; a small box is
 // left free and gets them around it: [colour, x, y, width, height] of both lines.
-function frameLines([x, y, w, h], width) {
+export function frameLines([x, y, w, h], width) {
   const insets = Math.min(w, h) < 7 * width ? [-1.5 * width, -0.5 * width] : [0.5 * width, 1.5 * width];
   return insets.map((inset, i) => [["#000", "#fff"][i], x + inset, y + inset, w - 2 * inset, h - 2 * inset]);
 }

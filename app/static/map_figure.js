@@ -1,3 +1,6 @@
+import { colorTables, frameLines, keyOfPixel, paint, windowLines } from "./map_drawing.js";
+import { indexAt, latticeOf, outline } from "./maps.js";
+
 // ---- The same as a drawing (SVG), to keep: on white, with colour bars
 
 const escaped = (text) => String(text).replace(/[&<>"]/g, (character) => `&#${character.charCodeAt(0)};`);
@@ -34,7 +37,7 @@ function framed(box, width) {
 //   maps                        of every stream: { stream, title, values, limit, marks, sum }
 //   over                        the stream to lay over the image
 //   title, lines                written on top
-function drawingOf({ info, mode, aspect, photo, point, palette, maps, over, title, lines }) {
+export function drawingOf({ info, mode, aspect, photo, point, palette, maps, over, title, lines }) {
   const tables = colorTables(palette);
   const [wide, narrow, gap] = [300, 200, 24];
   const squares = info.prefix ? 26 : 0;
@@ -67,13 +70,13 @@ function drawingOf({ info, mode, aspect, photo, point, palette, maps, over, titl
   lines.forEach((line, i) => text(gap, 52 + 18 * i, line));
   map(gap, wide, shown.values, over, shown.limit, tables.veil, photo);
   text(gap, top + tall + 20, `${shown.title} over the image`);
-  maps.forEach(({ stream, title, values, limit, marks, sum }, i) => {
+  maps.forEach(({ stream, title: name, values, limit, marks, sum }, i) => {
     const left = gap + wide + gap + i * (narrow + gap);
     const under = top + squares + narrow * aspect;
-    text(left, top - 8, title, 'font-weight="bold"');
+    text(left, top - 8, name, 'font-weight="bold"');
     map(left, narrow, values, stream, limit, tables.light, null);
     const { positive, negative } = palette.light;
-    const stops = { positive, negative, differential: [...negative.slice(1).reverse(), ...positive] }[stream];
+    const stops = { positive, negative, differential: [...negative.slice(1).toReversed(), ...positive] }[stream];
     const stop = (color, k) => `<stop offset="${k / (stops.length - 1)}" stop-color="${color}"/>`;
     parts.push(`<linearGradient id="bar-${stream}">${stops.map(stop).join("")}</linearGradient>`);
     parts.push(`<rect x="${left}" y="${under + 10}" width="${narrow}" height="10" fill="url(#bar-${stream})"/>`);

@@ -1,10 +1,12 @@
+import { MEAN, isSigned } from "./maps.js";
+
 // ---- Words
 
-const number = (value) => (value === 0 ? "0" : Math.abs(value) < 0.001 ? value.toExponential(1) : value.toPrecision(3)).replace("-", "−");
-const ordinal = (n) => n + (n % 100 > 10 && n % 100 < 14 ? "th" : (["th", "st", "nd", "rd"][n % 10] ?? "th"));
+export const number = (value) => (value === 0 ? "0" : Math.abs(value) < 0.001 ? value.toExponential(1) : value.toPrecision(3)).replace("-", "−");
+export const ordinal = (n) => n + (n % 100 > 10 && n % 100 < 14 ? "th" : (["th", "st", "nd", "rd"][n % 10] ?? "th"));
 
 // What the streams of a map are called; a map without a negative part has one name.
-function titlesOf(info, mode) {
+export function titlesOf(info, mode) {
   if (isSigned(info, mode)) return TITLES[mode];
   return { positive: info.streams[1] ? { effective: "Effective E", stage1: "Attention A₁", stage2: "Attention A₂" }[mode] : "Attention A" };
 }
@@ -16,7 +18,7 @@ const TITLES = {
 };
 
 // What a map says, in a sentence or two.
-function meaningOf({ kind, streams, tokens, grid, window }, mode) {
+export function meaningOf({ kind, streams, tokens, grid, window }, mode) {
   const [first, second] = streams.map((count, i) => (count === 2 ? ["D₁", "D₂"] : ["A₁", "A₂"])[i]);
   if (mode === "effective" && Math.max(...streams) === 2) {
     const formula = streams[1] ? `diag(r₂) ${second} diag(r₁) ${first}` : `diag(r₁) ${first}`;
@@ -40,17 +42,35 @@ const PLAIN = {
   stripes: "Where the boxed patch looks: nowhere but in its stripe, whose borders are drawn. Half the heads look up and down, half sideways.",
 };
 
-// ---- The page
+const KINDS = {
+  vca: "Visual-Contrast Attention", vca_stage1: "Contrast in Stage I only", vca_stage2: "Contrast in Stage II only",
+  mhsa: "Self-attention", mhsa_dwc: "Self-attention and a depthwise convolution", diff: "Differential attention",
+  agent: "Agent attention", sr: "Spatial-reduction attention", window: "Window attention", stripes: "Stripe attention",
+};
 
-const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
-const press = (button, pressed) => button.setAttribute("aria-pressed", pressed);
-
-// A row of buttons; kept while their number stays, so that the focus does too.
-function choices(container, labels, chosen, choose) {
-  if (container.children.length !== labels.length) {
-    container.replaceChildren(...labels.map(() => make("button", { type: "button" })));
-  }
-  labels.forEach((textContent, i) => {
-    press(Object.assign(container.children[i], { textContent, onclick: () => choose(i) }), i === chosen);
-  });
+// What a block is: its attention and its grids.
+export function describe({ kind, grid, tokens, keys, window }) {
+  const parts = [`${grid.join(" × ")} patches`];
+  if (tokens) parts.push(`${tokens.join(" × ")} contrast tokens`);
+  if (keys) parts.push(`${keys.join(" × ")} reduced keys`);
+  if (window && String(window) !== String(grid)) parts.push(`${kind === "stripes" ? "stripes" : "windows"} of ${window.join(" × ")}`);
+  return `${KINDS[kind] ?? kind}: ${parts.join(", ")}`;
 }
+
+export const hundredths = (value) => value.toFixed(2).replace("-", "−");
+export const thousandths = (value) => value.toFixed(3).replace("-", "−");
+
+// The lambdas of a block, as far as it has any.
+export const lambdasOf = ({ lambda1, lambda2 }) =>
+  [["λ₁", lambda1], ["λ₂", lambda2]].filter(([, value]) => value !== null).map(([name, value]) => `${name} = ${thousandths(value)}`);
+
+export const nameOfHead = (head) => (head === MEAN ? "mean of heads" : `head ${head + 1}`);
+
+// The numbers below a colour bar.
+export const marksOf = (stream, limit) => (stream === "differential" ? [`−${number(limit)}`, "0", `+${number(limit)}`] : ["0", number(limit)]);
+
+export const SCALES = {
+  map: "each map on a scale of its own",
+  block: "the maps of a block on one scale",
+  all: "all maps on one scale",
+};

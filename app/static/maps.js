@@ -10,8 +10,8 @@
 //         or that keys were reduced to
 // row     one value for each key: the prefix tokens, then the cells, row by row; NaN outside the query's window
 
-const MEAN = -1;
-const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
+export const MEAN = -1;
+export const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
 // ---- Values: from the server to arrays, from arrays to the rows of a query
 
@@ -30,7 +30,7 @@ function decode({ shape, type, data }) {
 }
 
 // A layer from the facts of a block and its arrays as the server sends them.
-function prepare(facts, arrays) {
+export function prepare(facts, arrays) {
   const maps = Object.fromEntries(Object.entries(arrays).map(([name, array]) => [name, decode(array)]));
   const info = maps.patches ? { ...facts, ...windowsOf(facts, maps) } : facts;
   return { info, maps, first: info.streams[1] ? firstStage(info, maps) : null };
@@ -100,7 +100,7 @@ function mean(rows) {
 
 // The rows of the query at a point, { positive, negative, differential }, a value for each key: of the mean of all
 // heads, then of each head. `lambda` is another one than the layer's, for a stage's differential row.
-function rowsOfHeads(layer, mode, point, lambda) {
+export function rowsOfHeads(layer, mode, point, lambda) {
   const { info, maps } = layer;
   const at = indexAt(info, latticeOf(info, mode, "query"), point);
   const query = info.patches ? info.slot[at] : at;
@@ -117,23 +117,23 @@ function rowsOfHeads(layer, mode, point, lambda) {
   return [all, ...heads];
 }
 
-const STREAMS = ["positive", "negative", "differential"];
-const signs = (row) => ({ positive: row.map((v) => Math.max(v, 0)), negative: row.map((v) => Math.max(-v, 0)), differential: row });
-const rowsOf = (layer, mode, head, point) => rowsOfHeads(layer, mode, point)[head + 1];
+export const STREAMS = ["positive", "negative", "differential"];
+const signs = (values) => ({ positive: values.map((v) => Math.max(v, 0)), negative: values.map((v) => Math.max(-v, 0)), differential: values });
+export const rowsOf = (layer, mode, head, point) => rowsOfHeads(layer, mode, point)[head + 1];
 
-const modesOf = (info) => (info.streams[1] ? ["effective", "stage1", "stage2"] : info.streams[0] === 2 ? ["effective", "stage1"] : ["effective"]);
-const modeOf = (info, wanted) => (modesOf(info).includes(wanted) ? wanted : "effective");
+export const modesOf = (info) => (info.streams[1] ? ["effective", "stage1", "stage2"] : info.streams[0] === 2 ? ["effective", "stage1"] : ["effective"]);
+export const modeOf = (info, wanted) => (modesOf(info).includes(wanted) ? wanted : "effective");
 // Has this map a negative part? If not, one picture says it all.
-const isSigned = ({ streams }, mode) => ({ effective: Math.max(...streams), stage1: streams[0], stage2: streams[1] })[mode] === 2;
+export const isSigned = ({ streams }, mode) => ({ effective: Math.max(...streams), stage1: streams[0], stage2: streams[1] })[mode] === 2;
 const largest = (values) => values.reduce((most, value) => (Math.abs(value) > most ? Math.abs(value) : most), 0);
-const total = (values) => values.reduce((sum, value) => (Number.isNaN(value) ? sum : sum + value), 0);
-const limitOf = (rows, stream) =>
+export const total = (values) => values.reduce((sum, value) => (Number.isNaN(value) ? sum : sum + value), 0);
+export const limitOf = (rows, stream) =>
   stream === "differential" ? largest(rows.differential) : Math.max(largest(rows.positive), largest(rows.negative));
 
 // ---- Geometry
 
 // What the queries or the keys (`side`) of a map stand for: the prefix tokens, then cells that share the image.
-function latticeOf(info, mode, side) {
+export function latticeOf(info, mode, side) {
   const ofTokens = side === "query" ? mode === "stage1" && info.tokens : mode === "stage2";
   if (ofTokens) return { what: "contrast token", size: info.tokens, prefix: 0 };
   if (side === "key" && info.keys) return { what: "reduced key", size: info.keys, prefix: 0 };
@@ -155,17 +155,17 @@ function tileAt(position, count, size) {
 }
 
 // Row and column of the cell at a point.
-const cellAt = (info, { size }, { x, y }) => [tileAt(y * info.grid[0], size[0], info.grid[0]), tileAt(x * info.grid[1], size[1], info.grid[1])];
+export const cellAt = (info, { size }, { x, y }) => [tileAt(y * info.grid[0], size[0], info.grid[0]), tileAt(x * info.grid[1], size[1], info.grid[1])];
 
 // The query or key at a point.
-function indexAt(info, lattice, point) {
+export function indexAt(info, lattice, point) {
   if (point.prefix !== null && point.prefix < lattice.prefix) return point.prefix;
   const [r, c] = cellAt(info, lattice, point);
   return lattice.prefix + r * lattice.size[1] + c;
 }
 
 // The outline of a cell, in parts of the image: [left, top, right, bottom].
-function outline(info, lattice, index) {
+export function outline(info, lattice, index) {
   const [rows, cols] = info.grid;
   const cell = index - lattice.prefix;
   const [top, bottom] = poolSpan(Math.floor(cell / lattice.size[1]), lattice.size[0], rows);
@@ -173,7 +173,7 @@ function outline(info, lattice, index) {
   return [left / cols, top / rows, right / cols, bottom / rows];
 }
 
-function nameOf(lattice, index, prefixNames) {
+export function nameOf(lattice, index, prefixNames) {
   if (index < lattice.prefix) return `${prefixNames[index]} token`;
   const cell = index - lattice.prefix;
   return `${lattice.what}, row ${Math.floor(cell / lattice.size[1]) + 1}, column ${(cell % lattice.size[1]) + 1}`;
@@ -181,7 +181,7 @@ function nameOf(lattice, index, prefixNames) {
 
 // Where things are on a canvas, in CSS pixels: the squares of the prefix tokens on top, the image below. `aspect` is
 // the image's height by its width; squares with a name beside them stand further apart.
-function layout(canvas, info, aspect, named) {
+export function layout(canvas, info, aspect, named) {
   const width = canvas.clientWidth;
   const side = info.prefix ? clamp(width / 14, 14, 24) : 0;
   const step = named ? 110 : side + 5;
@@ -191,7 +191,7 @@ function layout(canvas, info, aspect, named) {
 }
 
 // The point under the pointer, or null. `place` is the canvas's layout.
-function pointUnder(canvas, event, place) {
+export function pointUnder(canvas, event, place) {
   const box = canvas.getBoundingClientRect();
   const [px, py] = [event.clientX - box.left, event.clientY - box.top];
   const prefix = place.prefix.findIndex(([x, y, w, h]) => px >= x - 2 && px <= x + w + 2 && py >= y - 2 && py <= y + h + 4);

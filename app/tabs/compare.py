@@ -55,7 +55,7 @@ def build(context: Context) -> None:
                 "",
                 html_template=assets.text("compare.html"),
                 css_template=assets.text("view.css", "compare.css"),
-                js_on_load=assets.text(*assets.COMPARE_SCRIPTS),
+                js_on_load=assets.script("compare.js"),
                 apply_default_css=False,
                 server_functions=[fetch_maps, measure, look],
                 palette=drawing.PALETTE,

@@ -96,7 +96,7 @@ def build(context: Context) -> None:
                 "",
                 html_template=assets.text("explorer.html"),
                 css_template=assets.text("view.css", "explorer.css"),
-                js_on_load=assets.text(*assets.EXPLORER_SCRIPTS),
+                js_on_load=assets.script("explorer.js"),
                 apply_default_css=False,
                 server_functions=[fetch_maps, export_numbers, export_page],
                 palette=drawing.PALETTE,

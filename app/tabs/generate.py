@@ -123,7 +123,7 @@ def build(context: Context) -> None:
                 "",
                 html_template=assets.text("generate.html"),
                 css_template=assets.text("view.css", "generate.css"),
-                js_on_load=assets.text("generate.js"),
+                js_on_load=assets.script("generate.js"),
                 apply_default_css=False,
                 server_functions=[fetch_frame, stop_run],
                 elem_id="generated",

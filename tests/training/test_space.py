@@ -22,7 +22,7 @@ from tests.helpers.checkpoints import LABELS
 from tests.helpers.published import run
 from training.publish import ROOT, space_files
 
-BUILDER = {"gradio", "gradio_client", "spaces", "numpy", "pillow"}  # what the Spaces builder or gradio brings along
+BUILDER = {"gradio_client", "spaces", "numpy", "pillow"}  # what the Spaces builder or gradio brings along
 STARTS = 120  # seconds
 
 
