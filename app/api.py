@@ -73,13 +73,13 @@ def build(checkpoints: Checkpoints) -> None:
             raise refused(f"block must be one of: {listed(layer.block for layer in maps)}.")
         head = whole("head", head, 0, layer.stage1.positive.shape[1] - 1)
         arrays = query_rows(layer, stage, head, query)
-        place = dict(grid_size=layer.grid_size, num_prefix_tokens=layer.num_prefix_tokens)
+        geometry = dict(grid_size=layer.grid_size, num_prefix_tokens=layer.num_prefix_tokens)
         if layer.token_grid is not None:
-            place["token_grid"] = layer.token_grid
+            geometry["token_grid"] = layer.token_grid
         if lambdas := [float(value) for value in (layer.lambda1, layer.lambda2) if value is not None]:
-            place["lambdas"] = lambdas
+            geometry["lambdas"] = lambdas
         content = io.BytesIO()
-        np.savez(content, **arrays, **place)
+        np.savez(content, **arrays, **geometry)
         return gr.FileData(path=kept_file(content.getvalue(), f"{stage}.npz"))
 
     def generate(

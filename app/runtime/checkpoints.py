@@ -46,9 +46,9 @@ class Checkpoints:
                 self.folders[repository] = fetch(f"hf-hub:{repository}")
             except vca.CheckpointError as error:
                 self.problems.append(str(error))
-        for name, place in self.folders.items():
+        for name, checkpoint in self.folders.items():
             try:
-                self.configs[name] = read_config(place)
+                self.configs[name] = read_config(checkpoint)
             except vca.CheckpointError as error:
                 self.problems.append(str(error))
         self.classifiers = self._names_of(CLASSIFIERS)

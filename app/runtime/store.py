@@ -23,6 +23,7 @@ class Store(Generic[Item]):
     """
 
     def __init__(self, limit: int, size_of: Callable[[Item], int], too_large: str = "This is too large to be kept."):
+        self.limit = limit
         self._items: LRUCache[Hashable, Item] = LRUCache(limit, size_of)
         self._too_large = too_large
         self._lock = Lock()

@@ -77,25 +77,25 @@ export function raster(canvas, info, mode, painted) {
 //   painted              the colour of every key
 //   photo                drawn below the map, if given
 //   prefixNames          written beside the squares of the prefix tokens, if given
-//   point, hover         the query's place, and the key under the pointer or null
+//   point, hover         the query's point, and the key under the pointer or null
 export function drawMap(canvas, { info, mode, aspect, painted, photo = null, prefixNames = null, point, hover = null }) {
   const [queries, keys] = [latticeOf(info, mode, "query"), latticeOf(info, mode, "key")];
-  const place = layout(canvas, info, aspect, prefixNames);
+  const boxes = layout(canvas, info, aspect, prefixNames);
   const scale = window.devicePixelRatio;
-  canvas.style.height = `${place.height}px`;
-  canvas.width = Math.round(place.image[2] * scale);
-  canvas.height = Math.round(place.height * scale);
+  canvas.style.height = `${boxes.height}px`;
+  canvas.width = Math.round(boxes.image[2] * scale);
+  canvas.height = Math.round(boxes.height * scale);
   const context = canvas.getContext("2d");
   context.scale(scale, scale);
 
-  if (photo) context.drawImage(photo, ...place.image);
+  if (photo) context.drawImage(photo, ...boxes.image);
   context.imageSmoothingEnabled = false;
-  context.drawImage(raster(document.createElement("canvas"), info, mode, painted), ...place.image);
+  context.drawImage(raster(document.createElement("canvas"), info, mode, painted), ...boxes.image);
 
-  if (info.patches) drawWindows(context, info, place.image, photo ? 1 : 0.5);
+  if (info.patches) drawWindows(context, info, boxes.image, photo ? 1 : 0.5);
 
   const style = getComputedStyle(canvas);
-  place.prefix.forEach((box, i) => {
+  boxes.prefix.forEach((box, i) => {
     if (keys.prefix) {
       const [red, green, blue, opacity] = new Uint8ClampedArray(painted.buffer, 4 * i, 4);
       context.fillStyle = `rgb(${red} ${green} ${blue} / ${opacity / 255})`;
@@ -112,9 +112,9 @@ export function drawMap(canvas, { info, mode, aspect, painted, photo = null, pre
   });
 
   const boxOf = (lattice, index) => {
-    if (index < lattice.prefix) return place.prefix[index];
+    if (index < lattice.prefix) return boxes.prefix[index];
     const [left, top, right, bottom] = outline(info, lattice, index);
-    const [x, y, w, h] = place.image;
+    const [x, y, w, h] = boxes.image;
     return [x + left * w, y + top * h, (right - left) * w, (bottom - top) * h];
   };
   if (hover !== null) frame(context, boxOf(keys, hover), photo ? 1.5 : 1);
@@ -136,9 +136,9 @@ function windowBorders({ grid: [rows, cols], slot, slots }, [left, top, width, h
 }
 
 const BORDER = [["rgb(255,255,255)", 2], ["rgb(63,63,70)", 1]]; // light below dark: color and width
-function drawWindows(context, info, place, thickness) {
+function drawWindows(context, info, box, thickness) {
   const path = new Path2D();
-  for (const line of windowBorders(info, place)) path.rect(...line);
+  for (const line of windowBorders(info, box)) path.rect(...line);
   for (const [color, width] of BORDER) {
     context.strokeStyle = color;
     context.lineWidth = thickness * width;
@@ -146,8 +146,8 @@ function drawWindows(context, info, place, thickness) {
   }
 }
 
-export function windowLines(info, place, thickness) {
-  const path = windowBorders(info, place).map(([x, y, w, h]) => `M${x} ${y}h${w}v${h}`).join("");
+export function windowLines(info, box, thickness) {
+  const path = windowBorders(info, box).map(([x, y, w, h]) => `M${x} ${y}h${w}v${h}`).join("");
   const line = ([color, width]) => `<path d="${path}" fill="none" stroke="${color}" stroke-width="${thickness * width}"/>`;
   return BORDER.map(line).join("");
 }

@@ -4,7 +4,7 @@
 // mode    "effective", "stage1" or "stage2"
 // stream  "positive", "negative" or "differential"
 // head    an index, or MEAN of all heads
-// point   a place in the image, { x, y, prefix }: x and y from 0 to 1, or a prefix token's index. It means the same in
+// point   a point of the image, { x, y, prefix }: x and y from 0 to 1, or a prefix token's index. It means the same in
 //         blocks of different grids, and in different models
 // lattice the cells that queries or keys stand for: patches, or the coarser cells that contrast tokens were pooled from
 //         or that keys were reduced to
@@ -190,12 +190,12 @@ export function layout(canvas, info, aspect, named) {
   return { prefix, image: [0, top, width, width * aspect], height: top + width * aspect };
 }
 
-// The point under the pointer, or null. `place` is the canvas's layout.
-export function pointUnder(canvas, event, place) {
+// The point under the pointer, or null. `boxes` is the canvas's layout.
+export function pointUnder(canvas, event, boxes) {
   const box = canvas.getBoundingClientRect();
   const [px, py] = [event.clientX - box.left, event.clientY - box.top];
-  const prefix = place.prefix.findIndex(([x, y, w, h]) => px >= x - 2 && px <= x + w + 2 && py >= y - 2 && py <= y + h + 4);
-  const [x, y, w, h] = place.image;
+  const prefix = boxes.prefix.findIndex(([x, y, w, h]) => px >= x - 2 && px <= x + w + 2 && py >= y - 2 && py <= y + h + 4);
+  const [x, y, w, h] = boxes.image;
   const inside = { x: clamp((px - x) / w, 0, 0.9999), y: clamp((py - y) / h, 0, 0.9999) };
   if (prefix >= 0) return { ...inside, prefix };
   return py < y ? null : { ...inside, prefix: null };
