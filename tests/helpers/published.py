@@ -28,3 +28,8 @@ def checkpoint(folder: Path, model, recipe, results: dict) -> Path:
 def run(*arguments, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["publish", *map(str, arguments)])
     publish.main()
+
+
+def lines_of(requirements: bytes) -> list[str]:
+    """The lines of a requirements file without its comments."""
+    return [line for line in requirements.decode().splitlines() if not line.startswith("#")]

@@ -26,7 +26,7 @@ from tests.helpers.checkpoints import (
     read,
     tiny,
 )
-from tests.helpers.published import RUN, checkpoint, run
+from tests.helpers.published import RUN, checkpoint, lines_of, run
 from training import evaluate
 from training.core import classifier_recipe
 from training.core.recipe import read as read_recipe
@@ -287,10 +287,6 @@ def test_a_dry_run_names_every_file_and_size_and_sends_nothing(owner, checkpoint
         assert lines[0].startswith(f"{len(files)} files, {sum(map(len, files.values())):,} bytes")
         listed = dict(reversed(line.split()) for line in lines[1 : 1 + len(files)])
         assert listed == {name: f"{len(content):,}" for name, content in files.items()}
-
-
-def lines_of(requirements: bytes) -> list[str]:
-    return [line for line in requirements.decode().splitlines() if not line.startswith("#")]
 
 
 def test_every_requirement_has_an_upper_bound():

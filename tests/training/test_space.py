@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.helpers.app import photo
 from tests.helpers.checkpoints import LABELS
-from tests.helpers.published import run
+from tests.helpers.published import lines_of, run
 from training.publish import ROOT, space_files
 
 BUILDER = {"gradio_client", "spaces", "numpy", "pillow"}  # what the Spaces builder or gradio brings along
@@ -39,9 +39,7 @@ def module_imports(source: str) -> set[str]:
 
 def test_a_space_has_all_that_its_code_imports():
     files = space_files([], ["user/repo"])
-    required = {
-        re.split("[<>=]", line)[0] for line in files["requirements.txt"].decode().splitlines() if line[0] != "#"
-    }
+    required = {re.split("[<>=]", line)[0] for line in lines_of(Path(files["requirements.txt"]).read_bytes())}
     code = {
         name: Path(file).read_text() for name, file in files.items() if isinstance(file, Path) and name[-3:] == ".py"
     }
