@@ -1,4 +1,4 @@
-"""The inputs that tabs have in common: an image with examples, and a choice of model that any other may join."""
+"""Inputs that several tabs use: an image with examples, a choice of model, and the settings of a generator."""
 
 from functools import partial
 from html import escape
@@ -20,9 +20,9 @@ NEW_SEED = "() => Math.floor(Math.random() * 2 ** 32)"
 
 
 class ModelChoice:
-    """The choice of a model, in every tab that has one, and the control that adds another model to all of them.
+    """The choice of a classifier in every tab that has one, and the control "Load another model".
 
-    `connect` joins them, after the last tab was built.
+    A model that a visitor loads in one tab can be chosen in all of them. Call `connect` after the last tab is built.
     """
 
     def __init__(self, checkpoints: Checkpoints):
@@ -31,14 +31,14 @@ class ModelChoice:
         self._loaders: list[tuple] = []
 
     def dropdown(self, label: str = "Model", first: int = 0) -> gr.Dropdown:
-        """A choice of model; `first` is the index of the one chosen at the start."""
+        """A dropdown of all classifiers; `first` is the index of the one that is chosen when the page opens."""
         names = self.checkpoints.classifiers
         chosen = names[min(first, len(names) - 1)] if names else None
         self._dropdowns.append(gr.Dropdown(names, label=label, value=chosen, elem_classes="vca-model"))
         return self._dropdowns[-1]
 
     def loader(self, chosen_in: gr.Dropdown) -> None:
-        """The control "Load another model"; what it loads is then chosen in the given dropdown."""
+        """The control "Load another model". The model that it loads is then chosen in `chosen_in`."""
         with gr.Accordion("Load another model", open=False, elem_classes="vca-loader"):
             reference = gr.Textbox(
                 label="Hub id, or a folder on this machine",
@@ -51,7 +51,7 @@ class ModelChoice:
         self._loaders.append((chosen_in, reference, button, files, said))
 
     def connect(self) -> None:
-        """Joins all choices and all controls: a loaded model appears in every choice of this visitor's page."""
+        """Registers the events: a model that is loaded in one tab appears in every dropdown of the visitor's page."""
         others = gr.State([])
 
         def add(tab: int, label: str, value: str, known: list):
@@ -92,7 +92,7 @@ class ModelChoice:
 
 
 def image_input(height: int) -> gr.Image:
-    """An image to upload, take or paste.
+    """An image that is uploaded, taken with a camera or pasted.
 
     Functions that take the image should be registered with `preprocess=False`, so that they get the uploaded file and
     gradio does not decode it first; `images.uploaded_file` and `images.read_image` read it.
@@ -116,7 +116,7 @@ def image_and_model(choice: ModelChoice, examples: list[str], height: int) -> tu
 
 
 def show_examples(examples: list[str], image: gr.Image) -> None:
-    """The photos, and in a row of their own the generated pictures."""
+    """Two rows of examples: photos, and pictures that the generator made."""
     photos, generated = examples[: len(PHOTOS)], examples[len(PHOTOS) :]
     gr.Examples(photos, image, label="Examples", api_visibility="private")
     label = "Made by our CIFAR-10 generator, for the CIFAR-10 models"
@@ -124,7 +124,7 @@ def show_examples(examples: list[str], image: gr.Image) -> None:
 
 
 def sampling_settings() -> tuple[gr.Number, gr.Slider, gr.Slider]:
-    """Seed, steps and guidance of a generator."""
+    """Inputs for the seed, the number of steps and the guidance of a generator."""
     with gr.Row(equal_height=True):
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=sampling.MAX_SEED, min_width=120)
         new_seed = gr.Button("New seed", size="sm", min_width=90, elem_classes="vca-new-seed")

@@ -1,4 +1,4 @@
-"""Arrays to pictures. What is positive is orange and what is negative blue, everywhere."""
+"""Turns arrays into pictures. Positive values are orange and negative ones blue, everywhere in the app."""
 
 import base64
 import io
@@ -29,7 +29,10 @@ def rgb(color: str) -> np.ndarray:
 
 
 def overlay(values: np.ndarray) -> Image.Image:
-    """A signed map (rows, cols) to lay over an image: RGBA, a pixel per cell, opacity by magnitude on its own scale."""
+    """A signed map (rows, cols) as an RGBA picture to lay over an image.
+
+    Each cell is one pixel. Its opacity grows with its magnitude, up to 90 % at the largest value of the map.
+    """
     limit = np.abs(values).max() or 1
     colors = np.where((values >= 0)[..., None], *(rgb(PALETTE["overlay"][side]) for side in ("positive", "negative")))
     alpha = 230 * np.abs(values) / limit

@@ -1,4 +1,4 @@
-"""What the explorer saves: the numbers of a view as .npz, and all maps of a run as one web page that works offline."""
+"""Files that the explorer saves: the numbers of a view as .npz, and all maps of a run as a web page for offline use."""
 
 import io
 import json
@@ -123,7 +123,7 @@ if (matchMedia("(prefers-color-scheme: dark)").matches) document.body.classList.
 
 
 def page(run: dict, maps: list[dict], view: dict) -> str:
-    """A web page of a run, its arrays and the whole explorer inside. It asks nothing of any server.
+    """A web page that contains a run, its arrays and the whole explorer. It makes no request to a server.
 
     Args:
         run: what the explorer was given to show.

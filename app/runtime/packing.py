@@ -48,7 +48,7 @@ class Layer:
 
 
 def pack(maps: vca.LayerMaps, sample: int = 0, label: str = "") -> Layer:
-    """What the explorer needs of a recorded layer, for one image of the batch."""
+    """A recorded layer as the explorer draws it, for one image of the batch."""
     stages = (maps.stage1, maps.stage2)
     tensors = {}
     for number, stage, scale in ((1, maps.stage1, maps.row_scale1), (2, maps.stage2, maps.row_scale2)):
@@ -82,7 +82,7 @@ def pack(maps: vca.LayerMaps, sample: int = 0, label: str = "") -> Layer:
 
 
 def pack_all(maps: list[vca.LayerMaps], sample: int = 0) -> list[Layer]:
-    """All recorded layers for one image of the batch; the two branches of cross-shaped attention share a block."""
+    """All recorded layers that have a grid. The two branches of cross-shaped attention get the label of one block."""
     owners = [layer.name.partition(".branches.")[0] for layer in maps]
     numbers = {owner: number + 1 for number, owner in enumerate(dict.fromkeys(owners))}
     return [
@@ -108,7 +108,22 @@ def _size(layers: list[Layer]) -> int:
 
 
 def run_of(store: MapStore, maps, picture: Image.Image, caption, prefix_names: list[str], sample: int = 0) -> dict:
-    """What the page needs to draw recorded maps, as JSON values: a token to fetch them with, or a problem."""
+    """Keeps recorded maps and describes them to the page, as JSON values.
+
+    Args:
+        store: where the maps are kept.
+        maps: what `vca.record` gave. Layers without a grid are left out.
+        picture: the image to draw below the maps. It has the aspect of the patch grid.
+        caption: a term and its description, such as ("Sample", "airplane, step 12 of 50").
+        prefix_names: a name for each prefix token of the model.
+        sample: index of the image in the recorded batch.
+
+    Returns:
+        Facts of all blocks and a token to fetch their maps with, or the problem in words.
+
+    Raises:
+        gr.Error: the maps are larger than the store.
+    """
     layers = pack_all(maps, sample)
     if not layers:
         return dict(problem=NO_GRID)
@@ -122,7 +137,7 @@ def run_of(store: MapStore, maps, picture: Image.Image, caption, prefix_names: l
 
 
 def pair_of(sides: list[dict], film: dict) -> str:
-    """What the Compare tab's page shows, as JSON: two runs, or the problem of one.
+    """The answer of the Compare tab, as JSON: two runs, or the problem of one in words.
 
     Args:
         sides: what `run_of` returns of each model, and its `name`.
@@ -133,7 +148,7 @@ def pair_of(sides: list[dict], film: dict) -> str:
 
 
 def fetched(store: MapStore, request: dict) -> dict:
-    """The arrays of the block of a run that the page's request names: name -> shape, type and base64 bytes."""
+    """The arrays of one block, for a request of the page with `token` and `block`: see `arrays_of`."""
     try:
         return arrays_of(store.get(request["token"])[request["block"]])
     except (LookupError, TypeError):  # forgotten, or not a request of our page

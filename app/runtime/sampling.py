@@ -1,4 +1,4 @@
-"""Generating pictures for a visitor: what may be asked for, the run itself, and the states it keeps to look into."""
+"""Generating pictures for a visitor: the checks of a request, the run, and the states that it keeps for Explore."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -41,7 +41,7 @@ class Request:
 
 
 def check_request(model: DiffusionTransformer, label, count, steps, guidance, seed, sampler) -> Request:
-    """The request, if all of it is possible.
+    """Checks every part of a request.
 
     Raises:
         gr.Error: an argument is wrong; the message says which, and what is allowed.
@@ -67,7 +67,7 @@ class Stopped(Exception):
 
 @dataclass
 class Run:
-    """One request at work or done.
+    """One request, running or finished.
 
     Attributes:
         states: the state (B, C, H, W) after so many steps, for at most about `KEPT_STATES` steps, and where it stopped.
@@ -103,7 +103,7 @@ class Run:
             self.sample_here(callback)
 
     def sample_here(self, callback: Callback) -> None:
-        """`sample` in this process, where the model is."""
+        """Does what `sample` says in this process."""
         request = self.request
         kept = {step * request.steps // KEPT_STATES for step in range(KEPT_STATES)} | {request.steps - 1}
 
@@ -164,7 +164,7 @@ class Run:
 
     @torch.inference_mode()
     def record(self, step: int, picture: int, without_class: bool) -> list[vca.LayerMaps]:
-        """The maps of one picture at a kept state, by asking the network once more for what it was asked then.
+        """The maps of one picture at a kept state, from another forward pass with the same input.
 
         Args:
             step: a key of `states`.
@@ -178,7 +178,7 @@ class Run:
         return maps
 
     def caption(self, step: int, picture: int, without_class: bool) -> str:
-        """What `record` shows, in words."""
+        """Describes in words what `record` returns."""
         request, t = self.request, self.time(step)
         branch = "told no class" if without_class else "told the class"
         guidance = f", guidance {request.guidance:g}" if request.guidance != 1 else ""
@@ -205,7 +205,7 @@ class Run:
 
 
 def gpu_seconds(model: DiffusionTransformer, request: Request) -> int:
-    """How long a lent GPU may take for a request: to start, and for the steps of a large model."""
+    """An upper bound on the seconds of a request on a lent GPU: its start, and the steps of a large model."""
     return 20 + request.count * request.steps // 40
 
 
@@ -218,7 +218,7 @@ def on_lent_gpu(model: DiffusionTransformer, request: Request) -> tuple[dict[int
 
 
 def preview(model: DiffusionTransformer, x: Tensor) -> Tensor:
-    """States (B, C, H, W) as pictures (B, 3, H, W) in [0, 1]; of latents three channels, as decoding takes long."""
+    """States (B, C, H, W) as pictures (B, 3, H, W) in [0, 1]. Of latents it shows three channels: decoding is slow."""
     return (x[:, :3] / 4 + 0.5).clamp(0, 1) if model.latent_decoder else model.decode(x)
 
 
@@ -228,13 +228,13 @@ def strip(images: Tensor) -> Image.Image:
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
-    """A small picture as one to look into: `EXPLORED_SIDE` pixels high, every pixel a square."""
+    """Enlarges a small picture to a height of `EXPLORED_SIDE` pixels; every pixel becomes a square."""
     size = (EXPLORED_SIDE * picture.width // picture.height, EXPLORED_SIDE)
     return picture.resize(size, Image.Resampling.NEAREST)
 
 
 def one_line(error: Exception, limit: int = 400) -> str:
-    """The message of an error, without line breaks, cut off where it gets long."""
+    """The message of an error on one line, cut off after `limit` characters."""
     return shorten(str(error), limit, placeholder=" ...")
 
 

@@ -1,1 +1,1 @@
-"""One tab per file."""
+"""One file a tab, each with a `TITLE` and `build(context)`."""

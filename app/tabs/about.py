@@ -102,7 +102,7 @@ def table(checkpoints: Checkpoints) -> str:
 
 
 def _size(config: dict) -> str:
-    """Width and height of the images that go in, or, of a generator, come out."""
+    """Width and height of the images that a classifier takes or a generator makes."""
     if "pretrained_cfg" in config:
         rows, cols = config["pretrained_cfg"]["input_size"][1:]
         return f"{cols}×{rows}"
@@ -117,7 +117,7 @@ def _size(config: dict) -> str:
 
 
 def _entry(run: dict, *keys: str):
-    """What stands under the keys, or None: the history of a checkpoint is free in form."""
+    """The value under nested keys, or None. The history of a checkpoint may have any form."""
     for key in keys:
         run = run.get(key) if isinstance(run, dict) else None
     return run

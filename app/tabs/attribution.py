@@ -1,4 +1,4 @@
-"""The Classify tab's "What speaks for it": an attribution of any class, and how faithful it is."""
+"""The section of Classify that attributes a class to the image and measures how faithful the attribution is."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +29,13 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 300, 190, 30, 34  # of a plot, its margins include
 
 @dataclass(frozen=True)
 class Question:
-    """What an attribution is asked of: a model, a recorded photo, a method by its name and a class by its index."""
+    """What a visitor asks: how much each patch of a recorded photo speaks for a class, by one method.
+
+    Attributes:
+        methods: all methods that this model allows, by name.
+        method: the name of the chosen one.
+        index: the class.
+    """
 
     network: nn.Module
     recorded: Recorded
@@ -38,7 +44,7 @@ class Question:
     index: int
 
     def attribution(self) -> Tensor:
-        """The answer, (1, H, W). Raises a ValueError that says why where the method is not defined."""
+        """The answer (1, H, W). Raises a ValueError that says why if the method is not defined for this model."""
         return self.methods[self.method](self.network, self.recorded.x, self.classes)
 
     @property
@@ -52,7 +58,7 @@ def build(context: Context, image: gr.Image, model: gr.Dropdown) -> None:
     checkpoints = context.checkpoints
 
     def question(upload: dict, name: str, method: str, target: int) -> Question:
-        """The question of a visitor, for the likeliest class if `target` is none. Raises ImageError or gr.Error."""
+        """The question, about the likeliest class if `target` is no class. Raises ImageError or gr.Error."""
         network = checkpoints.load(name)
         recorded = context.recordings.get(network, uploaded_file(upload))
         methods = methods_of(records.whole_grid(recorded.maps))
@@ -61,11 +67,11 @@ def build(context: Context, image: gr.Image, model: gr.Dropdown) -> None:
         return Question(network, recorded, methods, method, index)
 
     def explain(upload: dict | None, name: str, method: str, target: int):
-        """A chosen method and class: the figure, the button, and no measurement."""
+        """After a choice of method or class: the figure, the button, and no measurement yet."""
         return begin(upload, name, method, target)[2:]
 
     def begin(upload: dict | None, name: str, method: str, target: int = PREDICTED):
-        """A new image or model: the choices there are, then as `explain`."""
+        """After a new image or model: the methods and classes to choose from, then what `explain` returns."""
         nothing = gr.skip(), gr.skip(), "", gr.Button(interactive=False), ""
         if upload is None:
             return nothing
@@ -126,17 +132,17 @@ def build(context: Context, image: gr.Image, model: gr.Dropdown) -> None:
 
 
 def method_choices(methods: Iterable[str]) -> list[tuple[str, str]]:
-    """Names as they are shown, and as they are."""
+    """Pairs of the name that a visitor sees and the name of the method."""
     return [(_sentence(name), name) for name in methods]
 
 
 def class_choices(names: list[str]) -> list[tuple[str, int]]:
-    """The choices of a class: the predicted one first."""
+    """Pairs of label and index; the first stands for the predicted class."""
     return [("the predicted class", PREDICTED), *((label, index) for index, label in enumerate(names))]
 
 
 def methods_of(maps: list) -> dict[str, Method]:
-    """All attributions, and the effective map of each head that is on the page."""
+    """All methods of `vca.attribution`, and the effective map of each head."""
     heads = {
         f"block {layer.block + 1}, head {head + 1}": partial(head_map, block=layer.block, head=head)
         for layer in maps
@@ -163,7 +169,7 @@ def figure(values: np.ndarray, crop: Image.Image, method: str, label: str, proba
 
 
 def measurements(question: Question) -> Iterator[str]:
-    """HTML of what has been measured so far, with a progress bar, and at last without one."""
+    """HTML with a progress bar while the measures are computed, and at the end HTML with all of them."""
     found: dict[str, Curves] = {}
     network, x, classes, name = question.network, question.recorded.x, question.classes, question.method
     values = question.attribution()
@@ -181,7 +187,7 @@ def measurements(question: Question) -> Iterator[str]:
 
 
 def report(name: str, found: dict[str, Curves], cell: tuple[int, int], unfaithful: float, unstable: float) -> str:
-    """HTML: both plots, a table of the areas that is their legend, and Captum's measures."""
+    """HTML with both plots, a table of their areas, which is also the legend, and Captum's measures."""
     orders = [found[key] for key in found if key.startswith(RANDOM)]
     lines = {name: found[name]} | {key: found[key] for key in BASELINES}
     plots = "".join(plot(kind, lines, orders) for kind in ("deletion", "insertion"))
@@ -209,7 +215,7 @@ def report(name: str, found: dict[str, Curves], cell: tuple[int, int], unfaithfu
 
 
 def plot(kind: str, lines: dict[str, Curves], orders: list[Curves]) -> str:
-    """SVG of one kind of curve for the first image: probability against the part of the cells that is exchanged."""
+    """SVG of one kind of curve, for the first image: the probability over the fraction of cells that is exchanged."""
 
     def x(fraction: float) -> float:
         return LEFT + fraction * (WIDTH - LEFT - 8)

@@ -1,4 +1,4 @@
-"""The Classify tab: an image in, the likeliest classes and every head's map out."""
+"""The Classify tab: it shows the likeliest classes of an image and a map of every head."""
 
 from html import escape
 
@@ -20,7 +20,7 @@ EMPTY = "<p class='vca-empty'>Drop an image, take a photo or pick an example: it
 
 
 def build(context: Context) -> None:
-    """Builds the tab, and sets `context.classify`."""
+    """Builds the tab and sets `context.classify`."""
     checkpoints = context.checkpoints
 
     def classify(upload: dict | None, name: str):

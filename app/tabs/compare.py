@@ -1,6 +1,6 @@
-"""The Compare tab: two models side by side, under one query; what each makes, where it looks, and what it costs.
+"""The Compare tab: two models side by side. It shows what each makes, where it looks, and what it costs.
 
-The page (compare*.html, .css, .js) draws both models' maps of the same place by itself, as the explorer does.
+Both models' maps are of one query. The page (compare.html, compare.css, compare*.js) draws them, as in the explorer.
 """
 
 import json

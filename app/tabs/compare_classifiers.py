@@ -1,4 +1,4 @@
-"""Two classifiers in the Compare tab: they look at one image."""
+"""The part of the Compare tab where two classifiers see one image."""
 
 import json
 
@@ -14,10 +14,10 @@ from app.runtime.records import Recorded
 
 
 class Classifiers:
-    """The choice of an image and two classifiers, and what the page shows of them.
+    """The inputs for an image and two classifiers, and the answer that the page draws.
 
     Attributes:
-        inputs: the components that `compare` takes, once `build` made them.
+        inputs: the components whose values `compare` takes; `build` makes them.
     """
 
     def __init__(self, context: Context):
@@ -25,7 +25,7 @@ class Classifiers:
         self.inputs: list[gr.Image | gr.Dropdown] = []
 
     def build(self) -> None:
-        """The inputs, in the column at work."""
+        """Makes the inputs."""
         choice = self.context.choice
         image = image_input(height=240)
         first, second = choice.dropdown("First model"), choice.dropdown("Second model", first=1)
@@ -34,7 +34,7 @@ class Classifiers:
         self.inputs = [image, first, second]
 
     def connect(self, view: gr.HTML) -> None:
-        """Compares in `view` whenever an input changes."""
+        """Registers the events: `view` shows the comparison whenever an input changes."""
         gr.on(
             [*(component.change for component in self.inputs), view.submit],
             self.compare,
@@ -47,7 +47,7 @@ class Classifiers:
         )
 
     def compare(self, upload: dict | None, first: str, second: str) -> str:
-        """What the page shows, as JSON."""
+        """The answer that the page draws, as JSON."""
         if upload is None:
             return ""
         networks = {name: self.context.checkpoints.load(name) for name in (first, second)}
@@ -75,7 +75,7 @@ class Classifiers:
 
 
 def _part_seen(model: nn.Module, image: Image.Image) -> list[float]:
-    """The part of the image that reaches the model, in parts of its sides: left, top, right, bottom."""
+    """Left, top, right and bottom of what the model sees, as fractions of the image's width and height."""
     sides = (image.width, image.height) * 2
     return [edge / side for edge, side in zip(preprocessing.crop_box(model, image), sides, strict=True)]
 

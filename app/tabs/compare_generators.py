@@ -1,4 +1,4 @@
-"""Two generators in the Compare tab: they start from the same noise, and every step of both can be looked into."""
+"""The part of the Compare tab where two generators start from the same noise. The maps of every step can be seen."""
 
 import json
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ class Pair(NamedTuple):
 
 
 class Generators:
-    """The choice of two generators, a class and a seed, and what the page shows of their runs."""
+    """The inputs for two generators, a class and a seed, and the answers that the page draws."""
 
     def __init__(self, context: Context):
         self.context = context
@@ -41,7 +41,7 @@ class Generators:
         )
 
     def build(self) -> None:
-        """The inputs, in the column at work."""
+        """Makes the inputs."""
         names = self.checkpoints.generators
 
         def dropdown(label: str, value: str | None) -> gr.Dropdown:
@@ -57,7 +57,7 @@ class Generators:
         self._button = gr.Button("Generate", variant="primary")
 
     def connect(self, view: gr.HTML) -> None:
-        """Generates in `view` when the button is pressed."""
+        """Registers the events: the button generates, and `view` shows the progress and the result."""
         quiet = dict(show_progress="hidden", api_visibility="private")
         changed = [model.change for model in self._models]
         gr.on(changed, self.choose_label, [*self._models, self._label], self._label, **quiet)
@@ -69,12 +69,12 @@ class Generators:
         view.stop(None, cancels=[running], **quiet)
 
     def choose_label(self, first: str, second: str, label: str | None) -> gr.Dropdown:
-        """The labels that two other generators know, and the one that was chosen, if it is among them."""
+        """After another choice of generators: their common labels. The chosen label stays if it is one of them."""
         labels = shared_labels(self.checkpoints, first, second)
         return gr.Dropdown(labels, value=label if label in labels else next(iter(labels), None))
 
     def generate(self, first: str, second: str, label: str, steps, guidance, seed) -> Iterator[str]:
-        """What the page shows while both models work, one after the other, and when they are done, as JSON."""
+        """Runs both models, one after the other. Yields the progress, and at the end the answer, as JSON."""
         names = (first, second)
         try:
             runs = [_run(self.checkpoints.load_generator(name), label, steps, guidance, seed) for name in names]
@@ -139,7 +139,7 @@ class Generators:
 
 
 def shared_labels(checkpoints: Checkpoints, *names: str | None) -> list[str]:
-    """The labels that all these generators know, as the first orders them."""
+    """The labels that all these generators know, in the order of the first."""
     known = [checkpoints.configs[name]["label_names"] for name in names if name]
     return [label for label in known[0] if all(label in labels for labels in known)] if known else []
 

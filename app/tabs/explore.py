@@ -28,7 +28,7 @@ def _file(content: bytes) -> dict:
 
 
 def build(context: Context) -> None:
-    """Builds the tab and the ways to it, from Classify and from a link, and sets `context.explore`."""
+    """Builds the tab, connects Classify and the page's address to it, and sets `context.explore`."""
     checkpoints, store = context.checkpoints, context.maps
 
     def explore(upload: dict | None, name: str) -> str:
@@ -47,7 +47,7 @@ def build(context: Context) -> None:
         return json.dumps(run | dict(repeatable=True, model=public_name, example=example_of(uploaded_file(upload))))
 
     def example_of(path: Path) -> str | None:
-        """The name of the example that an uploaded file is a copy of."""
+        """The name of the example with the same content as an uploaded file, or None."""
         return next((name for name, example in by_name.items() if filecmp.cmp(path, example, shallow=False)), None)
 
     def fetch_maps(request: dict) -> dict:
@@ -71,7 +71,7 @@ def build(context: Context) -> None:
             return dict(expired=True)
 
     def restore(link: str) -> tuple:
-        """The image and the model that the link of a view asks for; what it does not name stays as it is."""
+        """The image and the model that a link names. An input that it does not name keeps its value."""
         if not isinstance(link, str) or not link.startswith(LINK):
             return gr.skip(), gr.skip()
         asked = dict(parse_qsl(link.removeprefix(LINK)))

@@ -1,4 +1,4 @@
-"""The Generate tab: pictures of a class that appear step by step, and the way from a step to its attention.
+"""The Generate tab: pictures of a class appear step by step, and each step can be sent to Explore.
 
 The page (generate.html, .css and .js) shows the frames that stream in. The server keeps the states of the newest runs,
 for the timeline and for "Explore this step".
@@ -36,7 +36,7 @@ FAILED = '() => JSON.stringify({ state: "failed" })'
 
 
 def build(context: Context) -> None:
-    """Builds the tab, and the ways from a picture to Explore and to Classify."""
+    """Builds the tab and connects its pictures to Explore and Classify."""
     checkpoints = context.checkpoints
     if not checkpoints.generators:
         gr.HTML(NO_GENERATOR)
@@ -85,7 +85,7 @@ def build(context: Context) -> None:
         return {}
 
     def chosen(event: gr.EventData) -> tuple[Run, int, int, Image.Image]:
-        """What a button of the page is about: the run, the step, the index of the picture, and the picture."""
+        """The run, the step, the index of the picture and the picture that a button of the page was pressed for."""
         try:
             run, step = store.get(event.token), event.step
             picture = whole("picture", event.picture, 0, run.request.count - 1)
@@ -147,7 +147,7 @@ def build(context: Context) -> None:
 
 
 def _choices(config: dict) -> tuple[list[str], list[str], str]:
-    """Labels, samplers, and what must be said, as HTML, of a generator with this `config.json`."""
+    """Labels and samplers of the generator with this `config.json`, and a note about its autoencoder as HTML."""
     spec = GENERATORS[config["architecture"]]
     vae = config["model_args"].get("vae", spec["vae"])
     note = LATENTS.format(source=escape(str(vae))) if vae else ""
@@ -155,12 +155,12 @@ def _choices(config: dict) -> tuple[list[str], list[str], str]:
 
 
 def _facts(run: Run) -> dict:
-    """What the page says of a run, as JSON values."""
+    """Facts of a run for the page, as JSON values."""
     request = run.request
     return dict(label=request.label, count=request.count, steps=request.steps, guided=request.guidance != 1)
 
 
 def _timeline(run: Run) -> list[dict]:
-    """The frames of a run that has ended: after how many steps, and the time at which the network saw the state."""
+    """The frames of a finished run: the number of steps, and the time t at which the network saw that state."""
     frames = [dict(step=step, t=run.time(step)) for step in sorted(run.states)]
     return frames if run.images is None else [*frames, dict(step=run.request.steps)]
