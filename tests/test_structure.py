@@ -1,5 +1,7 @@
 """The rooms of the project: who may import whom, and how large a file may be."""
 
+import ast
+
 import pytest
 
 from tests.helpers.imports import MODULES, ROOT, imports_of
@@ -71,3 +73,15 @@ def test_no_file_is_long():
     files = [*MODULES.values(), *(ROOT / "app" / "static").glob("*.js")]
     lengths = {file.relative_to(ROOT).as_posix(): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
     assert not {name: length for name, length in lengths.items() if length > MOST_LINES}
+
+
+def test_undocumented_parts_of_gradio_are_imported_in_one_file():
+    found = {
+        module
+        for module, file in MODULES.items()
+        if module.startswith("app.")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.ImportFrom) and node.module.startswith("gradio."))
+        or (isinstance(node, ast.Import) and any(alias.name.startswith("gradio.") for alias in node.names))
+    }
+    assert found == {"app.runtime.gradio_adapter"}
