@@ -2,16 +2,19 @@
 
     python -m training.evaluate weights/NAME --data FOLDER
     python -m training.evaluate weights/NAME --data IMAGENET --real --v2 FOLDER --a FOLDER --r FOLDER
+    python -m training.evaluate weights/NAME --data FOLDER --splits other_sources --sizes 112 224 518 --images 1000
     python -m training.evaluate --table weights/*/results.json
 
 The first two print the numbers and write them, with protocol and 95 % intervals, to `results.json` beside the weights
 (of a Hub id, to the current folder; or to --out); of a generator the first prints the loss. The third prints the table
 of such files for the README. --real counts against ImageNet-Real's labels; --v2, --a and --r are the folders of
 ImageNet-V2, -A and -R, whose class folders are ImageNet's (or, in V2, their numbers); of A and R only the classes that
-they have compete.
+they have compete. --splits names more folders of --data, whose classes are some of the model's; all of the model's
+compete. --sizes measures the split at other image sizes, too, in pixels.
 """
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 
 import vca
 from training.core.metrics import accuracy, interval, outputs, validation_data, validation_loss
+from training.core.precision import autocast
 from training.core.run import RunError, open_device
 from training.data.batches import FolderEvaluation
 from training.data.images import DataError, Images
@@ -55,11 +59,14 @@ def real_accuracy(model: nn.Module, images: Images, batches: Iterable[tuple[Tens
     )
 
 
-def variant_accuracy(model: nn.Module, folder: str, class_folders: list[str], workers: int) -> dict:
+def variant_accuracy(
+    model: nn.Module, folder: str, class_folders: list[str], workers: int, all_compete: bool = False
+) -> dict:
     """Accuracy on a folder CLASS/IMAGE whose classes are some of the model's.
 
     Args:
         class_folders: what the model's data calls its classes, in order.
+        all_compete: whether the model may also answer with a class that the folder does not have.
     """
     path = Path(folder).resolve()
     images = Images(path.parent, path.name)
@@ -71,12 +78,21 @@ def variant_accuracy(model: nn.Module, folder: str, class_folders: list[str], wo
         raise DataError(f"{folder}: class {max(lookup)} is none of the model's {len(class_folders)}.")
     table = torch.tensor(lookup)
     batches = ((x, table[y]) for x, y in FolderEvaluation(images, model.pretrained_cfg, workers))
-    return accuracy(model, batches, classes=lookup if len(lookup) < len(class_folders) else None)
+    theirs = None if all_compete or len(lookup) == len(class_folders) else lookup
+    return accuracy(model, batches, classes=theirs)
+
+
+def accuracy_at(model: nn.Module, images: Images, side: int, workers: int, count: int) -> dict:
+    """Accuracy on `count` of the images, spread evenly, each resized and cropped to `side` pixels."""
+    resized = copy.deepcopy(model)
+    resized.set_input_size(img_size=(side, side))
+    every = slice(None, None, max(1, len(images) // count))
+    return accuracy(resized, FolderEvaluation(images, resized.pretrained_cfg, workers, batch_size=50, share=every))
 
 
 @torch.inference_mode()
-def throughput(model: nn.Module, batch_size: int = 64, repeats: int = 5) -> dict:
-    """Images a second of the forward pass alone, in float32: the median of a few batches."""
+def throughput(model: nn.Module, precision: str = "fp32", batch_size: int = 64, repeats: int = 5) -> dict:
+    """Images a second of the forward pass alone: the median of a few batches."""
     device = next(model.parameters()).device
     x = torch.zeros(batch_size, *model.pretrained_cfg["input_size"], device=device)
     seconds = []
@@ -88,7 +104,7 @@ def throughput(model: nn.Module, batch_size: int = 64, repeats: int = 5) -> dict
     on_cpu = f"CPU, {count} thread{'s' * (count > 1)}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
     rate = batch_size / sorted(seconds[2:])[repeats // 2]
-    return dict(images_per_second=round(rate, 1), batch_size=batch_size, device=name, precision="fp32")
+    return dict(images_per_second=round(rate, 1), batch_size=batch_size, device=name, precision=precision)
 
 
 def open_images(model: nn.Module, data: str, split: str) -> Images | Latents:
@@ -116,14 +132,20 @@ def evaluate(model: nn.Module, images: Images, args: argparse.Namespace) -> dict
     for name in ("v2", "a", "r"):
         if folder := getattr(args, name):
             results[name] = variant_accuracy(model, folder, images.class_folders, workers)
-    for result in results.values():
+    for split in args.splits:
+        folder = f"{args.data}/{split}"
+        results[split] = variant_accuracy(model, folder, images.class_folders, workers, all_compete=True)
+    by_size = {str(side): accuracy_at(model, images, side, workers, args.images or len(images)) for side in args.sizes}
+    for result in [*results.values(), *by_size.values()]:
         for key in ("top1", "top5"):
             result[f"{key}_interval"] = interval(result[key], result["images"])
     trained = model.training_history[-1]["recipe"] if model.training_history else {}
     return dict(
         name=Path(args.checkpoint).name, architecture=model.pretrained_cfg["architecture"],
         parameters=sum(p.numel() for p in model.parameters()), dataset=trained.get("dataset", ""), results=results,
-        throughput=throughput(model), preprocessing={k: model.pretrained_cfg[k] for k in ("input_size", "crop_pct")},
+        by_size=by_size, precision=args.precision,
+        throughput=throughput(model, args.precision),
+        preprocessing={k: model.pretrained_cfg[k] for k in ("input_size", "crop_pct")},
         torch=torch.__version__, timm=timm.__version__,
     )  # fmt: skip
 
@@ -134,10 +156,12 @@ def describe(measured: dict) -> str:
     for name, result in measured["results"].items():
         loss = f"  loss {result['loss']:.4f}" if "loss" in result else ""
         text = f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %{loss}  ({result['images']} images)"
-        lines.append(f"{NAMES[name]} {text}".strip())
+        lines.append(f"{NAMES.get(name, name)} {text}".strip())
         bounds = ", ".join(f"{key[:3]}-{key[3]} {low:.2f} to {high:.2f} %" for key in ("top1", "top5")
                            for low, high in [result[f"{key}_interval"]])  # fmt: skip
         lines.append(f"  at 95 % confidence: {bounds}")
+    for side, result in measured["by_size"].items():
+        lines.append(f"at {side} px top-1 {result['top1']:.2f} %  ({result['images']} images)")
     speed = measured["throughput"]
     lines.append(f"{speed['images_per_second']:.0f} images/s on {speed['device']}, {speed['precision']}, forward alone")
     return "\n".join(lines)
@@ -154,8 +178,9 @@ def table(files: list[str]) -> str:
             speed = measured["throughput"]
             for name, result in measured["results"].items():
                 low, high = result["top1_interval"]
+                dataset = NAMES.get(name, name) or measured["dataset"]
                 cells = (
-                    measured["name"], f"{measured['parameters'] / 1e6:.2f} M", NAMES[name] or measured["dataset"],
+                    measured["name"], f"{measured['parameters'] / 1e6:.2f} M", dataset,
                     f"{result['top1']:.2f} ({low:.2f}-{high:.2f})", f"{result['top5']:.2f}",
                     f"{speed['images_per_second']:.0f} ({speed['device']})",
                 )  # fmt: skip
@@ -173,6 +198,10 @@ def main() -> None:
     parser.add_argument("--real", nargs="?", const="", metavar="FILE", help="ImageNet-Real; labels by timm, or a file")
     for name in ("v2", "a", "r"):
         parser.add_argument(f"--{name}", metavar="FOLDER", help=NAMES[name])
+    parser.add_argument("--splits", nargs="*", default=[], metavar="NAME", help="more folders of --data")
+    parser.add_argument("--sizes", nargs="*", type=int, default=[], metavar="PIXELS", help="other image sizes")
+    parser.add_argument("--images", type=int, default=0, help="images for each of --sizes; 0 for all of the split")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
     parser.add_argument("--out", metavar="FILE", help="default results.json, as above")
     parser.add_argument("--table", nargs="+", metavar="FILE", help="print the table of results files instead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -191,7 +220,8 @@ def main() -> None:
                     f"validation loss {round(validation_loss(model, samples, labels), 5):.4f}  ({len(labels)} images)"
                 )
                 return
-            measured = evaluate(model, images, args)
+            with autocast(open_device(args.device), args.precision):
+                measured = evaluate(model, images, args)
             here = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path()  # a Hub id has no folder
             out = Path(args.out or here / "results.json")
             write_atomically(out, (json.dumps(measured, indent=2) + "\n").encode())

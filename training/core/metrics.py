@@ -53,7 +53,7 @@ def outputs(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Itera
     model.eval()
     device = next(model.parameters()).device
     for x, y in batches:
-        yield model(normalize(x.to(device), model.pretrained_cfg)), y.to(device)
+        yield model(normalize(x.to(device), model.pretrained_cfg)).float(), y.to(device)
 
 
 def accuracy(
