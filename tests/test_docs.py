@@ -17,6 +17,7 @@ from tests.helpers.imports import MODULES, ROOT, imports_of, module_of
 from training.core import recipe as recipes
 from training.core.classifier_recipe import ClassifierRecipe
 from training.core.generator_recipe import GeneratorRecipe
+from training.core.transfer_recipe import TransferRecipe
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "weights/README.md")),
@@ -24,7 +25,7 @@ PAGES = [
 ]
 PROGRAMS = ("python", "torchrun", "make", "pip", "hf", "pre-commit", "export")
 INLINE = re.compile(r"`((?:python|torchrun|make|pip) [^`]+)`")
-RECIPES = dict(classify=ClassifierRecipe, generate=GeneratorRecipe)
+RECIPES = dict(classify=ClassifierRecipe, generate=GeneratorRecipe, transfer=TransferRecipe)
 
 
 def commands_of(text: str) -> list[str]:

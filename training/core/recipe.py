@@ -167,11 +167,13 @@ def shipped(name: str) -> Path:
 
 
 def task(name: str) -> str:
-    """What a recipe that ships trains: "classify" or "generate"."""
+    """The command of a recipe that ships: "classify", "transfer" or "generate"."""
     values = tomllib.loads(shipped(name).read_text(encoding="utf-8"))
     while "base" in values and "model" not in values:
         values = tomllib.loads(shipped(values["base"]).read_text(encoding="utf-8"))
-    return "generate" if values["model"] in GENERATORS else "classify"
+    if values["model"] in GENERATORS:
+        return "generate"
+    return "transfer" if "img_sizes" in values and "steps" in values else "classify"
 
 
 def _parse(key: str, text: str, kind: type):
