@@ -34,7 +34,9 @@ class ModelChoice:
         """A dropdown of all classifiers; `first` is the index of the one that is chosen when the page opens."""
         names = self.checkpoints.classifiers
         chosen = names[min(first, len(names) - 1)] if names else None
-        self._dropdowns.append(gr.Dropdown(names, label=label, value=chosen, elem_classes="vca-model"))
+        self._dropdowns.append(
+            gr.Dropdown([*names, *self.checkpoints.finer], label=label, value=chosen, elem_classes="vca-model")
+        )
         return self._dropdowns[-1]
 
     def loader(self, chosen_in: gr.Dropdown) -> None:
@@ -56,7 +58,7 @@ class ModelChoice:
 
         def add(tab: int, label: str, value: str, known: list):
             known = [entry for entry in known if entry[1] != value] + [(label, value)]
-            choices = [*self.checkpoints.classifiers, *known]
+            choices = [*self.checkpoints.classifiers, *self.checkpoints.finer, *known]
             here = self._loaders[tab][0]
             dropdowns = [
                 gr.Dropdown(choices=choices, value=value) if dropdown is here else gr.Dropdown(choices=choices)

@@ -1,5 +1,7 @@
 """The models that the app serves."""
 
+import copy
+import re
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from vca.models import CLASSIFIERS, GENERATORS
 from vca.models.dit import DiffusionTransformer
 
 CACHE_BYTES = 4 * 2**30
+FINER = (336, 518)  # image sizes, in pixels, at which a model for 224 px shows finer maps
+AT_SIZE = re.compile(r"(.+) @ (\d+) px")
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -33,6 +37,7 @@ class Checkpoints:
 
     Attributes:
         classifiers, generators: their names, those with VCA first, then by number of classes; the first is the default.
+        finer: names of classifiers at a larger image size, such as "NAME @ 336 px".
         configs: the `config.json` of each.
         problems: what is wrong with each checkpoint that cannot be used.
     """
@@ -53,6 +58,7 @@ class Checkpoints:
                 self.problems.append(str(error))
         self.classifiers = self._names_of(CLASSIFIERS)
         self.generators = self._names_of(GENERATORS)
+        self.finer = [f"{name} @ {side} px" for name in self.classifiers for side in self._finer_sizes(name)]
         self._models: Store[nn.Module] = Store(limit, model_bytes, "This model is too large to be kept here.")
 
     def _names_of(self, architectures: Container[str]) -> list[str]:
@@ -63,8 +69,17 @@ class Checkpoints:
 
         return sorted(names, key=rank)
 
+    def _finer_sizes(self, name: str) -> list[int]:
+        """The sizes of FINER that a ViT for 224 px takes, in whole patches."""
+        config = self.configs[name]
+        patch = re.search(r"(?:vit|deit).*_patch(\d+)_224$", config["architecture"])
+        fits = patch and config["pretrained_cfg"]["input_size"][-1] == 224
+        return [side // int(patch[1]) * int(patch[1]) for side in FINER] if fits else []
+
     def load(self, name: str) -> nn.Module:
         """A classifier in evaluation mode: by its name here, by a folder or Hub id, or by what `keep` returned.
+
+        A name of `finer` gives a copy of the classifier for that image size, with as many contrast tokens.
 
         Raises:
             gr.Error: there is none, or it is damaged; the message says which there are, or what is wrong.
@@ -72,6 +87,9 @@ class Checkpoints:
         if name in self.classifiers:
             folder = self.folders[name]
             return self._get(name, lambda: loading.open_folder(folder, str(folder)))
+        if name in self.finer:
+            own_size, side = AT_SIZE.fullmatch(name).groups()
+            return self._get(name, lambda: _resized(self.load(own_size), int(side)))
         if not isinstance(name, str) or "/" not in name:
             known = ", ".join(self.classifiers) or "none yet"
             raise gr.Error(f"model must be one of: {known}; or a Hub id such as user/name.", print_exception=False)
@@ -97,3 +115,11 @@ class Checkpoints:
             return self._models.get_or_make(name, open_model)
         except vca.CheckpointError as error:
             raise gr.Error(str(error), print_exception=False) from error
+
+
+def _resized(model: nn.Module, side: int) -> nn.Module:
+    """A copy of a ViT for square images of that side."""
+    resized = copy.deepcopy(model)
+    resized.set_input_size(img_size=(side, side))
+    resized.pretrained_cfg = resized.pretrained_cfg | dict(input_size=(3, side, side))
+    return resized

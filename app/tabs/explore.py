@@ -76,7 +76,7 @@ def build(context: Context) -> None:
             return gr.skip(), gr.skip()
         asked = dict(parse_qsl(link.removeprefix(LINK)))
         name, picture = asked.get("model"), by_name.get(asked.get("image"), gr.skip())
-        if name not in checkpoints.classifiers:
+        if name not in (*checkpoints.classifiers, *checkpoints.finer):
             gr.Warning(f"The model of this link is not here: {name}. Load it on the left.", title="Link")
             name = gr.skip()
         return picture, name
