@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchvision import transforms
 
 import vca
@@ -29,7 +30,7 @@ from training.core.teacher import attention_pairs, blocks, hidden_states, open_t
 from training.core.trainer import Trainer
 from training.core.transfer_recipe import TransferRecipe
 from training.data.batches import FolderBatches
-from training.data.images import DataError, eval_transform
+from training.data.images import DataError, Images, eval_transform
 from training.data.seeding import derive_seed
 from training.data.unlabeled import UnlabeledImages
 from vca.checkpoint import write_atomically
@@ -133,7 +134,7 @@ def train(
     with progress(recipe.steps, trainer.step, world) as bar:
         while trainer.step < recipe.steps:
             epoch, first = divmod(trainer.step, per_epoch)
-            for (x,) in trainer.waiting_for(batches.epoch(epoch, first)):
+            for x, *_ in trainer.waiting_for(batches.epoch(epoch, first)):
                 metrics = trainer.train_step((resize(x, drawn_side(recipe, trainer.step)),))
                 bar.update()
                 done = trainer.step == recipe.steps
@@ -170,27 +171,29 @@ def drawn_side(recipe: TransferRecipe, step: int) -> int:
     return recipe.img_sizes[derive_seed(recipe.seed, step, 5) % len(recipe.img_sizes)]
 
 
-def open_images(data: str, recipe: TransferRecipe, cfg: dict) -> tuple[UnlabeledImages, list[Tensor]]:
+def open_images(data: str, recipe: TransferRecipe, cfg: dict) -> tuple[Dataset, list[Tensor]]:
     """The training images, as random crops, and batches of held-out ones, spread over all there are.
 
     Raises:
         DataError: one of the two folders holds no images.
     """
-    side = cfg["input_size"][-1]
+    side, bicubic = cfg["input_size"][-1], transforms.InterpolationMode.BICUBIC
     crop = transforms.Compose(
         [
-            transforms.RandomResizedCrop(
-                side, (recipe.crop_scale, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
-            ),
+            transforms.RandomResizedCrop(side, (recipe.crop_scale, 1.0), interpolation=bicubic),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(cfg["mean"], cfg["std"]),
         ]
     )
-    held_out = UnlabeledImages(Path(data) / "val", eval_transform(cfg))
+    if data.startswith("synthetic:"):
+        train, held_out = Images(data, "train", crop), Images(data, "val", eval_transform(cfg))
+    else:
+        train = UnlabeledImages(Path(data) / "train", crop)
+        held_out = UnlabeledImages(Path(data) / "val", eval_transform(cfg))
     chosen = range(0, len(held_out), max(1, len(held_out) // recipe.eval_images))[: recipe.eval_images]
     images = torch.stack([held_out[index][0] for index in chosen])
-    return UnlabeledImages(Path(data) / "train", crop), list(images.split(recipe.batch_size))
+    return train, list(images.split(recipe.batch_size))
 
 
 def report(result: dict) -> str:

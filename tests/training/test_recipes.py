@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2
 
 import vca
 from training import classify, generate
-from training.core import classifier_recipe, cost, generator_recipe
+from training.core import classifier_recipe, cost, generator_recipe, transfer_recipe
 from training.core import recipe as recipes
 from training.core.distributed import World
 from training.core.init import build_model
@@ -22,11 +22,16 @@ from training.core.trainer import Trainer
 from training.data.batches import epoch_order, repeated_order
 
 CPU = torch.device("cpu")
+KINDS = dict(
+    classify=classifier_recipe.ClassifierRecipe,
+    generate=generator_recipe.GeneratorRecipe,
+    transfer=transfer_recipe.TransferRecipe,
+)
 ROWS = [name for name in recipes.names() if name.startswith("imagenet")]
 
 
 def read(name, **overrides):
-    kind = classifier_recipe.ClassifierRecipe if recipes.task(name) == "classify" else generator_recipe.GeneratorRecipe
+    kind = KINDS[recipes.task(name)]
     return recipes.read(name, kind, {key: str(value) for key, value in overrides.items()})
 
 
@@ -213,7 +218,8 @@ def test_every_recipe_plans(name):
     if name in ROWS:
         stated = re.search(r"# Cost: ([\d.]+) H100 hours", recipes.shipped(name).read_text())
         assert float(stated[1]) == pytest.approx(estimate.hours, abs=0.051)
-        assert estimate.steps == 400_000 or estimate.steps == 1281167 // recipe.batch_size * recipe.epochs
+        steps = getattr(recipe, "steps", None) or 1281167 // recipe.batch_size * recipe.epochs
+        assert estimate.steps == steps and (recipes.task(name) != "generate" or steps == 400_000)
     if recipes.task(name) == "classify" and name in ROWS:
         assert re.search(r"loader +[\d,]+ images/s at that speed: about \d+ CPU cores", text)
     if recipes.task(name) == "generate" and name in ROWS:
@@ -298,3 +304,20 @@ def test_all_kinds_train_every_parameter():
             loss.sum().backward()
             missing = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
             assert not missing, (name, kind)
+
+
+def test_a_growing_image_costs_its_mean_area():
+    recipe = read("everyday_vca", img_sizes="[[0, 112], [0.75, 224]]")
+    assert recipe.relative_area(224) == pytest.approx(0.75 / 4 + 0.25)
+    assert [recipe.img_size_at(share) for share in (0, 0.74, 0.75, 1)] == [112, 112, 224, 224]
+    transfer = read("everyday_transfer", img_sizes="[112, 224]")
+    assert transfer.relative_area(224) == pytest.approx(0.625) and transfer.passes == 2
+    assert read("everyday_transfer", stream="student").passes == 4
+
+
+@pytest.mark.parametrize(
+    "img_sizes", ["[[0.1, 112]]", "[[0, 112], [0, 224]]", "[[0, 112], [1, 224]]", "[112]", "[[0, 1.5]]"]
+)
+def test_image_sizes_that_do_not_grow_from_the_start_are_refused(img_sizes):
+    with pytest.raises(RecipeError, match="img_sizes"):
+        read("everyday_vca", img_sizes=img_sizes)

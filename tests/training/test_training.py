@@ -26,6 +26,7 @@ from training.core.classifier_recipe import ClassifierRecipe
 from training.core.init import build_model
 from training.core.precision import autocast, prepare_compiler
 from training.core.run import RunError, RunFolder
+from training.core.transfer_recipe import TransferRecipe
 from training.data.augment import pad_crop_flip
 from training.data.batches import FolderBatches, MemoryBatches
 from training.data.images import DataError, Images, decode, eval_transform
@@ -331,7 +332,8 @@ def test_an_unknown_recipe_names_the_known_ones():
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_reads(name):
-    kind = ClassifierRecipe if recipes.task(name) == "classify" else generator_recipe.GeneratorRecipe
+    kinds = dict(classify=ClassifierRecipe, generate=generator_recipe.GeneratorRecipe, transfer=TransferRecipe)
+    kind = kinds[recipes.task(name)]
     assert recipes.read(name, kind, {}).model in vca.list_models()
 
 

@@ -139,3 +139,11 @@ def test_a_student_that_is_its_teacher_has_no_error(place):
     assert layer_errors(teacher, teacher, images).abs().max() < 1e-10
     assert relative_error(torch.zeros(3), torch.ones(3)) == 1
     assert len(hidden_states(teacher, images)) == len(teacher.blocks) + 1
+
+
+def test_smoke_needs_no_teacher_and_no_images(place):
+    from sys import executable
+
+    args = [str(place / "steps12.toml"), "--smoke", "3", "--device", "cpu"]
+    result = run([executable, "-m", "training.transfer", *args])
+    assert result.returncode == 0 and result.stdout.startswith("smoke: 3 steps of 8 images"), result.stderr

@@ -97,6 +97,13 @@ class ClassifierRecipe(recipes.BaseRecipe):
         """The image size after that share of the steps, in pixels."""
         return next(side for start, side in reversed(self.img_sizes) if share >= start)
 
+    def relative_area(self, side: int) -> float:
+        """Pixels of an image, on average over the steps, relative to a square of `side` pixels."""
+        if not self.img_sizes:
+            return 1.0
+        ends = [*(start for start, _ in self.img_sizes[1:]), 1]
+        return sum((end - start) * (own / side) ** 2 for (start, own), end in zip(self.img_sizes, ends, strict=True))
+
 
 def _grows(img_sizes: list) -> bool:
     try:

@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+import vca
 from training.core.distributed import join
 from training.core.init import build_model
 from training.core.recipe import BaseRecipe
@@ -31,6 +32,7 @@ DATASETS = {  # training images, validation images, classes
     "ImageNet-1K": (1281167, 50000, 1000),
     "CIFAR-10": (50000, 10000, 10),
     "Tiny-ImageNet-100": (50000, 5000, 100),
+    "Everyday photos (212 classes)": (67000, 5998, 212),
 }
 
 READ_BY_A_CORE = 200  # JPEG photos of 500x375 a second, with DeiT's augmentation: measured on one core of a server CPU
@@ -85,14 +87,14 @@ def estimate(recipe: BaseRecipe, gpu: GPU, data: str | None = None) -> Cost:
         DataError: the recipe's data set is not one of `DATASETS`, and no `data` is given.
     """
     generates = recipe.model in GENERATORS
-    train, val, classes = _sizes(recipe, data)
+    labeled = hasattr(recipe, "epochs") or generates
+    train, val, classes = _sizes(recipe, data) if labeled else (0, 0, 0)
     args = dict(input_size=recipe.input_size) if generates else {}
     model = _trace_once(recipe, classes, args)
     copies = 4 + (recipe.ema_decay > 0)
-    steps = recipe.steps if generates else train // recipe.batch_size * recipe.epochs
+    steps = recipe.steps if hasattr(recipe, "steps") else train // recipe.batch_size * recipe.epochs
     images = steps * recipe.batch_size
-    passes = 4 if recipe.checkpointing else 3
-    flops = 2 * passes * model.macs * images
+    flops = 2 * recipe.passes * model.macs * recipe.relative_area(model.side) * images
     hours = flops / (gpu.peak * 1e12 * utilization(model.learned)) / 3600
     latent = generates and GENERATORS[recipe.model]["vae"]
     moments = 2 * 2 * math.prod(model.sample_shape) * 4 if latent else 0
@@ -108,6 +110,7 @@ class _Traced(NamedTuple):
     macs: int
     image_bytes: int
     sample_shape: tuple[int, int, int] | None
+    side: int
 
 
 _traced: dict[tuple, _Traced] = {}
@@ -124,7 +127,9 @@ def _trace_once(recipe: BaseRecipe, classes: int, args: dict) -> _Traced:
             macs, image_bytes = trace(model, recipe)
         parameters = sum(p.numel() for p in model.parameters())
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        _traced[key] = _Traced(parameters, learned, macs, image_bytes, getattr(model, "sample_shape", None))
+        shape = getattr(model, "sample_shape", None)
+        side = (shape or input_size(model))[-1]
+        _traced[key] = _Traced(parameters, learned, macs, image_bytes, shape, side)
     return _traced[key]
 
 
@@ -232,15 +237,20 @@ def smoke(recipe: BaseRecipe, train: Callable, device: torch.device, steps: int)
     """
     _, _, classes = DATASETS.get(recipe.dataset, (0, 0, 10))
     short = dict(save_every=steps, log_every=1)
+    more = {}
     if recipe.model in GENERATORS:
         grids = GENERATORS[recipe.model]["vae"] is None
         short |= dict(steps=steps, val_every=steps, sample_every=steps if grids else 0, sample_steps=2)
-    else:
+    elif hasattr(recipe, "epochs"):
         short |= dict(epochs=1, cooldown_epochs=0)
+    else:
+        short |= dict(steps=steps, eval_every=steps, eval_images=8)
     with tempfile.TemporaryDirectory() as folder:
+        if "eval_images" in short:
+            more = dict(teacher=str(_random_teacher(recipe, Path(folder) / "teacher")))
         out = Path(folder) / "run"
         data = f"synthetic:{steps * recipe.batch_size}x{classes}"
-        train(replace(recipe, **short), data, str(out), device, None, "--smoke")
+        train(replace(recipe, **short), data, str(out), device, None, "--smoke", **more)
         if not join(device).first:
             return ""
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -253,3 +263,10 @@ def smoke(recipe: BaseRecipe, train: Callable, device: torch.device, steps: int)
     if device.type == "cuda":
         text += f"; {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of GPU memory"
     return text
+
+
+def _random_teacher(recipe: BaseRecipe, folder: Path) -> Path:
+    """A checkpoint of the recipe's model with self-attention and random weights."""
+    classes = [f"class{label}" for label in range(10)]
+    vca.save(vca.create_model(recipe.model, attention="mhsa", num_classes=10), folder, label_names=classes)
+    return folder

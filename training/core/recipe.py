@@ -57,6 +57,15 @@ class BaseRecipe:
         names = ("attention", "tokens", "num_tokens", "stage2_softmax", "pooling")
         return {name: value for name in names if (value := getattr(self, name))} | ({} if self.dwc else dict(dwc=False))
 
+    @property
+    def passes(self) -> float:
+        """What a step costs, in forward passes of the model."""
+        return 4 if self.checkpointing else 3
+
+    def relative_area(self, side: int) -> float:
+        """Pixels of an image, on average over the steps, relative to a square of `side` pixels."""
+        return 1.0
+
     def check_shared(self) -> None:
         """Raises a ValueError if one of these keys is out of range."""
         check_ranges(

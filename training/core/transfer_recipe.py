@@ -39,3 +39,12 @@ class TransferRecipe(BaseRecipe):
             raise ValueError(f"stream = {self.stream!r} must be one of {', '.join(STREAMS)}.")
         if not self.img_sizes or not all(type(side) is int and side > 0 for side in self.img_sizes):
             raise ValueError(f"img_sizes = {self.img_sizes} must be sizes in pixels.")
+
+    @property
+    def passes(self) -> float:
+        """The teacher's forward pass; and those of the student or, on the teacher's stream, of attention: a third."""
+        return 1 + super().passes / (3 if self.stream == "teacher" else 1)
+
+    def relative_area(self, side: int) -> float:
+        """Pixels of an image, on average over the steps, relative to a square of `side` pixels."""
+        return sum((own / side) ** 2 for own in self.img_sizes) / len(self.img_sizes)
