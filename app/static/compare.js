@@ -87,7 +87,7 @@ export class Comparison extends Panel {
 
   async receive() {
     const received = this.props.value ? JSON.parse(this.props.value) : null;
-    if (this.isStopped && received?.steps) return; // sent before the server knew
+    if (this.isStopped && (received?.steps || received?.failed)) return; // sent before the server knew, or because of it
     this.isStopped = false;
     this.ask = received?.note ?? this.ask;
     const pair = received?.sides ? received : null;

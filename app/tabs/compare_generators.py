@@ -20,7 +20,7 @@ PICTURES = 4
 ASK = """Choose a class and press Generate: both models start from the same noise, and the same step of both is shown
 side by side."""
 STARTING = '() => JSON.stringify({ working: "Starting …" })'
-FAILED = '() => JSON.stringify({ problem: "The server did not answer. Please try again in a minute." })'
+FAILED = '() => JSON.stringify({ failed: true, problem: "The server did not answer. Please try again in a minute." })'
 
 
 class Pair(NamedTuple):
