@@ -19,6 +19,7 @@ lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/oxlint --deny-warnings app/static
+	.venv/bin/mypy vca
 
 screenshots: .venv/installed-dev
 	.venv/bin/python -m scripts.screenshots docs
