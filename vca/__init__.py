@@ -4,8 +4,9 @@ from vca import attribution, faithfulness
 from vca.checkpoint import CheckpointError, save
 from vca.hub import PushError, load, push
 from vca.layers.factory import create_attention
+from vca.layers.layer_maps import LayerMaps, StageMaps
 from vca.layers.visual_contrast import VisualContrastAttention
-from vca.maps import LayerMaps, StageMaps, record
+from vca.maps import record
 from vca.models import create_model, list_models
 from vca.replace import replace_attention
 

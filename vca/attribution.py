@@ -3,24 +3,79 @@
     classes = model(images).argmax(-1)
     attribution = vca.attribution.METHODS["integrated gradients"](model, images, classes)  # (B, H, W)
 
-Every method takes a classifier in evaluation mode, normalised images (B, 3, H, W) and the index of a class for each,
-any class, and returns a signed map (B, H, W): positive where the image speaks for the class. What a method finds for a
-patch is spread evenly over the patch's pixels. The score that is explained is the logit of the class. A method that is
-not defined for a model raises a ValueError that says why.
+Every method has the same first three arguments and the same result, a signed map (B, H, W) that is positive where the
+image speaks for the class:
+
+- `model`: a classifier in evaluation mode;
+- `images`: (B, 3, H, W), normalised as the model takes them;
+- `classes`: (B,), the index of any class for each image.
+
+The score that is explained is the logit of the class, and a map is in units of it, or of attention for the effective
+maps. What a method finds for a patch is spread evenly over the patch's pixels. A method that is not defined for a model
+raises a ValueError that says why. Three methods are Captum's, of the extra [explain].
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import ceil
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.maps import LayerMaps, record
+from vca.extras import import_extra
+from vca.layers.layer_maps import LayerMaps
+from vca.maps import record
 
 CELLS = 16
 BATCH = 64
 IG_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What a classifier reads of the tokens of a layer.
+
+    Attributes:
+        name: what it reads, in words, such as "the class token".
+        tokens: which of the T tokens are read, and averaged if they are several.
+        num_prefix_tokens: P, the tokens before the patches.
+        grid_size: rows and columns (Hg, Wg) of the patches.
+    """
+
+    name: str
+    tokens: slice
+    num_prefix_tokens: int
+    grid_size: tuple[int, int]
+
+    def rows(self, maps: Tensor) -> Tensor:
+        """The row of maps (..., T, T) that is read, over the patches: (..., Hg, Wg)."""
+        return maps[..., self.tokens, self.num_prefix_tokens :].mean(-2).unflatten(-1, self.grid_size)
+
+
+def readout(model: nn.Module, layer: LayerMaps) -> Readout:
+    """What a classifier reads of the tokens of a layer: the class token, or the average of the patches.
+
+    timm's distilled models average what a class and a distillation token say.
+
+    Raises:
+        ValueError: it reads something else, such as the maximum over the patches.
+    """
+    prefix, pool = layer.num_prefix_tokens, getattr(model, "global_pool", None)
+    if pool == "token":
+        if getattr(model, "head_dist", None) is not None:
+            name, tokens = "the average of the class token and the distillation token", slice(0, 2)
+        else:
+            name, tokens = "the class token", slice(0, 1)
+    elif pool == "avg" and getattr(model, "pool_include_prefix", False):
+        name, tokens = "the average token", slice(0, None)
+    elif pool == "avg":
+        name, tokens = "the average patch", slice(prefix, None)
+    else:
+        raise ValueError(f"what this model's classifier reads is no row of a map: it pools with {pool!r}.")
+    if layer.grid_size is None:
+        raise ValueError("this layer works on no grid of patches.")
+    return Readout(name, tokens, prefix, layer.grid_size)
 
 
 def cell_size(model: nn.Module, images: Tensor) -> tuple[int, int]:
@@ -41,7 +96,7 @@ def rollout(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 
         R = M_L ... M_1,    M_l = (I + A_l) / 2,    A_l = mean of E_l over the heads, each row divided by its sum of |.|
 
-    The attribution is the row of R that the classifier reads: the class token's, or the mean over the patches. For
+    The attribution is the row of R that the classifier reads, see `readout`. For
     self-attention, whose rows sum to 1, this is the published method; with a negative E, paths that push away twice
     count as drawing in. Dropped are the values and gains, the depthwise convolution, the MLPs and the prefix tokens'
     columns. It is the same for every class.
@@ -53,13 +108,13 @@ def rollout(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
         rows = mean / mean.abs().sum(-1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
         step = (torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device) + rows) / 2
         result = step if result is None else step @ result
-    return spread(_decision(model, maps[-1], result), images.shape[-2:])
+    return spread(readout(model, maps[-1]).rows(result), images.shape[-2:])
 
 
 def head_map(model: nn.Module, images: Tensor, classes: Tensor, *, block: int, head: int) -> Tensor:
     """The effective map of one head, from what the classifier reads to the patches; it is the same for every class."""
     (layer,) = _whole_grid_maps(model, images, [block])
-    return spread(_decision(model, layer, layer.effective[:, head]), images.shape[-2:])
+    return spread(readout(model, layer).rows(layer.effective[:, head]), images.shape[-2:])
 
 
 def gradient_weighted(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
@@ -92,9 +147,7 @@ def integrated_gradients(model: nn.Module, images: Tensor, classes: Tensor, *, s
     Zero is the mean colour that the checkpoint's normalisation subtracts. The integral is taken at `steps`
     Gauss-Legendre points; the more there are, the nearer the sum over a map comes to logit(image) - logit(plain image).
     """
-    from captum.attr import IntegratedGradients
-
-    method = IntegratedGradients(model)
+    method = import_extra("captum.attr", "explain").IntegratedGradients(model)
     batch = max(BATCH, len(images))
     values = method.attribute(images, target=classes, n_steps=steps, internal_batch_size=batch)
     return values.sum(1).detach()
@@ -102,9 +155,8 @@ def integrated_gradients(model: nn.Module, images: Tensor, classes: Tensor, *, s
 
 def gradient_x_input(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     """Captum's gradient x input: the gradient of the logit times the normalised pixel, summed over the colours."""
-    from captum.attr import InputXGradient
-
-    return InputXGradient(model).attribute(images.detach().clone().requires_grad_(), target=classes).sum(1).detach()
+    method = import_extra("captum.attr", "explain").InputXGradient(model)
+    return method.attribute(images.detach().clone().requires_grad_(), target=classes).sum(1).detach()
 
 
 @torch.no_grad()
@@ -114,11 +166,10 @@ def occlusion(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     Zero is the mean colour, as in `integrated_gradients`. The window is 2x2 cells of `cell_size` and moves by one cell;
     a pixel takes the mean over the windows on it.
     """
-    from captum.attr import Occlusion
-
+    method = import_extra("captum.attr", "explain").Occlusion(model)
     rows, cols = cell_size(model, images)
     channels = images.shape[1]
-    values = Occlusion(model).attribute(
+    values = method.attribute(
         images,
         target=classes,
         sliding_window_shapes=(channels, 2 * rows, 2 * cols),
@@ -158,15 +209,3 @@ def _whole_grid_maps(model: nn.Module, images: Tensor, blocks: Sequence[int] | N
 def _refuse_windows(maps: list[LayerMaps]) -> None:
     if any(layer.window_size for layer in maps):
         raise ValueError("this model attends within windows: it has no effective map over the whole image.")
-
-
-def _decision(model: nn.Module, layer: LayerMaps, effective: Tensor) -> Tensor:
-    """What the classifier reads of maps (B, T, T), over the patches: the class token's row or the mean, (B, Hg, Wg)."""
-    prefix, pool = layer.num_prefix_tokens, getattr(model, "global_pool", None)
-    if pool == "token":
-        rows = effective[:, 0]
-    elif pool == "avg":
-        rows = effective[:, prefix:].mean(1)
-    else:
-        raise ValueError(f"what this model's classifier reads is no row of a map: it pools with {pool!r}.")
-    return rows[:, prefix:].unflatten(-1, layer.grid_size)

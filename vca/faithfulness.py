@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vca.attribution import BATCH, Method, cell_size
+from vca.extras import import_extra
 
 STEPS = 32
 BLUR = 1 / 8  # standard deviation of the blur, as a part of the image's shorter side
@@ -68,10 +69,10 @@ def over_pixels(cells: Tensor, cell: tuple[int, int], size: tuple[int, int]) -> 
 
 
 def ranks(cells: Tensor) -> Tensor:
-    """The place of every cell, 0 for the largest value: (B, rows, cols). Equal cells go row by row."""
+    """The rank of every cell, 0 for the largest value: (B, rows, cols). Equal cells are ranked row by row."""
     order = cells.flatten(1).argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places).view(cells.shape)
+    positions = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, positions).view(cells.shape)
 
 
 def random_map(images: Tensor, seed: int) -> Tensor:
@@ -101,7 +102,7 @@ def exchange_curve(
     model: nn.Module,
     before: Tensor,
     after: Tensor,
-    places: Tensor,
+    ranking: Tensor,
     cell: tuple[int, int],
     classes: Tensor,
     steps: int,
@@ -110,33 +111,34 @@ def exchange_curve(
     """Probability of the class while the cells of one image are exchanged for those of another: (B, S + 1).
 
     Args:
+        model: a classifier in evaluation mode.
         before, after: the images at the start and at the end, (B, C, H, W) or broadcastable to it.
-        places: the place of every cell in the order, (B, rows, cols).
+        ranking: the rank of every cell in the order of exchange, (B, rows, cols).
         cell: rows and columns of pixels of a cell.
         classes: (B,).
         steps: S; after step s, round(s / S * cells) are exchanged.
         progress: called with the number of images of every forward pass.
     """
     size = torch.broadcast_shapes(before.shape, after.shape)[-2:]
-    counts = _counts(places, steps)
-    places = over_pixels(places, cell, size)
-    picks = [(image, step) for image in range(len(places)) for step in range(steps + 1)]
+    counts = _counts(ranking, steps)
+    ranking = over_pixels(ranking, cell, size)
+    picks = [(image, step) for image in range(len(ranking)) for step in range(steps + 1)]
     before, after = (images.expand(-1, -1, *size) for images in (before, after))
     result = []
     with torch.inference_mode():
         for batch in torch.tensor(picks).split(BATCH):
             image, step = batch.unbind(1)
-            exchanged = (places[image] < counts[step, None, None])[:, None]
+            exchanged = (ranking[image] < counts[step, None, None])[:, None]
             logits = model(torch.where(exchanged, after[image], before[image]))
             result.append(logits.softmax(-1).gather(1, classes[image, None])[:, 0])
             if progress:
                 progress(len(batch))
-    return torch.cat(result).view(len(places), steps + 1).clone()
+    return torch.cat(result).view(len(ranking), steps + 1).clone()
 
 
-def _counts(places: Tensor, steps: int) -> Tensor:
-    cells = places[0].numel()
-    return (torch.arange(steps + 1, device=places.device) * (cells / steps)).round().long()
+def _counts(ranking: Tensor, steps: int) -> Tensor:
+    cells = ranking[0].numel()
+    return (torch.arange(steps + 1, device=ranking.device) * (cells / steps)).round().long()
 
 
 def curves(
@@ -168,27 +170,40 @@ def curves(
 
     color, blur = mean_color(images), blurred(images)
     for name, attribution in attributions.items():
-        places = ranks(in_cells(attribution, cell))
-        steps = min(steps, places[0].numel())
+        ranking = ranks(in_cells(attribution, cell))
+        steps = min(steps, ranking[0].numel())
         deletion, insertion = (
-            exchange_curve(model, before, after, places, cell, classes, steps, count)
+            exchange_curve(model, before, after, ranking, cell, classes, steps, count)
             for before, after in ((images, color), (blur, images))
         )
-        result[name] = Curves(_counts(places, steps) / places[0].numel(), deletion, insertion)
+        result[name] = Curves(_counts(ranking, steps) / ranking[0].numel(), deletion, insertion)
     return result
 
 
 def infidelity(
     model: nn.Module, images: Tensor, classes: Tensor, attribution: Tensor, samples: int = 32, seed: int = 0
 ) -> Tensor:
-    """Captum's infidelity (arXiv 1901.09392) of a map (B, H, W): (B,), in squared logits; smaller is more faithful.
+    """Captum's infidelity (arXiv 1901.09392) of a map; smaller is more faithful.
 
-    Half of the cells, drawn at random, are replaced by the image's mean colour, `samples` times; infidelity is the mean
+    Half of the cells, drawn at random, are replaced by the image's mean color, `samples` times. Infidelity is the mean
     squared difference between the attribution of the removed cells and the fall of the logit. The attribution is first
-    scaled by the factor that fits best, so that maps in any unit compare; the same seed draws the same cells.
-    """
-    from captum.metrics import infidelity as measure
+    scaled by the factor that fits best, so that maps in any unit compare.
 
+    Args:
+        model: a classifier in evaluation mode.
+        images: normalised, (B, 3, H, W).
+        classes: the explained class of each image, (B,).
+        attribution: the map (B, H, W), in any unit.
+        samples: random choices of cells for each image.
+        seed: of these choices; the same seed draws the same cells.
+
+    Returns:
+        (B,), in squared logits.
+
+    Raises:
+        ImportError: Captum is not installed; the message names the extra.
+    """
+    metrics = import_extra("captum.metrics", "explain")
     cell = cell_size(model, images)
     values = in_cells(attribution, cell)
     generator = torch.Generator().manual_seed(seed)
@@ -201,7 +216,7 @@ def infidelity(
         color = mean_color(images)
         return model(color + over_pixels(kept, cell, images.shape[-2:])[:, None] * (images - color))
 
-    return measure(
+    return metrics.infidelity(
         logits,
         remove,
         torch.ones_like(values),
@@ -217,13 +232,26 @@ def infidelity(
 def sensitivity(
     model: nn.Module, images: Tensor, classes: Tensor, method: Method, samples: int = 10, seed: int = 0
 ) -> Tensor:
-    """Captum's maximum sensitivity (arXiv 1901.09392) of a method: (B,); smaller is more stable.
+    """Captum's maximum sensitivity (arXiv 1901.09392) of a method; smaller is more stable.
 
-    The largest relative change of the map, in Euclidean norm, under `samples` draws of uniform noise of +-0.02 in every
-    normalised pixel.
+    It is the largest relative change of the map, in Euclidean norm, under uniform noise of +-0.02 in every normalised
+    pixel.
+
+    Args:
+        model: a classifier in evaluation mode.
+        images: normalised, (B, 3, H, W).
+        classes: the explained class of each image, (B,).
+        method: one of `vca.attribution.METHODS`, or another function of (model, images, classes).
+        samples: draws of noise for each image.
+        seed: of the noise.
+
+    Returns:
+        (B,), without a unit.
+
+    Raises:
+        ImportError: Captum is not installed; the message names the extra.
     """
-    from captum.metrics import sensitivity_max
-
+    metrics = import_extra("captum.metrics", "explain")
     generator = torch.Generator().manual_seed(seed)
 
     def noisy(images: Tensor) -> Tensor:
@@ -234,7 +262,7 @@ def sensitivity(
         images = images[0] if isinstance(images, tuple) else images
         return (method(model, images, target.expand(len(images))),)  # Captum leaves a single target as it is
 
-    return sensitivity_max(
+    return metrics.sensitivity_max(
         explain,
         images,
         noisy,

@@ -6,6 +6,7 @@ from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vca.layers.factory import AttentionConfig
 from vca.models import swin, vit
 
 SUPPORTED = {
@@ -40,6 +41,7 @@ def replace_attention(model: nn.Module, kind: str = "vca", **options) -> nn.Modu
         raise ValueError(
             f"cannot exchange the attention of a {type(model).__name__}; it must be exactly one of {names}."
         )
+    config = AttentionConfig.pop_from(options, default=kind)
     is_swin = isinstance(model, SwinTransformer)
     blocks = [block for layer in model.layers for block in layer.blocks] if is_swin else list(model.blocks)
     for index, block in enumerate(blocks):
@@ -47,7 +49,7 @@ def replace_attention(model: nn.Module, kind: str = "vca", **options) -> nn.Modu
     exchange = swin.exchange_attention if is_swin else vit.exchange_attention
     trained = {name: parameter for name, parameter in model.named_parameters() if ".attn." in name}
     mode, like = model.training, next(model.parameters())
-    exchange(model, kind, **options)
+    exchange(model, config, **options)
     model.to(device=like.device, dtype=like.dtype).train(mode)
     new = dict(model.named_parameters())
     for name, parameter in trained.items():

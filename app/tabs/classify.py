@@ -3,7 +3,6 @@
 from html import escape
 
 import gradio as gr
-import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from app.context import ClassifyTab, Context
 from app.runtime import drawing, preprocessing, records
 from app.runtime.images import ImageError, uploaded_file
 from app.tabs import attribution
+from vca.attribution import readout
 
 TITLE = "Classify"
 
@@ -84,14 +84,17 @@ def input_picture(model: nn.Module, x: Tensor) -> Image.Image:
 def strip(model: nn.Module, maps: list[vca.LayerMaps], crop: Image.Image) -> str:
     """HTML with one small map for each head of each block, over the image: what the decision draws in from where.
 
-    The query is the class token, or the mean over all patches in a model without one.
+    The query is what the classifier reads, see `vca.attribution.readout`.
     """
     if not maps:
         return f"<p class='vca-empty'>{records.NO_MAPS}</p>"
-    by_class_token = records.prefix_names(model)[:1] == ["class"]
+    try:
+        readouts = [readout(model, layer) for layer in maps]
+    except ValueError as error:
+        return f"<p class='vca-empty'>No maps of the decision: {escape(str(error))}</p>"
+    rows = [reads.rows(layer.effective[0]).numpy() for reads, layer in zip(readouts, maps, strict=True)]
     heads = max(layer.stage1.positive.shape[1] for layer in maps)
     cells = ["<span></span>", *(f"<span>{layer.block + 1}</span>" for layer in maps)]
-    rows = [decision_rows(layer, by_class_token) for layer in maps]
     for head in range(heads):
         cells.append(f"<span>{head + 1}</span>")
         for layer, grid_rows in zip(maps, rows, strict=True):
@@ -103,23 +106,15 @@ def strip(model: nn.Module, maps: list[vca.LayerMaps], crop: Image.Image) -> str
             cells.append(
                 f"<img src='{drawing.data_url(drawing.overlay(values), 'PNG')}' title='{title}' alt='{title}'>"
             )
-    query = "the class token" if by_class_token else "the average patch"
     photo = drawing.data_url(drawing.muted(crop.resize((96 * crop.width // crop.height, 96))), "JPEG")
     signed = any(stage and stage.negative is not None for layer in maps for stage in (layer.stage1, layer.stage2))
     legend = "<b class='vca-positive'>draws in</b>" + (" and <b class='vca-negative'>pushes away</b>" if signed else "")
     return f"""<section class='vca-strip'>
         <h3>Where every head looks</h3>
-        <p>What {query} {legend}: the effective map of each head (row) in each block (column), each on a scale of its
-        own.</p>
+        <p>What {readouts[0].name} {legend}: the effective map of each head (row) in each block (column), each on a
+        scale of its own.</p>
         <div class='vca-strip-grid' style="--blocks:{len(maps)}; --aspect:{crop.width / crop.height:.4f};
         --photo:url({photo})">{"".join(cells)}</div></section>"""
-
-
-def decision_rows(layer: vca.LayerMaps, by_class_token: bool) -> np.ndarray:
-    """The effective map's row of the decision, over the patches: (H, Hg, Wg). For the class token or the mean patch."""
-    effective = layer.effective[0, :, :, layer.num_prefix_tokens :]
-    rows = effective[:, 0] if by_class_token else effective[:, layer.num_prefix_tokens :].mean(1)
-    return rows.unflatten(-1, layer.grid_size).numpy()
 
 
 def _classes(labels: list[str]) -> str:

@@ -19,7 +19,7 @@ from app.runtime.checkpoints import Checkpoints
 from app.runtime.images import MAX_PIXELS, WORKING_SIDE, read_image
 from app.runtime.packing import MapStore
 from app.tabs import about
-from app.tabs.classify import decision_rows
+from app.tabs.classify import strip
 from app.ui import build
 from tests.helpers.app import LABELS, MHSA, PLAIN, PREFIXED, SMALL_PYRAMID, photo, recorded
 
@@ -160,12 +160,17 @@ def test_crop_is_the_part_that_reaches_the_model(weights, tmp_path):
     np.testing.assert_array_equal(np.asarray(crop), np.asarray(image)[:, 100:200])
 
 
-def test_strip_rows(weights, picture):
-    _, _, maps = recorded(weights, PREFIXED, picture)
-    effective = maps[2].effective[0].numpy()
-    np.testing.assert_allclose(decision_rows(maps[2], True), effective[:, 0, 2:].reshape(3, 4, 5), rtol=1e-5)
-    mean = effective[:, 2:, 2:].mean(1).reshape(3, 4, 5)
-    np.testing.assert_allclose(decision_rows(maps[2], False), mean, rtol=1e-4, atol=1e-7)
+def test_the_strip_draws_what_the_classifier_reads(weights, picture):
+    model, _, maps = recorded(weights, PREFIXED, picture)
+    crop = preprocessing.center_crop(model, read_image(picture))
+    assert "What the class token" in strip(model, maps, crop)
+    model.global_pool = "avg"
+    averaged = strip(model, maps, crop)
+    assert "What the average patch" in averaged
+    values = maps[2].effective[0, 1, 2:, 2:].mean(0)
+    assert f"Block 3, head 2: {values.min():+.3g} to {values.max():+.3g}" in averaged
+    model.global_pool = "max"
+    assert "it pools with &#x27;max&#x27;" in strip(model, maps, crop)
 
 
 # ---- The store of maps

@@ -55,11 +55,13 @@ def test_output_and_maps_equal_the_reference(case, dtype):
         assert largest_error(layer(x), want.output) < tolerance
         inference_maps = layer.forward_with_maps(x)[1]
     for stage, stream in itertools.product(("stage1", "stage2"), ("positive", "negative", "differential")):
-        error = largest_error(getattr(maps[stage], stream), getattr(want, f"{stage}_{stream}"))
+        error = largest_error(getattr(getattr(maps, stage), stream), getattr(want, f"{stage}_{stream}"))
         assert error < tolerance, f"{stage}.{stream}"
-        torch.testing.assert_close(getattr(inference_maps[stage], stream), getattr(maps[stage], stream).detach())
-    assert maps["lambda1"].item() == pytest.approx(want.lambda1, abs=tolerance)
-    assert maps["lambda2"].item() == pytest.approx(want.lambda2, abs=tolerance)
+        torch.testing.assert_close(
+            getattr(getattr(inference_maps, stage), stream), getattr(getattr(maps, stage), stream).detach()
+        )
+    assert maps.lambda1.item() == pytest.approx(want.lambda1, abs=tolerance)
+    assert maps.lambda2.item() == pytest.approx(want.lambda2, abs=tolerance)
     start = lambda_init(case["depth"])
     assert abs(want.lambda1 - start) > 1e-3 and abs(want.lambda2 - start) > 1e-3, "the lambdas have not moved"
 
@@ -162,7 +164,7 @@ def test_maps_path_has_the_gradients_of_the_fast_path(options):
 def test_gradients_flow_through_the_maps():
     layer, x = make(**SMALL)
     _, maps = layer.forward_with_maps(x)
-    maps["stage2"].differential.pow(2).sum().backward()
+    maps.stage2.differential.pow(2).sum().backward()
     assert layer.positive_embed.grad.abs().max() > 0
     assert layer.stage2.lambda_q1.grad.abs().max() > 0
 
@@ -197,9 +199,9 @@ PRECISION_CASES = [
 def assert_kept_in_float32(maps: dict) -> None:
     for stage in ("stage1", "stage2"):
         for stream in ("positive", "negative", "differential"):
-            assert getattr(maps[stage], stream).dtype == torch.float32, f"{stage}.{stream}"
+            assert getattr(getattr(maps, stage), stream).dtype == torch.float32, f"{stage}.{stream}"
     for scalar in ("lambda1", "lambda2", "row_scale1", "row_scale2"):
-        assert maps[scalar].dtype == torch.float32, scalar
+        assert getattr(maps, scalar).dtype == torch.float32, scalar
 
 
 def in_mode(mode: str, layer, x):
@@ -226,9 +228,9 @@ def test_bfloat16_stays_near_the_reference(case, mode):
     with torch.no_grad():
         assert relative_error(run(layer, x), want.output) < 2e-2
     assert_kept_in_float32(maps)
-    assert maps["lambda1"].item() == pytest.approx(want.lambda1, abs=1e-5)
-    assert maps["lambda2"].item() == pytest.approx(want.lambda2, abs=1e-5)
-    for stream in (maps["stage1"].positive, maps["stage1"].negative):
+    assert maps.lambda1.item() == pytest.approx(want.lambda1, abs=1e-5)
+    assert maps.lambda2.item() == pytest.approx(want.lambda2, abs=1e-5)
+    for stream in (maps.stage1.positive, maps.stage1.negative):
         torch.testing.assert_close(stream.sum(-1), torch.ones(stream.shape[:-1]), rtol=0, atol=1e-5)
 
 

@@ -235,3 +235,55 @@ def test_cells_are_patches_or_several(stride, size, want):
     model.patch_embed = nn.Module()
     model.patch_embed.proj = nn.Conv2d(3, 1, stride, stride)
     assert attribution.cell_size(model, torch.empty(1, 3, *size)) == want
+
+
+READOUTS = {  # what the classifier reads: its arguments, the tokens that decide, and their name
+    "class token": (dict(class_token=True, global_pool="token", reg_tokens=2), [0], "the class token"),
+    "average beside a class token": (dict(class_token=True, global_pool="avg"), range(1, 7), "the average patch"),
+    "average beside registers": (
+        dict(class_token=False, global_pool="avg", reg_tokens=2), range(2, 8), "the average patch"
+    ),
+    "average of all tokens": (
+        dict(class_token=True, global_pool="avg", pool_include_prefix=True), range(7), "the average token"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", READOUTS)
+@pytest.mark.parametrize("make_model", [make_vca_vit, make_timm_vit], ids=["vca", "timm"])
+def test_the_readout_is_what_the_logits_depend_on(make_model, case):
+    """The tokens of the last block whose change moves the logits are those that the readout names."""
+    arguments, tokens, name = READOUTS[case]
+    model, x = make_model(img_size=(8, 12), **arguments), pictures(1).float()
+    model.eval()
+    with vca.record(model) as maps, torch.no_grad():
+        model(x)
+    read = attribution.readout(model, maps[-1])
+    assert read.name == name
+    count = maps[-1].num_prefix_tokens + 6
+    last = torch.randn(1, count, model.embed_dim, requires_grad=True)
+    model.forward_head(model.norm(last)).sum().backward()
+    moved = last.grad[0].abs().sum(-1).nonzero()[:, 0].tolist()
+    assert moved == list(tokens) == list(range(count))[read.tokens]
+    effective = maps[-1].effective
+    row = effective[:, :, list(tokens), maps[-1].num_prefix_tokens :].mean(2).unflatten(-1, (2, 3))
+    torch.testing.assert_close(read.rows(effective), row)
+
+
+def test_a_distilled_model_reads_both_of_its_tokens():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1, num_classes=3).eval()
+    with vca.record(model) as maps, torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    read = attribution.readout(model, maps[0])
+    assert read.name == "the average of the class token and the distillation token"
+    torch.testing.assert_close(
+        read.rows(maps[0].effective), maps[0].effective[:, :, :2, 2:].mean(2).unflatten(-1, (2, 2))
+    )
+
+
+def test_what_is_no_row_of_a_map_is_refused():
+    model = make_timm_vit(img_size=(8, 12), class_token=False, global_pool="max").eval()
+    with vca.record(model) as maps, torch.no_grad():
+        model(pictures(1).float())
+    with pytest.raises(ValueError, match="no row of a map: it pools with 'max'"):
+        attribution.readout(model, maps[0])

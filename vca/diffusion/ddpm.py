@@ -89,6 +89,7 @@ def loss(model: Model, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """The hybrid loss of each sample, (B,): mean squared error of the noise, plus the variational bound of v alone.
 
     Args:
+        model: a function of x (B, C, ...) and integer t (B,): the predicted noise and v, (B, 2C, ...).
         x0: images or latents (B, C, ...); pixels in [-1, 1].
         noise: standard normal, like x0.
         t: integer (B,), uniform over 0 ... 999.
@@ -104,6 +105,11 @@ def variational_bound(output: Tensor, x0: Tensor, xt: Tensor, t: Tensor) -> Tens
 
     It is KL(q(x_prev | x_t, x_0) || p(x_prev | x_t)) for t > 0, and -log p(x_0 | x_1) at t = 0 with x_0 in bins of
     1/255 to either side, the outermost ones open (arXiv 2006.11239, equations 5 and 13). DiT takes it for latents, too.
+
+    Args:
+        output: the model's output at (xt, t), (B, 2C, ...).
+        x0, xt: the clean and the noised images or latents, (B, C, ...).
+        t: integer (B,).
     """
     mean, log_variance = FULL.reverse_step(xt, output, t)
     true_log_variance = _at(FULL.log_variance, t, xt)
@@ -125,7 +131,18 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) ->
 
 
 def sample_ddpm(model: Model, noise: Noise, times: Sequence[int], callback: Callback = silent) -> Tensor:
-    """Ancestral sampling with the learned variance through falling `times`."""
+    """Ancestral sampling with the learned variance.
+
+    Args:
+        model: a function of x (B, C, ...) and integer t (B,): the predicted noise and v, (B, 2C, ...).
+        noise: gives the next standard normal tensor (B, C, ...) at each call; the first is the starting point, and
+            every step but the last takes one more.
+        times: timesteps from 0 to 999, falling; one step each.
+        callback: called as (step, total, x) with the state (B, C, ...) after 0, 1, ..., total steps.
+
+    Returns:
+        x_0, (B, C, ...); pixels are in about [-1, 1].
+    """
     schedule, total, x = Schedule(times), len(times), noise()
     for step, t in enumerate(times):
         callback(step, total, x)
@@ -138,7 +155,17 @@ def sample_ddpm(model: Model, noise: Noise, times: Sequence[int], callback: Call
 
 
 def sample_ddim(model: Model, noise: Noise, times: Sequence[int], callback: Callback = silent) -> Tensor:
-    """Deterministic DDIM (arXiv 2010.02502, eta = 0) through falling `times`; v is not used."""
+    """Deterministic DDIM (arXiv 2010.02502, eta = 0); v is not used.
+
+    Args:
+        model: a function of x (B, C, ...) and integer t (B,): the predicted noise and v, (B, 2C, ...).
+        noise: gives the next standard normal tensor (B, C, ...) at each call; called once, for the starting point.
+        times: timesteps from 0 to 999, falling; one step each.
+        callback: called as (step, total, x) with the state (B, C, ...) after 0, 1, ..., total steps.
+
+    Returns:
+        x_0, (B, C, ...); pixels are in about [-1, 1].
+    """
     schedule, total, x = Schedule(times), len(times), noise()
     for step, t in enumerate(times):
         callback(step, total, x)

@@ -20,7 +20,8 @@ def loss(model: Model, x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
     """Mean squared error of the velocity of each sample, (B,).
 
     Args:
-        x1: images or latents (B, C, ...).
+        model: a function of x (B, C, ...) and t (B,) in [0, 1]: the velocity (B, C, ...).
+        x1: images or latents (B, C, ...); pixels in [-1, 1].
         x0: standard normal noise, like x1.
         t: (B,) in [0, 1].
     """
@@ -52,7 +53,17 @@ def _check_steps(steps: int) -> None:
 
 
 def sample_euler(model: Model, noise: Noise, times: Sequence[float], callback: Callback = silent) -> Tensor:
-    """The ODE dx = v dt by Euler's method: one call of the model per step."""
+    """The ODE dx = v dt by Euler's method: one call of the model per step.
+
+    Args:
+        model: a function of x (B, C, ...) and t (B,) in [0, 1]: the velocity (B, C, ...).
+        noise: gives the next standard normal tensor (B, C, ...) at each call; called once, for the starting point.
+        times: rising from 0 to 1, one more than there are steps.
+        callback: called as (step, total, x) with the state (B, C, ...) after 0, 1, ..., total steps.
+
+    Returns:
+        x_1, (B, C, ...); pixels are in about [-1, 1].
+    """
     total, x = len(times) - 1, noise()
     for step, (t, end) in enumerate(pairwise(times)):
         callback(step, total, x)
@@ -62,7 +73,17 @@ def sample_euler(model: Model, noise: Noise, times: Sequence[float], callback: C
 
 
 def sample_heun(model: Model, noise: Noise, times: Sequence[float], callback: Callback = silent) -> Tensor:
-    """The ODE dx = v dt by Heun's method, of second order: two calls of the model per step."""
+    """The ODE dx = v dt by Heun's method, of second order: two calls of the model per step.
+
+    Args:
+        model: a function of x (B, C, ...) and t (B,) in [0, 1]: the velocity (B, C, ...).
+        noise: gives the next standard normal tensor (B, C, ...) at each call; called once, for the starting point.
+        times: rising from 0 to 1, one more than there are steps.
+        callback: called as (step, total, x) with the state (B, C, ...) after 0, 1, ..., total steps.
+
+    Returns:
+        x_1, (B, C, ...); pixels are in about [-1, 1].
+    """
     total, x = len(times) - 1, noise()
     for step, (t, end) in enumerate(pairwise(times)):
         callback(step, total, x)
@@ -77,6 +98,16 @@ def sample_sde(model: Model, noise: Noise, times: Sequence[float], callback: Cal
     """Euler-Maruyama for dx = (v + w s) dt + sqrt(2 w) dW with w = 1 - t, SiT's default; the last step adds no noise.
 
     s = (t v - x) / (1 - t) is the score on the straight line, so the drift is (1 + t) v - x, without a singularity.
+
+    Args:
+        model: a function of x (B, C, ...) and t (B,) in [0, 1]: the velocity (B, C, ...).
+        noise: gives the next standard normal tensor (B, C, ...) at each call; the first is the starting point, and
+            every step but the last takes one more.
+        times: rising from 0 to 1, one more than there are steps.
+        callback: called as (step, total, x) with the state (B, C, ...) after 0, 1, ..., total steps.
+
+    Returns:
+        x_1, (B, C, ...); pixels are in about [-1, 1].
     """
     total, x = len(times) - 1, noise()
     for step, (t, end) in enumerate(pairwise(times)):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from vca.extras import import_extra
+
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 SCALE = 0.18215
 STRIDE = 8  # pixels to a latent, in each direction
@@ -24,21 +26,21 @@ class LatentDecoder:
         self._autoencoder = None
 
     def load(self, device: torch.device):
-        """The autoencoder in float32 on `device`.
+        """The autoencoder, diffusers' `AutoencoderKL` in float32 and evaluation mode, on `device`.
 
         Raises:
             DecoderError: diffusers or the weights are missing.
         """
         if self._autoencoder is None:
             try:
-                from diffusers import AutoencoderKL
+                diffusers = import_extra("diffusers", "latents")
             except ImportError as error:
                 raise DecoderError(
-                    "this model makes latents; showing them takes the package diffusers (pip install diffusers) and "
-                    f"the autoencoder {self.source} (335 MB for Stable Diffusion's)."
+                    "this model makes latents; showing them takes the package diffusers (pip install diffusers; it is "
+                    f"of the extra [latents] of vca) and the autoencoder {self.source} (335 MB for Stable Diffusion's)."
                 ) from error
             try:
-                self._autoencoder = AutoencoderKL.from_pretrained(self.source, use_safetensors=True)
+                self._autoencoder = diffusers.AutoencoderKL.from_pretrained(self.source, use_safetensors=True)
             except (OSError, ValueError) as error:
                 raise DecoderError(
                     f"cannot load the autoencoder {self.source} (335 MB for Stable Diffusion's): it is no folder, "

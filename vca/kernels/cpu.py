@@ -1,4 +1,4 @@
-"""Compiles the kernels of cpu_kernels.cpp, once a machine, with the C++ compiler and ninja that are found there."""
+"""Compiles the kernels of cpu.cpp, once a machine, with the C++ compiler and ninja that are found there."""
 
 import functools
 import os
@@ -36,7 +36,7 @@ def kernels() -> ModuleType | None:
         reason = next((line for line in lines if "error:" in line), lines[0])
         warnings.warn(
             f"The fused attention kernels for this CPU could not be compiled ({reason}); the plain path is taken. "
-            "They need a C++ compiler and ninja (pip install ninja).",
+            "They need a C++ compiler and ninja (pip install ninja; it is of the extra [fused] of vca).",
             stacklevel=2,
         )
         return None

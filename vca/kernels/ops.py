@@ -67,8 +67,11 @@ def contrast(tokens: Tensor, x: Tensor, values: Tensor, lam: Tensor, gain: float
     """`vca.functional.contrast` of two streams with a softmax each, for what is `supported`.
 
     Args:
-        tokens, lam, gain: see `contrast_stage1`.
-        x, values: keys and values in Stage I, queries and values in Stage II, see `contrast_stage1`, `contrast_stage2`.
+        tokens: both streams of contrast tokens, scaled (BH, 2 * n, d).
+        x: keys in Stage I, queries in Stage II, (B, H, T, d).
+        values: v (B, H, T, d) in Stage I, vhat (BH, n, d) in Stage II.
+        lam: lambda, a scalar in float32.
+        gain: 1 - lambda_init.
         axes: `STAGE1` or `STAGE2`.
 
     Returns:
@@ -108,7 +111,17 @@ def _(tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float) -> tuple[T
 def contrast_stage1_backward(
     grad: Tensor, tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float, products: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of tokens, k, v and lambda from `grad`, that of the output (BH, n, d) of `contrast_stage1`."""
+    """The backward pass of `contrast_stage1`.
+
+    Args:
+        grad: the gradient of the output, (BH, n, d).
+        tokens, k, v, lam, gain: the inputs of `contrast_stage1`.
+        products: A+- v (BH, 2 * n, d) in float32, as `contrast_stage1` returns it.
+        lse: the logarithms of the softmax's denominators (BH, 2 * n) in float32, likewise.
+
+    Returns:
+        The gradients of tokens, k, v and lambda, in their shapes and types.
+    """
     return _kernels(k).stage1_backward(grad, tokens, k, v, lam, gain, products, lse)
 
 
@@ -124,9 +137,11 @@ def contrast_stage2(tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain
     """Stage II of `vca.functional.contrast`; all tensors but lambda are of one type.
 
     Args:
-        tokens, lam, gain: see `contrast_stage1`.
+        tokens: both streams of contrast tokens, scaled (BH, 2 * n, d).
         q: queries (B, H, T, d).
         values: vhat (BH, n, d).
+        lam: lambda, a scalar in float32.
+        gain: 1 - lambda_init.
 
     Returns:
         (B, H, T, d), a view of (B, T, H, d).
@@ -143,7 +158,15 @@ def _(tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain: float) -> Te
 def contrast_stage2_backward(
     grad: Tensor, tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of tokens, q, values and lambda from `grad`, that of the output of `contrast_stage2`."""
+    """The backward pass of `contrast_stage2`, which computes its maps again.
+
+    Args:
+        grad: the gradient of the output, (B, H, T, d).
+        tokens, q, values, lam, gain: the inputs of `contrast_stage2`.
+
+    Returns:
+        The gradients of tokens, q, values and lambda, in their shapes and types.
+    """
     return _kernels(q).stage2_backward(grad, tokens, q, values, lam, gain)
 
 

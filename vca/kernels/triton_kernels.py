@@ -92,9 +92,9 @@ def stage1_kernel(
         product = product * decay[:, None] + dot_unrounded(weights, load_rows(v, keys, v_t, length, channels, d))
         maximum = higher
 
-    place = (head * tl.num_programs(1) + index) * 2 * n
-    store_rows(products + place * d, rows, d, 2 * n, channels, d, product / total[:, None])
-    tl.store(lse + place + rows, maximum + tl.log(total), mask=rows < 2 * n)
+    slot = (head * tl.num_programs(1) + index) * 2 * n
+    store_rows(products + slot * d, rows, d, 2 * n, channels, d, product / total[:, None])
+    tl.store(lse + slot + rows, maximum + tl.log(total), mask=rows < 2 * n)
 
 
 @triton.jit
@@ -252,11 +252,11 @@ def stage2_backward_kernel(
         grad_positive_t += dot(tl.trans(grad_positive), query)
         grad_negative_t += dot(tl.trans(grad_negative), query)
 
-    place = head * tl.num_programs(1) + index
-    tl.store(grad_lam + place, total_lam)
-    store_rows(grad_values + place * n * d, rows, d, n, channels, d, grad_value)
-    store_rows(grad_tokens + place * 2 * n * d, rows, d, n, channels, d, grad_positive_t)
-    store_rows(grad_tokens + (place * 2 + 1) * n * d, rows, d, n, channels, d, grad_negative_t)
+    slot = head * tl.num_programs(1) + index
+    tl.store(grad_lam + slot, total_lam)
+    store_rows(grad_values + slot * n * d, rows, d, n, channels, d, grad_value)
+    store_rows(grad_tokens + slot * 2 * n * d, rows, d, n, channels, d, grad_positive_t)
+    store_rows(grad_tokens + (slot * 2 + 1) * n * d, rows, d, n, channels, d, grad_negative_t)
 
 
 def power_of_two(size: int) -> int:
@@ -285,7 +285,7 @@ def with_adjacent_channels(x: Tensor) -> Tensor:
 
 
 def stage1(tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float) -> tuple[Tensor, Tensor, Tensor]:
-    """See `vca.kernels.ops.contrast_stage1`."""
+    """`vca.kernels.ops.contrast_stage1` on a GPU, with its arguments and result."""
     tokens, k, v = tokens.contiguous(), with_adjacent_channels(k), with_adjacent_channels(v)
     (_, heads, length, d), (groups, rows, _), tile = k.shape, tokens.shape, options(k)
     parts, part = split(k, tile["BLOCK"])
@@ -307,7 +307,7 @@ def stage1(tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float) -> tu
 def stage1_backward(
     grad: Tensor, tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float, products: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `vca.kernels.ops.contrast_stage1_backward`."""
+    """`vca.kernels.ops.contrast_stage1_backward` on a GPU, with its arguments and result."""
     grad, tokens, k, v = grad.contiguous(), tokens.contiguous(), with_adjacent_channels(k), with_adjacent_channels(v)
     (_, heads, length, d), (groups, rows, _), tile = k.shape, tokens.shape, options(k)
     parts, part = split(k, tile["BLOCK"])
@@ -322,7 +322,7 @@ def stage1_backward(
 
 
 def stage2(tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain: float) -> Tensor:
-    """See `vca.kernels.ops.contrast_stage2`."""
+    """`vca.kernels.ops.contrast_stage2` on a GPU, with its arguments and result."""
     tokens, q, values = tokens.contiguous(), with_adjacent_channels(q), values.contiguous()
     (_, heads, length, d), (groups, rows, _), tile = q.shape, tokens.shape, options(q)
     parts, part = split(q, tile["BLOCK"])
@@ -337,7 +337,7 @@ def stage2(tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain: float) 
 def stage2_backward(
     grad: Tensor, tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `vca.kernels.ops.contrast_stage2_backward`."""
+    """`vca.kernels.ops.contrast_stage2_backward` on a GPU, with its arguments and result."""
     grad = grad.transpose(1, 2).contiguous()
     tokens, q, values = tokens.contiguous(), with_adjacent_channels(q), values.contiguous()
     (_, heads, length, d), (groups, rows, _), tile = q.shape, tokens.shape, options(q)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from vca import functional as VF
 from vca.layers.depthwise import add_local, depthwise_conv3x3
 from vca.layers.grid import OnGrid, check_token_grid, refuse_mask
-from vca.layers.stage_maps import StageMaps
+from vca.layers.layer_maps import LayerMaps, StageMaps, TwoStageMaps
 
 
 @register_notrace_module
@@ -19,8 +19,18 @@ class AgentAttention(OnGrid, nn.Module):
     published layer are left out.
 
     Args:
-        dim, num_heads, grid_size, token_grid, num_prefix_tokens, qkv_bias, proj_drop, dwc: see
-            `VisualContrastAttention`.
+        dim: channels C; divisible by `num_heads`.
+        num_heads: heads H, each with d = C / H channels.
+        grid_size: rows and columns (Hg, Wg) of the patch grid.
+        token_grid: rows and columns (h, w) of the pooled queries, n = h * w; at most `grid_size` in each direction.
+        num_prefix_tokens: class, register and distillation tokens before the patches; they are not pooled and get no
+            depthwise convolution.
+        qkv_bias: bias in the qkv projection.
+        proj_drop: dropout after the output projection.
+        dwc: add a depthwise 3x3 convolution of the values.
+
+    Raises:
+        ValueError: the arguments contradict one another; the message says how.
     """
 
     def __init__(
@@ -52,23 +62,31 @@ class AgentAttention(OnGrid, nn.Module):
         return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=False)[0]
 
     def forward_with_maps(self, x: Tensor, attn_mask: None = None, is_causal: bool = False, grid_size=None):
-        """Like `forward`, and also gives fields of `vca.LayerMaps`: `stage1` (B, H, n, T), `stage2` (B, H, T, n)."""
+        """Like `forward`, and also returns the maps: `stage1` (B, H, n, T), `stage2` (B, H, T, n)."""
         return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True)
 
-    def _attend(self, x: Tensor, attn_mask: None, is_causal: bool, grid_size, keep_maps: bool) -> tuple[Tensor, dict]:
+    def _attend(self, x: Tensor, attn_mask: None, is_causal: bool, grid_size, keep_maps: bool):
         refuse_mask(attn_mask, is_causal)
-        grid_size = self.checked_grid(x.shape[1], grid_size)
-        qkv = self.qkv(x)
-        pooled = VF.pool_queries(qkv[:, self.num_prefix_tokens :, : x.shape[2]], grid_size, self.token_grid)
-        agents = pooled.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        grid_size, prefix = self.checked_grid(x.shape[1], grid_size), self.num_prefix_tokens
+        qkv = self.qkv(x)  # (B, T, 3C)
+        pooled = VF.pool_queries(qkv[:, prefix:, : x.shape[2]], grid_size, self.token_grid)  # (B, n, C)
+        agents = pooled.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, n, d)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
+        maps: LayerMaps | None = None
         if keep_maps:
-            first, second = VF.softmax_map(agents, k), VF.softmax_map(q, agents)
+            first, second = VF.softmax_map(agents, k), VF.softmax_map(q, agents)  # (B, H, n, T), (B, H, T, n)
             out = second.to(v.dtype) @ (first.to(v.dtype) @ v)
-            fields = dict(stage1=StageMaps(first), stage2=StageMaps(second), values=v, gathered=out)
+            maps = TwoStageMaps(
+                kind="agent",
+                grid_size=grid_size,
+                token_grid=self.token_grid,
+                num_prefix_tokens=prefix,
+                stage1=StageMaps(first),
+                stage2=StageMaps(second),
+                values=v,
+                gathered=out,
+            )
         else:
             out = F.scaled_dot_product_attention(q, agents, F.scaled_dot_product_attention(agents, k, v))
-            fields = {}
-        out = add_local(out.transpose(1, 2).flatten(2), self.dwc, v, grid_size, self.num_prefix_tokens)
-        place = dict(kind="agent", grid_size=grid_size, num_prefix_tokens=self.num_prefix_tokens)
-        return self.proj_drop(self.proj(out)), place | dict(token_grid=self.token_grid) | fields
+        out = add_local(out.transpose(1, 2).flatten(2), self.dwc, v, grid_size, prefix)  # (B, T, C)
+        return self.proj_drop(self.proj(out)), maps

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from vca import functional as VF
 from vca.layers.grid import OnGrid, refuse_mask
-from vca.layers.stage_maps import StageMaps
+from vca.layers.layer_maps import GlobalMaps, LayerMaps, StageMaps
 
 
 def local_term(convolution: nn.Conv2d, v: Tensor, grid_size: tuple[int, int]) -> Tensor:
@@ -15,6 +15,7 @@ def local_term(convolution: nn.Conv2d, v: Tensor, grid_size: tuple[int, int]) ->
 
 
 def depthwise_conv3x3(dim: int) -> nn.Conv2d:
+    """The 3x3 convolution with bias of each of `dim` channels on its own; it keeps the grid's size."""
     return nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
 
@@ -23,7 +24,12 @@ class DepthwiseConvAttention(OnGrid, Attention):
     """timm's self-attention plus the depthwise convolution of the values that comes with Visual-Contrast Attention.
 
     Args:
-        dim, num_heads, grid_size, num_prefix_tokens, qkv_bias, proj_drop: see `VisualContrastAttention`.
+        dim: channels C; divisible by `num_heads`.
+        num_heads: heads H, each with d = C / H channels.
+        grid_size: rows and columns (Hg, Wg) of the patch grid.
+        num_prefix_tokens: class, register and distillation tokens before the patches; they get no convolution.
+        qkv_bias: bias in the qkv projection.
+        proj_drop: dropout after the output projection.
     """
 
     def __init__(
@@ -46,22 +52,29 @@ class DepthwiseConvAttention(OnGrid, Attention):
         return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=False)[0]
 
     def forward_with_maps(self, x: Tensor, attn_mask: None = None, is_causal: bool = False, grid_size=None):
-        """Like `forward`, and also returns the fields of `vca.LayerMaps`: `stage1` with one map (B, H, T, T)."""
+        """Like `forward`, and also returns the maps: `stage1` has one, (B, H, T, T)."""
         return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True)
 
-    def _attend(self, x: Tensor, attn_mask: None, is_causal: bool, grid_size, keep_maps: bool) -> tuple[Tensor, dict]:
+    def _attend(self, x: Tensor, attn_mask: None, is_causal: bool, grid_size, keep_maps: bool):
         refuse_mask(attn_mask, is_causal)
-        grid_size = self.checked_grid(x.shape[1], grid_size)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        grid_size, prefix = self.checked_grid(x.shape[1], grid_size), self.num_prefix_tokens
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
+        maps: LayerMaps | None = None
         if keep_maps:
-            attention = VF.softmax_map(q, k)
+            attention = VF.softmax_map(q, k)  # (B, H, T, T)
             out = attention.to(v.dtype) @ v
-            fields = dict(stage1=StageMaps(attention), values=v, gathered=out)
+            maps = GlobalMaps(
+                kind="mhsa_dwc",
+                grid_size=grid_size,
+                num_prefix_tokens=prefix,
+                stage1=StageMaps(attention),
+                values=v,
+                gathered=out,
+            )
         else:
-            out, fields = F.scaled_dot_product_attention(q, k, v), {}
-        out = add_local(out.transpose(1, 2).flatten(2), self.dwc, v, grid_size, self.num_prefix_tokens)
-        place = dict(kind="mhsa_dwc", grid_size=grid_size, num_prefix_tokens=self.num_prefix_tokens)
-        return self.proj_drop(self.proj(out)), place | fields
+            out = F.scaled_dot_product_attention(q, k, v)
+        out = add_local(out.transpose(1, 2).flatten(2), self.dwc, v, grid_size, prefix)  # (B, T, C)
+        return self.proj_drop(self.proj(out)), maps
 
 
 def add_local(out: Tensor, convolution: nn.Conv2d | None, v: Tensor, grid_size: tuple[int, int], prefix: int) -> Tensor:

@@ -1,6 +1,8 @@
 """Visual-Contrast Attention as a drop-in replacement for the self-attention layer of a vision transformer."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from timm.layers import register_notrace_module
@@ -10,11 +12,22 @@ from vca import functional as VF
 from vca.kernels import ops
 from vca.layers.depthwise import depthwise_conv3x3, local_term
 from vca.layers.grid import OnGrid, check_token_grid
-from vca.layers.stage_maps import StageMaps
+from vca.layers.layer_maps import ContrastMaps, StageMaps
 
 TOKENS = ("pool+emb", "emb", "pool")
 STAGE2_SOFTMAX = ("separate", "joint")
 POOLING = ("avg", "learned")
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, tuple[int, ...]], Tensor]
+
+
+class _Recorded(NamedTuple):
+    """What one stage leaves for `ContrastMaps`: its maps, the row factors (B, H, rows, 1) and lambda."""
+
+    maps: StageMaps
+    row_scale: Tensor
+    lam: Tensor | None
 
 
 class ContrastStage(nn.Module):
@@ -172,65 +185,64 @@ class VisualContrastAttention(OnGrid, nn.Module):
         attn_mask: None = None,
         is_causal: bool = False,
         grid_size: tuple[int, int] | None = None,
-    ) -> tuple[Tensor, dict]:
+    ) -> tuple[Tensor, ContrastMaps]:
         """Like `forward`, and also returns the maps of both stages; `vca.record` is the comfortable way to them.
 
         Returns:
-            The output (B, P + N, C), and fields of `vca.LayerMaps`: `stage1` with maps (B, H, n, P + N), `stage2` with
-            maps (B, H, P + N, n), their row factors `row_scale1`, `row_scale2`, the scalars `lambda1`, `lambda2`, and
-            `values` and `gathered`, (B, H, P + N, d).
+            The output (B, P + N, C), and the maps: `stage1` has (B, H, n, P + N), `stage2` has (B, H, P + N, n).
         """
         return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True)
 
-    def _attend(
-        self, x: Tensor, attn_mask: None, is_causal: bool, grid_size: tuple[int, int] | None, keep_maps: bool
-    ) -> tuple[Tensor, dict]:
+    def _attend(self, x: Tensor, attn_mask: None, is_causal: bool, grid_size: tuple[int, int] | None, keep_maps: bool):
+        """The layer on x (B, T, C); H heads of d channels, n contrast tokens, BH = B * H."""
         if attn_mask is not None or is_causal:
             raise ValueError("Visual-Contrast Attention has no masked form: attn_mask and is_causal are not supported.")
         batch, length, dim = x.shape
         grid_size, prefix = self.checked_grid(length, grid_size), self.num_prefix_tokens
 
-        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).unbind(2)
-        q_patches, v_patches = ((y[:, prefix:] if prefix else y).flatten(2) for y in (q, v))
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        if keep_maps or not self._is_fused(q):
-            q, k, v = (y.flatten(0, 1) for y in (q, k, v))
-        tokens = self._contrast_tokens(q_patches, grid_size).to(q.dtype)
-        v_hat, maps1 = self._stage(self.stage1, tokens, k, v, VF.STAGE1, keep_maps)
-        v_hat = (v_hat * self.stage1.norm.weight).to(v.dtype)
-        axes = VF.STAGE2_JOINT if self.stage2_softmax == "joint" else VF.STAGE2
-        out, maps2 = self._stage(self.stage2, tokens, q, v_hat, axes, keep_maps)
+        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).unbind(2)  # (B, T, H, d)
+        q_patches, v_patches = ((y[:, prefix:] if prefix else y).flatten(2) for y in (q, v))  # (B, N, C)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, d), as the fused operators take them
+        fused = not keep_maps and self._is_fused(q)
+        if not fused:
+            q, k, v = (y.flatten(0, 1) for y in (q, k, v))  # (BH, T, d)
+        kernel = None if keep_maps else ops.contrast if fused else VF.contrast
 
-        gathered = out.view(batch, self.num_heads, length, -1)
-        out, gain = gathered.transpose(1, 2), self.stage2.norm.weight.to(out.dtype)
+        tokens = self._contrast_tokens(q_patches, grid_size).to(q.dtype)  # (BH, 2n, d)
+        v_hat, recorded1 = self._stage(kernel, self.stage1, tokens, k, v, VF.STAGE1)
+        v_hat = (v_hat * self.stage1.norm.weight).to(v.dtype)  # (BH, n, d)
+        axes = VF.STAGE2_JOINT if self.stage2_softmax == "joint" else VF.STAGE2
+        out, recorded2 = self._stage(kernel, self.stage2, tokens, q, v_hat, axes)  # (B, H, T, d) or (BH, T, d)
+
+        gathered = out.view(batch, self.num_heads, length, -1)  # (B, H, T, d)
+        out, gain = gathered.transpose(1, 2), self.stage2.norm.weight.to(out.dtype)  # (B, T, H, d), (d)
         if self.dwc is None:
             out = out * gain
         else:
-            local = local_term(self.dwc, v_patches, grid_size).unflatten(-1, (self.num_heads, -1))
+            local = local_term(self.dwc, v_patches, grid_size).unflatten(-1, (self.num_heads, -1))  # (B, N, H, d)
             add = local.addcmul if torch.is_grad_enabled() else local.addcmul_
             if prefix:
-                head, rest = out.split([prefix, length - prefix], dim=1)
+                head, rest = out.split([prefix, length - prefix], dim=1)  # (B, P, H, d), (B, N, H, d)
                 out = torch.cat([head * gain, add(rest, gain)], dim=1)
             else:
                 out = add(out, gain)
         out = self.proj_drop(self.proj(out.reshape(batch, length, dim)))
 
-        if not keep_maps:
-            return out, {}
-        (stage1, row_scale1, lambda1), (stage2, row_scale2, lambda2) = maps1, maps2
-        return out, dict(
+        if recorded1 is None or recorded2 is None:
+            return out, None
+        return out, ContrastMaps(
             kind=self.kind,
             grid_size=grid_size,
             token_grid=self.token_grid,
             num_prefix_tokens=prefix,
-            stage1=stage1,
-            stage2=stage2,
+            stage1=recorded1.maps,
+            stage2=recorded2.maps,
             values=(v * self.stage1.norm.weight).view(gathered.shape),
             gathered=gathered,
-            row_scale1=row_scale1,
-            row_scale2=row_scale2,
-            lambda1=lambda1,
-            lambda2=lambda2,
+            row_scale1=recorded1.row_scale,
+            row_scale2=recorded2.row_scale,
+            lambda1=recorded1.lam,
+            lambda2=recorded2.lam,
         )
 
     def _is_fused(self, q: Tensor) -> bool:
@@ -246,24 +258,34 @@ class VisualContrastAttention(OnGrid, nn.Module):
         return VF.contrast_tokens(pooled, embeds, self.num_heads, len(q))
 
     def _stage(
-        self, stage: ContrastStage, tokens: Tensor, x: Tensor, values: Tensor, axes: tuple[int, ...], keep_maps: bool
-    ) -> tuple[Tensor, tuple[StageMaps, Tensor, Tensor | None] | None]:
-        """`VF.contrast`, by the fused operators if the sequences are (B, H, T, d) and not (BH, T, d).
+        self, kernel: Kernel | None, stage: ContrastStage, tokens: Tensor, x: Tensor, values: Tensor,
+        axes: tuple[int, ...],
+    ) -> tuple[Tensor, _Recorded | None]:  # fmt: skip
+        """One stage without its learned gains, by a kernel or through its maps.
 
-        If `keep_maps` also the maps, the row factors and lambda, from which the output then comes.
+        Args:
+            kernel: `VF.contrast` for sequences (BH, T, d), `ops.contrast` for (B, H, T, d); None to materialize the
+                maps of sequences (BH, T, d), which are then returned too.
+            stage: the learned parts.
+            tokens: both streams of contrast tokens (BH, 2n, d).
+            x, values, axes: see `VF.contrast`.
+
+        Returns:
+            The output, (BH, n, d) in Stage I; and what was recorded, without a kernel.
         """
         lam, gain = stage.contrast_lambda(self.lambda_init), 1 - self.lambda_init
-        if not keep_maps:
-            contrast = ops.contrast if x.ndim == 4 else VF.contrast
-            return contrast(tokens, x, values, lam, gain, axes), None
+        if kernel is not None:
+            return kernel(tokens, x, values, lam, gain, axes), None
 
         def with_rows_of_queries(maps: Tensor) -> Tensor:
+            """(BH, ..., n, T) as (B, H, ..., n, T) in Stage I, (B, H, ..., T, n) in Stage II."""
             maps = maps.unflatten(0, (-1, self.num_heads))
             return maps if axes == VF.STAGE1 else maps.transpose(-2, -1)
 
-        streams = VF.stream_maps(tokens, x, axes, lam is not None, in_place=not torch.is_grad_enabled())
+        in_place = not torch.is_grad_enabled()
+        streams = VF.stream_maps(tokens, x, axes, lam is not None, in_place)  # (BH, S, n, T)
         applied = with_rows_of_queries(VF.subtract_streams(streams, lam))
-        out = torch.bmm(applied.flatten(0, 1).to(values.dtype), values)
-        scale = VF.rms_scale(out, gain)
+        out = torch.bmm(applied.flatten(0, 1).to(values.dtype), values)  # (BH, rows, d)
+        scale = VF.rms_scale(out, gain)  # (BH, rows, 1)
         maps = StageMaps(applied) if lam is None else StageMaps(*with_rows_of_queries(streams).unbind(2), applied)
-        return out * scale.to(out.dtype), (maps, scale.unflatten(0, (-1, self.num_heads)), lam)
+        return out * scale.to(out.dtype), _Recorded(maps, scale.unflatten(0, (-1, self.num_heads)), lam)

@@ -9,7 +9,7 @@ import timm
 from torch import nn
 
 from vca.models import cswin, deit, dit, pvt, swin, vit
-from vca.models.common import note_arguments
+from vca.models.common import CLASSIFICATION, GENERATION, input_size, note_arguments
 
 BASELINES = ("deit_tiny_patch16_224", "deit_small_patch16_224", "swin_tiny_patch4_window7_224")
 CLASSIFIERS = vit.MODELS + deit.MODELS + pvt.MODELS + swin.MODELS + cswin.MODELS + BASELINES
@@ -19,6 +19,37 @@ GENERATORS = dit.MODELS
 def list_models() -> list[str]:
     """Names that `create_model` knows, sorted."""
     return sorted([*CLASSIFIERS, *GENERATORS])
+
+
+def task_of(name: str) -> str:
+    """What a model does, by its name: "classification" or "generation". A model itself says so as `model.task`.
+
+    Raises:
+        ValueError: the name is unknown; the message proposes similar ones.
+    """
+    if name in GENERATORS:
+        return GENERATION
+    if name in CLASSIFIERS:
+        return CLASSIFICATION
+    similar = difflib.get_close_matches(name, list_models(), n=3) or list_models()[:3]
+    raise ValueError(f"unknown model {name!r}; did you mean {', '.join(similar)}? vca.list_models() names them all.")
+
+
+def describe(model: nn.Module) -> dict:
+    """The facts of a model of `create_model`, of either task, as JSON values.
+
+    Returns:
+        `architecture`, its name; `task`; `num_classes`; `parameters`, their number, frozen ones included; and
+        `input_shape`, channels, height and width of the images or latents that it takes.
+    """
+    generates = model.task == GENERATION
+    return dict(
+        architecture=model.architecture if generates else model.pretrained_cfg["architecture"],
+        task=model.task,
+        num_classes=model.num_classes,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        input_shape=list(model.sample_shape if generates else input_size(model)),
+    )
 
 
 def create_model(name: str, **overrides) -> nn.Module:
@@ -31,13 +62,8 @@ def create_model(name: str, **overrides) -> nn.Module:
     Raises:
         ValueError: the name is unknown; the message proposes similar ones.
     """
-    if name in GENERATORS:
+    if task_of(name) == GENERATION:
         return dit.create_generator(name, **overrides)
-    if name not in CLASSIFIERS:
-        similar = difflib.get_close_matches(name, list_models(), n=3) or list_models()[:3]
-        raise ValueError(
-            f"unknown model {name!r}; did you mean {', '.join(similar)}? vca.list_models() names them all."
-        )
     model = timm.create_model(name, **overrides)
     if name in BASELINES and not overrides.get("features_only"):
         note_arguments(model, overrides)

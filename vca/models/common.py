@@ -1,11 +1,12 @@
 """What the model families share: building with timm, the arguments that rebuild a model, parameters not to decay."""
 
-from collections.abc import Callable
-
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import nn
 
+from vca.timm_internals import creation_arguments
+
+CLASSIFICATION, GENERATION = "classification", "generation"  # what `model.task` is
 NOT_OF_A_CHECKPOINT = (
     "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "num_classes", "features_only", "out_indices",
     "feature_cls",
@@ -34,7 +35,8 @@ def of_a_checkpoint(arguments: dict) -> dict:
 
 
 def note_arguments(model: nn.Module, arguments: dict) -> None:
-    """Notes the arguments that a checkpoint is rebuilt from, and the input size."""
+    """Notes the task, the arguments that a checkpoint is rebuilt from, and the input size."""
+    model.task = CLASSIFICATION
     model.model_args = of_a_checkpoint(arguments)
     model.pretrained_cfg["input_size"] = input_size(model)
 
@@ -49,23 +51,27 @@ def note_input_size(model: nn.Module, **arguments) -> None:
 def follow_input_size(model: nn.Module) -> None:
     """`note_input_size` for timm's own models, whose `set_input_size` notes the new arguments in timm's way."""
     if tuple(model.pretrained_cfg["input_size"]) != input_size(model):
-        note_input_size(model, **of_a_checkpoint(getattr(model, "_model_args", {})))
+        note_input_size(model, **of_a_checkpoint(creation_arguments(model)))
 
 
-def entry_point(module: str, name: str, cls: type[nn.Module], spec: dict, feature_cfg: dict, doc: str) -> Callable:
-    """The function that timm's registry calls to build the model `name` of the family in `module`."""
+def create_classifier(
+    cls: type[nn.Module], name: str, pretrained: bool, feature_cfg: dict, spec: dict, arguments: dict
+) -> nn.Module:
+    """Builds the registered model `name` with timm: what every entry point does.
 
-    def create(pretrained: bool = False, **kwargs) -> nn.Module:
-        replaced = {"token_grid"} if kwargs.get("num_tokens") is not None else {}
-        defaults = {key: value for key, value in spec.items() if key not in replaced}
-        model = build_model_with_cfg(cls, name, pretrained, feature_cfg=dict(feature_cfg), **(defaults | kwargs))
-        if not kwargs.get("features_only"):
-            note_arguments(model, kwargs)
-        return model
-
-    create.__name__ = create.__qualname__ = name
-    create.__module__, create.__doc__ = module, doc
-    return create
+    Args:
+        cls: its class.
+        pretrained: as timm's registry calls the entry point.
+        feature_cfg: how timm takes features out of this family.
+        spec: the arguments that make it this model.
+        arguments: those of the caller, which come first and are noted for checkpoints.
+    """
+    replaced = {"token_grid"} if arguments.get("num_tokens") is not None else set()
+    defaults = {key: value for key, value in spec.items() if key not in replaced}
+    model = build_model_with_cfg(cls, name, pretrained, feature_cfg=dict(feature_cfg), **(defaults | arguments))
+    if not arguments.get("features_only"):
+        note_arguments(model, arguments)
+    return model
 
 
 def imagenet_cfg(**more) -> dict:

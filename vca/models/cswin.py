@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from vca import functional as VF
 from vca.layers.depthwise import depthwise_conv3x3, local_term
-from vca.layers.factory import check_kind, create_attention, token_grids
+from vca.layers.factory import AttentionConfig
 from vca.layers.grid import OnGrid
-from vca.layers.stage_maps import StageMaps
-from vca.models.common import entry_point, imagenet_cfg
+from vca.layers.layer_maps import LayerMaps, StageMaps, WindowMaps
+from vca.models.common import create_classifier, imagenet_cfg
 from vca.models.pyramid import Pyramid
 
 TOKEN_GRIDS = [(3, 3), (4, 4)]
@@ -28,7 +28,9 @@ class StripeAttention(OnGrid, nn.Module):
     """Self-attention within the stripes of a grid, plus LePE: a depthwise convolution of the values in each stripe.
 
     Args:
-        dim, num_heads, grid_size: see `vca.VisualContrastAttention`.
+        dim: channels C; divisible by `num_heads`.
+        num_heads: heads H, each with d = C / H channels.
+        grid_size: rows and columns (Hg, Wg) of the patch grid.
         width: rows of a horizontal or columns of a vertical stripe; None for one window, the whole grid.
         vertical: whether stripes run from top to bottom.
     """
@@ -59,26 +61,27 @@ class StripeAttention(OnGrid, nn.Module):
         """Attends with queries, keys and values (B, N, 3, C) and returns (B, N, C)."""
         return self._attend(qkv, grid_size, keep_maps=False)[0]
 
-    def forward_with_maps(self, qkv: Tensor, grid_size: tuple[int, int] | None = None) -> tuple[Tensor, dict]:
-        """Like `forward`, and also gives fields of `vca.LayerMaps`: `stage1` with one map (B, stripes, H, M, M)."""
+    def forward_with_maps(self, qkv: Tensor, grid_size: tuple[int, int] | None = None):
+        """Like `forward`, and also returns the maps: `stage1` has one, (B, stripes, H, M, M)."""
         return self._attend(qkv, grid_size, keep_maps=True)
 
-    def _attend(self, qkv: Tensor, grid_size: tuple[int, int] | None, keep_maps: bool) -> tuple[Tensor, dict]:
+    def _attend(self, qkv: Tensor, grid_size: tuple[int, int] | None, keep_maps: bool):
         grid_size = self.checked_grid(qkv.shape[1], grid_size)
         window = self.window_size(grid_size)
         batch, dim = len(qkv), qkv.shape[-1]
-        stripes = VF.split_windows(qkv.flatten(2).unflatten(1, grid_size), window)
-        heads = stripes.flatten(0, 1).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4)
-        fields = dict(kind="stripes", grid_size=grid_size, window_size=window, shift_size=(0, 0))
+        stripes = VF.split_windows(qkv.flatten(2).unflatten(1, grid_size), window)  # (B, stripes, M, 3C)
+        heads = stripes.flatten(0, 1).unflatten(-1, (3, self.num_heads, -1))  # (B * stripes, M, 3, H, d)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B * stripes, H, M, d)
+        maps: LayerMaps | None = None
         if keep_maps:
-            attention = VF.softmax_map(q, k)
+            attention = VF.softmax_map(q, k)  # (B * stripes, H, M, M)
             out = attention.to(v.dtype) @ v
-            fields["stage1"] = StageMaps(attention.unflatten(0, (batch, -1)))
+            stage1 = StageMaps(attention.unflatten(0, (batch, -1)))
+            maps = WindowMaps(kind="stripes", grid_size=grid_size, window_size=window, stage1=stage1)
         else:
             out = F.scaled_dot_product_attention(q, k, v)
         out = out.transpose(1, 2).flatten(2) + local_term(self.lepe, stripes.flatten(0, 1)[..., 2 * dim :], window)
-        return VF.join_windows(out.unflatten(0, (batch, -1)), window, grid_size).flatten(1, 2), fields
+        return VF.join_windows(out.unflatten(0, (batch, -1)), window, grid_size).flatten(1, 2), maps
 
 
 @register_notrace_module
@@ -86,7 +89,11 @@ class CrossShapedAttention(OnGrid, nn.Module):
     """Half the heads attend in vertical stripes, the other half in horizontal ones; or all over the whole grid.
 
     Args:
-        dim, num_heads, grid_size, qkv_bias, proj_drop: see `vca.VisualContrastAttention`.
+        dim: channels C; divisible by `num_heads`.
+        num_heads: heads H, each with d = C / H channels.
+        grid_size: rows and columns (Hg, Wg) of the patch grid.
+        qkv_bias: bias in the qkv projection.
+        proj_drop: dropout after the output projection.
         width: of the stripes; None for attention over the whole grid.
     """
 
@@ -119,48 +126,37 @@ class CSwinTransformer(Pyramid):
     """CSwin Transformer, or the same with another attention over the whole grid of the first stages.
 
     Args:
-        attention: of stages 1 and 2, "cross" for cross-shaped windows, or one of `vca.layers.factory.KINDS`.
+        embed_dims, depths, num_heads, mlp_ratios: channels, blocks, heads and hidden channels of an MLP over its
+            channels; one for each stage.
         split_sizes: width of the stripes in each stage; None for attention over the whole grid.
         qkv_bias: bias in the projection to queries, keys and values.
-        token_grid: rows and columns of the contrast tokens, for both stages or one for each; default 3x3, 4x4.
-        num_tokens: their number, a square, instead of `token_grid`; for both stages or one for each.
-        tokens, dwc, stage2_softmax, pooling: see `vca.VisualContrastAttention`.
-        The others: see `Pyramid`.
+        proj_drop_rate: dropout after projections.
+        **kwargs: `img_size`, `in_chans`, `num_classes`, `global_pool`, `drop_rate` and `drop_path_rate` of `Pyramid`;
+            and the options of attention in stages 1 and 2, by the names of `vca.layers.factory.AttentionConfig`:
+            `attention` ("cross", the default, for cross-shaped windows), `token_grid` or `num_tokens`, for both stages
+            or one for each (default 3x3, 4x4), `tokens`, `dwc`, `stage2_softmax` and `pooling`.
     """
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
+        *,
         embed_dims: Sequence[int] = (64, 128, 256, 512),
         depths: Sequence[int] = (2, 4, 18, 1),
         num_heads: Sequence[int] = (2, 4, 8, 16),
         mlp_ratios: Sequence[float] = (4, 4, 4, 4),
         split_sizes: Sequence[int | None] = (1, 2, 7, None),
         qkv_bias: bool = True,
-        attention: str = "cross",
-        token_grid: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
-        num_tokens: int | Sequence[int] | None = None,
-        tokens: str = "pool+emb",
-        dwc: bool = True,
-        stage2_softmax: str = "separate",
-        pooling: str = "avg",
-        drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        **kwargs,
     ):
-        check_kind(attention, more=("cross",))
-        grids = token_grids(token_grid, num_tokens, TOKEN_GRIDS)
+        config = AttentionConfig.pop_from(kwargs, default="cross", more=("cross",))
+        grids = config.token_grids(TOKEN_GRIDS)
         shared = dict(qkv_bias=qkv_bias, proj_drop=proj_drop_rate)
-        options = dict(tokens=tokens, dwc=dwc, stage2_softmax=stage2_softmax, pooling=pooling)
 
-        def create_layer(stage, depth, dim, heads, grid_size):
-            if attention == "cross" or stage >= len(grids):
+        def create_layer(stage: int, depth: int, dim: int, heads: int, grid_size: tuple[int, int]) -> nn.Module:
+            if config.attention == "cross" or stage >= len(grids):
                 return CrossShapedAttention(dim, heads, grid_size=grid_size, width=split_sizes[stage], **shared)
-            place = dict(grid_size=grid_size, token_grid=grids[stage], depth=depth)
-            return create_attention(attention, dim, heads, **place, **shared, **options)
+            return config.create(dim, heads, grid_size=grid_size, token_grid=grids[stage], depth=depth, **shared)
 
         super().__init__(
             create_layer,
@@ -169,17 +165,12 @@ class CSwinTransformer(Pyramid):
             positions=False,
             final_norm=True,
             eps=1e-5,
-            img_size=img_size,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
             embed_dims=embed_dims,
             depths=depths,
             num_heads=num_heads,
             mlp_ratios=mlp_ratios,
-            drop_rate=drop_rate,
             proj_drop_rate=proj_drop_rate,
-            drop_path_rate=drop_path_rate,
+            **kwargs,
         )
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
@@ -191,17 +182,18 @@ class CSwinTransformer(Pyramid):
         super().set_input_size(img_size)
 
 
-SPECS = {
-    "cswin_tiny": (dict(attention="cross"), "CSwin-Tiny, 224 px, with stripes 1-2-7 wide and whole-grid attention."),
-    "vca_cswin_tiny": (
-        dict(attention="vca"),
-        "CSwin-Tiny, 224 px, with 3x3 and 4x4 contrast tokens in stages 1 and 2.",
-    ),
-}
 FEATURES = dict(out_indices=(0, 1, 2, 3), feature_cls="getter")
-MODELS = tuple(SPECS)
-default_cfgs = generate_default_cfgs({name: imagenet_cfg() for name in MODELS})
+default_cfgs = generate_default_cfgs({"cswin_tiny": imagenet_cfg(), "vca_cswin_tiny": imagenet_cfg()})
+MODELS = tuple(default_cfgs)
 
-for _name, (_spec, _doc) in SPECS.items():
-    _create = entry_point(__name__, _name, CSwinTransformer, _spec, FEATURES, _doc)
-    globals()[_name] = register_model(_create)
+
+@register_model
+def cswin_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
+    """CSwin-Tiny, 224 px, with stripes 1-2-7 wide and whole-grid attention."""
+    return create_classifier(CSwinTransformer, "cswin_tiny", pretrained, FEATURES, dict(attention="cross"), kwargs)
+
+
+@register_model
+def vca_cswin_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
+    """CSwin-Tiny, 224 px, with 3x3 and 4x4 contrast tokens in stages 1 and 2."""
+    return create_classifier(CSwinTransformer, "vca_cswin_tiny", pretrained, FEATURES, dict(attention="vca"), kwargs)

@@ -1,21 +1,43 @@
 """DeiT with Visual-Contrast Attention in every block (`vca_deit_*`). The baselines are timm's own `deit_*`."""
 
 from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
-from vca.models.common import entry_point, imagenet_cfg
+from vca.models.common import create_classifier, imagenet_cfg
 from vca.models.vit import FEATURES, ContrastVisionTransformer
 
-SIZES = {
-    "tiny": dict(embed_dim=192, depth=12, num_heads=3),
-    "small": dict(embed_dim=384, depth=12, num_heads=6),
-    "base": dict(embed_dim=768, depth=12, num_heads=12),
-}
-MODELS = tuple(f"vca_deit_{size}_patch16_224" for size in SIZES)
+TINY = dict(embed_dim=192, depth=12, num_heads=3)
+SMALL = dict(embed_dim=384, depth=12, num_heads=6)
+BASE = dict(embed_dim=768, depth=12, num_heads=12)
 
-default_cfgs = generate_default_cfgs({name: imagenet_cfg(pool_size=None) for name in MODELS})
+default_cfgs = generate_default_cfgs(
+    {
+        "vca_deit_tiny_patch16_224": imagenet_cfg(pool_size=None),
+        "vca_deit_small_patch16_224": imagenet_cfg(pool_size=None),
+        "vca_deit_base_patch16_224": imagenet_cfg(pool_size=None),
+    }
+)
+MODELS = tuple(default_cfgs)
 
-for _name, (_size, _spec) in zip(MODELS, SIZES.items(), strict=True):
-    _spec = dict(_spec, attention="vca", token_grid=(7, 7), patch_size=16, img_size=224)
-    _doc = f"DeiT-{_size}, patch 16, 224 px, with 7x7 contrast tokens."
-    _create = entry_point(__name__, _name, ContrastVisionTransformer, _spec, FEATURES, _doc)
-    globals()[_name] = register_model(_create)
+
+def _create(name: str, pretrained: bool, size: dict, arguments: dict) -> nn.Module:
+    spec = dict(size, attention="vca", token_grid=(7, 7), patch_size=16, img_size=224)
+    return create_classifier(ContrastVisionTransformer, name, pretrained, FEATURES, spec, arguments)
+
+
+@register_model
+def vca_deit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> nn.Module:
+    """DeiT-Tiny, patch 16, 224 px, with 7x7 contrast tokens."""
+    return _create("vca_deit_tiny_patch16_224", pretrained, TINY, kwargs)
+
+
+@register_model
+def vca_deit_small_patch16_224(pretrained: bool = False, **kwargs) -> nn.Module:
+    """DeiT-Small, patch 16, 224 px, with 7x7 contrast tokens."""
+    return _create("vca_deit_small_patch16_224", pretrained, SMALL, kwargs)
+
+
+@register_model
+def vca_deit_base_patch16_224(pretrained: bool = False, **kwargs) -> nn.Module:
+    """DeiT-Base, patch 16, 224 px, with 7x7 contrast tokens."""
+    return _create("vca_deit_base_patch16_224", pretrained, BASE, kwargs)

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from vca.diffusion import ddpm, flow
 from vca.diffusion.sampling import Callback, Model, Sampler, normal_noise, silent
 from vca.diffusion.vae import SD_VAE, LatentDecoder
-from vca.layers.factory import create_attention, token_grids
+from vca.layers.factory import AttentionConfig
+from vca.models.common import GENERATION
 
 PIXELS = dict(in_channels=3, vae=None)
 LATENTS = dict(in_channels=4, vae=SD_VAE)
@@ -59,18 +60,19 @@ class DiffusionTransformer(nn.Module):
         in_channels: their channels.
         num_classes: classes; label `num_classes` is the null class of classifier-free guidance.
         mlp_ratio: hidden channels of the MLPs over `dim`.
-        attention: the kind of attention in every block; see `vca.create_attention`.
-        token_grid, num_tokens: the contrast tokens, as rows and columns or as a square number; default half the patch
-            grid in each direction.
         vae: Hub id or folder of the autoencoder whose latents these are; None for pixels in [-1, 1].
-        **options: `tokens`, `dwc`, `stage2_softmax` and `pooling` of `vca.create_attention`.
+        **options: of the attention in every block, by the names of `vca.layers.factory.AttentionConfig`: `attention`
+            (default "mhsa"), `token_grid` or `num_tokens` (default half the patch grid in each direction), `tokens`,
+            `dwc`, `stage2_softmax` and `pooling`.
 
     Attributes:
+        task: "generation".
         family: as given.
         sample_shape: channels, height and width of what is denoised.
         grid_size: rows and columns of patches.
     """
 
+    task = GENERATION
     num_prefix_tokens = 0
 
     def __init__(
@@ -85,13 +87,13 @@ class DiffusionTransformer(nn.Module):
         in_channels: int = 4,
         num_classes: int = 1000,
         mlp_ratio: float = 4.0,
-        attention: str = "mhsa",
-        token_grid: Sequence[int] | None = None,
-        num_tokens: int | None = None,
         vae: str | None = None,
         **options,
     ):
         super().__init__()
+        config = AttentionConfig.pop_from(options, default="mhsa")
+        if options:
+            raise TypeError(f"{type(self).__name__} has no argument {next(iter(options))!r}.")
         if family not in OBJECTIVES:
             raise ValueError(f"family={family!r} is unknown; choose one of {', '.join(OBJECTIVES)}.")
         size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
@@ -111,9 +113,9 @@ class DiffusionTransformer(nn.Module):
         self.y_embedder = LabelEmbedding(num_classes, dim)
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid_size), requires_grad=False)
         half = tuple(max(1, side // 2) for side in self.grid_size)
-        (token_grid,) = token_grids(token_grid, num_tokens, default=[half])
-        place = dict(grid_size=self.grid_size, token_grid=token_grid)
-        layers = (create_attention(attention, dim, num_heads, depth=i, **place, **options) for i in range(depth))
+        (token_grid,) = config.token_grids([half])
+        geometry = dict(grid_size=self.grid_size, token_grid=token_grid)
+        layers = (config.create(dim, num_heads, depth=index, **geometry) for index in range(depth))
         self.blocks = nn.ModuleList(Block(dim, layer, mlp_ratio) for layer in layers)
         self.final_layer = FinalLayer(dim, 2 * in_channels * patch_size**2)
         self.grad_checkpointing = False

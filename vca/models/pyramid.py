@@ -5,13 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
-from timm.layers.trace_utils import _assert
 from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from vca.layers.grid import GridBlock, OnGrid
 from vca.models.common import note_input_size, undecayed
+from vca.timm_internals import feature_take_indices, trace_assert
 
 
 class ConvEmbed(nn.Module):
@@ -34,8 +33,8 @@ class PatchEmbed(ConvEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = self.img_size
-        _assert(x.shape[2] == height, f"Input height ({x.shape[2]}) doesn't match model ({height}).")
-        _assert(x.shape[3] == width, f"Input width ({x.shape[3]}) doesn't match model ({width}).")
+        trace_assert(x.shape[2] == height, f"Input height ({x.shape[2]}) doesn't match model ({height}).")
+        trace_assert(x.shape[3] == width, f"Input width ({x.shape[3]}) doesn't match model ({width}).")
         return super().forward(x)
 
 
@@ -93,17 +92,17 @@ class Pyramid(nn.Module):
         positions: bool,
         final_norm: bool,
         eps: float,
-        img_size: int | tuple[int, int],
-        in_chans: int,
-        num_classes: int,
-        global_pool: str,
         embed_dims: Sequence[int],
         depths: Sequence[int],
         num_heads: Sequence[int],
         mlp_ratios: Sequence[float],
-        drop_rate: float,
-        proj_drop_rate: float,
-        drop_path_rate: float,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ):
         super().__init__()
         self.in_chans, self.num_classes = in_chans, num_classes

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import SwinTransformer
+from torch import nn
 
-from vca.layers.factory import check_kind, create_attention, token_grids
+from vca.layers.factory import AttentionConfig
 from vca.layers.grid import GridBlock
-from vca.models.common import entry_point, imagenet_cfg, note_input_size, undecayed
+from vca.models.common import create_classifier, imagenet_cfg, note_input_size, undecayed
+from vca.timm_internals import window_sizes
 
-SIZES = {"vca_swin_tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))}
 TOKEN_GRIDS = [(3, 3), (4, 4), (7, 7)]
 
 
@@ -20,37 +21,15 @@ class ContrastSwinTransformer(SwinTransformer):
     """timm's `SwinTransformer` with a choice of attention, over the whole grid, in all stages but the last.
 
     Args:
-        attention: one of `vca.layers.factory.KINDS`.
-        token_grid: rows and columns of the contrast tokens, for all stages or one for each; default 3x3, 4x4, 7x7.
-        num_tokens: their number, a square, instead of `token_grid`; for all stages or one for each.
-        tokens, dwc, stage2_softmax, pooling: see `vca.VisualContrastAttention`.
-        **kwargs: arguments of timm's `SwinTransformer`.
+        **kwargs: those of timm's `SwinTransformer`, and the options of attention, by the names of
+            `vca.layers.factory.AttentionConfig`: `attention` (default "vca"), `token_grid` or `num_tokens`, for all of
+            these stages or one for each (default 3x3, 4x4, 7x7), `tokens`, `dwc`, `stage2_softmax` and `pooling`.
     """
 
-    def __init__(
-        self,
-        *,
-        attention: str = "vca",
-        token_grid: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
-        num_tokens: int | Sequence[int] | None = None,
-        tokens: str = "pool+emb",
-        dwc: bool = True,
-        stage2_softmax: str = "separate",
-        pooling: str = "avg",
-        **kwargs,
-    ):
-        check_kind(attention)
+    def __init__(self, **kwargs):
+        config = AttentionConfig.pop_from(kwargs, default="vca")
         super().__init__(**kwargs)
-        exchange_attention(
-            self,
-            attention,
-            token_grid=token_grid,
-            num_tokens=num_tokens,
-            tokens=tokens,
-            dwc=dwc,
-            stage2_softmax=stage2_softmax,
-            pooling=pooling,
-        )
+        exchange_attention(self, config)
         self.init_weights(needs_reset=False)
 
     def no_weight_decay(self) -> set[str]:
@@ -65,30 +44,21 @@ class ContrastSwinTransformer(SwinTransformer):
         The preprocessing and the arguments that a checkpoint is rebuilt from follow.
         """
         if window_size is None and window_ratio is None:
-            window_size = self._ref_window_sizes
+            window_size = window_sizes(self)
         super().set_input_size(img_size, patch_size, window_size, window_ratio, always_partition)
-        note_input_size(self, patch_size=self.patch_embed.patch_size[0], window_size=self._ref_window_sizes)
+        note_input_size(self, patch_size=self.patch_embed.patch_size[0], window_size=window_sizes(self))
 
 
-def exchange_attention(
-    model: SwinTransformer,
-    kind: str,
-    *,
-    stages: Sequence[int] | None = None,
-    token_grid: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
-    num_tokens: int | Sequence[int] | None = None,
-    **options,
-) -> None:
+def exchange_attention(model: SwinTransformer, config: AttentionConfig, *, stages: Sequence[int] | None = None) -> None:
     """Gives the blocks of `stages`, default all but the last, a new attention layer over their whole grid."""
     count = len(model.layers)
     stages = range(count - 1) if stages is None else [stage % count for stage in stages]
-    grids = token_grids(token_grid, num_tokens, [TOKEN_GRIDS[min(stage, 2)] for stage in stages])
+    grids = config.token_grids([TOKEN_GRIDS[min(stage, 2)] for stage in stages])
     depths = [len(layer.blocks) for layer in model.layers]
     new = {}
     for stage, token_grid in zip(stages, grids, strict=True):
         for index, block in enumerate(model.layers[stage].blocks):
-            new[stage, index] = create_attention(
-                kind,
+            new[stage, index] = config.create(
                 block.dim,
                 block.attn.num_heads,
                 grid_size=model.layers[stage].output_resolution,
@@ -96,7 +66,6 @@ def exchange_attention(
                 depth=sum(depths[:stage]) + index,
                 qkv_bias=block.attn.qkv.bias is not None,
                 proj_drop=block.attn.proj_drop.p,
-                **options,
             )
     for (stage, index), attention in new.items():
         block = model.layers[stage].blocks[index]
@@ -105,11 +74,13 @@ def exchange_attention(
 
 
 FEATURES = dict(flatten_sequential=True, out_indices=(0, 1, 2, 3))
-MODELS = tuple(SIZES)
-default_cfgs = generate_default_cfgs({name: imagenet_cfg(classifier="head.fc") for name in MODELS})
+default_cfgs = generate_default_cfgs({"vca_swin_tiny": imagenet_cfg(classifier="head.fc")})
+MODELS = tuple(default_cfgs)
 
-for _name, _spec in SIZES.items():
-    _spec = dict(_spec, attention="vca", patch_size=4, window_size=7, img_size=224)
-    _doc = "Swin-T, 224 px, with 3x3, 4x4 and 7x7 contrast tokens in stages 1 to 3."
-    _create = entry_point(__name__, _name, ContrastSwinTransformer, _spec, FEATURES, _doc)
-    globals()[_name] = register_model(_create)
+
+@register_model
+def vca_swin_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
+    """Swin-Tiny, 224 px, with 3x3, 4x4 and 7x7 contrast tokens in stages 1 to 3."""
+    spec = dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), patch_size=4, window_size=7, img_size=224)
+    spec |= dict(attention="vca")
+    return create_classifier(ContrastSwinTransformer, "vca_swin_tiny", pretrained, FEATURES, spec, kwargs)

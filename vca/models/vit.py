@@ -1,27 +1,23 @@
 """Plain vision transformers with Visual-Contrast Attention (`vca_vit_*`) or self-attention (`mhsa_vit_*`).
 
-Names read `{attention}_vit_{size}_patch{patch}_{image size}`. Those for small images have no class token: the
-patches are averaged. `vit_small_patch14_224` is the architecture of DINOv2's ViT-S/14, to be converted from it.
+Names read `{attention}_vit_{size}_patch{patch}_{image size}`. Those for small images have no class token: the patches
+are averaged. `vit_small_patch14_224` is the architecture of DINOv2's ViT-S/14, to be converted from it.
 """
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
-from vca.layers.factory import check_kind, create_attention, token_grids
+from vca.layers.factory import AttentionConfig
 from vca.layers.grid import OnGrid, running_on
-from vca.models.common import entry_point, note_input_size, undecayed
+from vca.models.common import create_classifier, note_input_size, undecayed
 
-SIZES = {
-    "pico": dict(embed_dim=128, depth=6, num_heads=4),
-    "nano": dict(embed_dim=192, depth=9, num_heads=6),
-    "tiny": dict(embed_dim=192, depth=12, num_heads=3),
-}
-GEOMETRIES = [(2, 32), (4, 32), (4, 64), (8, 64)]
-DINOV2 = dict(embed_dim=384, depth=12, num_heads=6, init_values=1e-5, class_token=True, token_grid=(8, 8))
-ATTENTION = ("vca", "mhsa")
+PICO = dict(embed_dim=128, depth=6, num_heads=4)
+NANO = dict(embed_dim=192, depth=9, num_heads=6)
+TINY = dict(embed_dim=192, depth=12, num_heads=3)
+SMALL = dict(embed_dim=384, depth=12, num_heads=6)
 FEATURES = dict(out_indices=3, feature_cls="getter")
 
 
@@ -74,38 +70,16 @@ class ContrastVisionTransformer(ContrastViT, VisionTransformer):
     """timm's `VisionTransformer` with a choice of attention.
 
     Args:
-        attention: one of `vca.layers.factory.KINDS`, in every block.
-        token_grid: rows and columns of the contrast tokens; default half the patch grid in each direction.
-        num_tokens: their number, a square, instead of `token_grid`.
-        tokens, dwc, stage2_softmax, pooling: see `vca.VisualContrastAttention`.
-        **kwargs: arguments of timm's `VisionTransformer`.
+        **kwargs: those of timm's `VisionTransformer`, and the options of attention in every block, by the names of
+            `vca.layers.factory.AttentionConfig`: `attention` (default "vca"), `token_grid` or `num_tokens` (default
+            half the patch grid in each direction), `tokens`, `dwc`, `stage2_softmax` and `pooling`.
     """
 
-    def __init__(
-        self,
-        *,
-        attention: str = "vca",
-        token_grid: tuple[int, int] | None = None,
-        num_tokens: int | None = None,
-        tokens: str = "pool+emb",
-        dwc: bool = True,
-        stage2_softmax: str = "separate",
-        pooling: str = "avg",
-        **kwargs,
-    ):
-        check_kind(attention)
+    def __init__(self, **kwargs):
+        config = AttentionConfig.pop_from(kwargs, default="vca")
         super().__init__(**kwargs)
-        if attention != "mhsa":
-            exchange_attention(
-                self,
-                attention,
-                token_grid=token_grid,
-                num_tokens=num_tokens,
-                tokens=tokens,
-                dwc=dwc,
-                stage2_softmax=stage2_softmax,
-                pooling=pooling,
-            )
+        if config.attention != "mhsa":
+            exchange_attention(self, config)
             self.init_weights(needs_reset=False)
 
 
@@ -113,21 +87,13 @@ class ContrastVisionTransformerDistilled(ContrastViT, VisionTransformerDistilled
     """timm's `VisionTransformerDistilled` after `vca.replace_attention`."""
 
 
-def exchange_attention(
-    model: VisionTransformer,
-    kind: str,
-    *,
-    token_grid: tuple[int, int] | None = None,
-    num_tokens: int | None = None,
-    **options,
-) -> None:
+def exchange_attention(model: VisionTransformer, config: AttentionConfig) -> None:
     """Gives every block of `model` a new, untrained attention layer of the width and heads of its old one."""
     grid_size = model.patch_embed.grid_size
     half = tuple(max(1, side // 2) for side in grid_size)
-    (token_grid,) = token_grids(token_grid, num_tokens, [half])
+    (token_grid,) = config.token_grids([half])
     layers = [
-        create_attention(
-            kind,
+        config.create(
             model.embed_dim,
             block.attn.num_heads,
             grid_size=grid_size,
@@ -136,7 +102,6 @@ def exchange_attention(
             depth=depth,
             qkv_bias=block.attn.qkv.bias is not None,
             proj_drop=block.attn.proj_drop.p,
-            **options,
         )
         for depth, block in enumerate(model.blocks)
     ]
@@ -146,41 +111,214 @@ def exchange_attention(
             layer.dynamic_grid = model.dynamic_img_size
 
 
-_SMALL = {
-    (attention, size, patch, image): dict(SIZES[size], class_token=False, global_pool="avg")
-    for attention in ATTENTION
-    for size in SIZES
-    for patch, image in GEOMETRIES
-}
-_SPECS = _SMALL | {(attention, "small", 14, 224): DINOV2 for attention in ATTENTION}
-_VARIANTS = {
-    f"{attention}_vit_{size}_patch{patch}_{image}": (attention, size, patch, image)
-    for attention, size, patch, image in _SPECS
-}
+def _cfg(image: int, **more) -> dict:
+    """timm's preprocessing of a model for images of that side."""
+    shared = dict(num_classes=1000, input_size=(3, image, image), pool_size=None, crop_pct=1.0, crop_mode="center")
+    shared |= dict(interpolation="bicubic", fixed_input_size=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return shared | dict(first_conv="patch_embed.proj", classifier="head") | more
 
+
+IMAGENET = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
 default_cfgs = generate_default_cfgs(
     {
-        name: dict(
-            num_classes=1000,
-            input_size=(3, image, image),
-            pool_size=None,
-            crop_pct=1.0,
-            crop_mode="center",
-            interpolation="bicubic",
-            fixed_input_size=True,
-            mean=(0.5, 0.5, 0.5) if image < 224 else IMAGENET_DEFAULT_MEAN,
-            std=(0.5, 0.5, 0.5) if image < 224 else IMAGENET_DEFAULT_STD,
-            first_conv="patch_embed.proj",
-            classifier="head",
-        )
-        for name, (_, _, _, image) in _VARIANTS.items()
+        "vca_vit_pico_patch2_32": _cfg(32),
+        "vca_vit_pico_patch4_32": _cfg(32),
+        "vca_vit_pico_patch4_64": _cfg(64),
+        "vca_vit_pico_patch8_64": _cfg(64),
+        "vca_vit_nano_patch2_32": _cfg(32),
+        "vca_vit_nano_patch4_32": _cfg(32),
+        "vca_vit_nano_patch4_64": _cfg(64),
+        "vca_vit_nano_patch8_64": _cfg(64),
+        "vca_vit_tiny_patch2_32": _cfg(32),
+        "vca_vit_tiny_patch4_32": _cfg(32),
+        "vca_vit_tiny_patch4_64": _cfg(64),
+        "vca_vit_tiny_patch8_64": _cfg(64),
+        "mhsa_vit_pico_patch2_32": _cfg(32),
+        "mhsa_vit_pico_patch4_32": _cfg(32),
+        "mhsa_vit_pico_patch4_64": _cfg(64),
+        "mhsa_vit_pico_patch8_64": _cfg(64),
+        "mhsa_vit_nano_patch2_32": _cfg(32),
+        "mhsa_vit_nano_patch4_32": _cfg(32),
+        "mhsa_vit_nano_patch4_64": _cfg(64),
+        "mhsa_vit_nano_patch8_64": _cfg(64),
+        "mhsa_vit_tiny_patch2_32": _cfg(32),
+        "mhsa_vit_tiny_patch4_32": _cfg(32),
+        "mhsa_vit_tiny_patch4_64": _cfg(64),
+        "mhsa_vit_tiny_patch8_64": _cfg(64),
+        "vca_vit_small_patch14_224": _cfg(224, **IMAGENET),
+        "mhsa_vit_small_patch14_224": _cfg(224, **IMAGENET),
     }
 )
+MODELS = tuple(default_cfgs)
 
-MODELS = tuple(_VARIANTS)
-for _name, _key in _VARIANTS.items():
-    _attention, _size, _patch, _image = _key
-    _spec = dict(_SPECS[_key], attention=_attention, patch_size=_patch, img_size=_image)
-    _doc = f"ViT-{_size}, patch {_patch}, {_image} px, attention={_attention!r}."
-    _create = entry_point(__name__, _name, ContrastVisionTransformer, _spec, FEATURES, _doc)
-    globals()[_name] = register_model(_create)
+
+def _small(
+    name: str, pretrained: bool, size: dict, patch: int, image: int, attention: str, arguments: dict
+) -> nn.Module:
+    """A ViT for small images: without a class token, the patches are averaged."""
+    geometry = dict(patch_size=patch, img_size=image, class_token=False, global_pool="avg")
+    spec = dict(size, attention=attention, **geometry)
+    return create_classifier(ContrastVisionTransformer, name, pretrained, FEATURES, spec, arguments)
+
+
+def _dinov2_small(name: str, pretrained: bool, attention: str, arguments: dict) -> nn.Module:
+    """The architecture of DINOv2's ViT-S/14 for images of 224 px, with 8x8 contrast tokens."""
+    spec = dict(SMALL, attention=attention, patch_size=14, img_size=224)
+    spec |= dict(class_token=True, init_values=1e-5, token_grid=(8, 8))
+    return create_classifier(ContrastVisionTransformer, name, pretrained, FEATURES, spec, arguments)
+
+
+@register_model
+def vca_vit_pico_patch2_32(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Pico, patch 2, 32 px, with Visual-Contrast Attention."""
+    return _small("vca_vit_pico_patch2_32", pretrained, PICO, 2, 32, "vca", kwargs)
+
+
+@register_model
+def vca_vit_pico_patch4_32(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Pico, patch 4, 32 px, with Visual-Contrast Attention."""
+    return _small("vca_vit_pico_patch4_32", pretrained, PICO, 4, 32, "vca", kwargs)
+
+
+@register_model
+def vca_vit_pico_patch4_64(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Pico, patch 4, 64 px, with Visual-Contrast Attention."""
+    return _small("vca_vit_pico_patch4_64", pretrained, PICO, 4, 64, "vca", kwargs)
+
+
+@register_model
+def vca_vit_pico_patch8_64(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Pico, patch 8, 64 px, with Visual-Contrast Attention."""
+    return _small("vca_vit_pico_patch8_64", pretrained, PICO, 8, 64, "vca", kwargs)
+
+
+@register_model
+def vca_vit_nano_patch2_32(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Nano, patch 2, 32 px, with Visual-Contrast Attention."""
+    return _small("vca_vit_nano_patch2_32", pretrained, NANO, 2, 32, "vca", kwargs)
+
+
+@register_model
+def vca_vit_nano_patch4_32(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Nano, patch 4, 32 px, with Visual-Contrast Attention."""
+    return _small("vca_vit_nano_patch4_32", pretrained, NANO, 4, 32, "vca", kwargs)
+
+
+@register_model
+def vca_vit_nano_patch4_64(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Nano, patch 4, 64 px, with Visual-Contrast Attention."""
+    return _small("vca_vit_nano_patch4_64", pretrained, NANO, 4, 64, "vca", kwargs)
+
+
+@register_model
+def vca_vit_nano_patch8_64(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Nano, patch 8, 64 px, with Visual-Contrast Attention."""
+    return _small("vca_vit_nano_patch8_64", pretrained, NANO, 8, 64, "vca", kwargs)
+
+
+@register_model
+def vca_vit_tiny_patch2_32(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Tiny, patch 2, 32 px, with Visual-Contrast Attention."""
+    return _small("vca_vit_tiny_patch2_32", pretrained, TINY, 2, 32, "vca", kwargs)
+
+
+@register_model
+def vca_vit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Tiny, patch 4, 32 px, with Visual-Contrast Attention."""
+    return _small("vca_vit_tiny_patch4_32", pretrained, TINY, 4, 32, "vca", kwargs)
+
+
+@register_model
+def vca_vit_tiny_patch4_64(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Tiny, patch 4, 64 px, with Visual-Contrast Attention."""
+    return _small("vca_vit_tiny_patch4_64", pretrained, TINY, 4, 64, "vca", kwargs)
+
+
+@register_model
+def vca_vit_tiny_patch8_64(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Tiny, patch 8, 64 px, with Visual-Contrast Attention."""
+    return _small("vca_vit_tiny_patch8_64", pretrained, TINY, 8, 64, "vca", kwargs)
+
+
+@register_model
+def mhsa_vit_pico_patch2_32(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Pico, patch 2, 32 px, with self-attention."""
+    return _small("mhsa_vit_pico_patch2_32", pretrained, PICO, 2, 32, "mhsa", kwargs)
+
+
+@register_model
+def mhsa_vit_pico_patch4_32(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Pico, patch 4, 32 px, with self-attention."""
+    return _small("mhsa_vit_pico_patch4_32", pretrained, PICO, 4, 32, "mhsa", kwargs)
+
+
+@register_model
+def mhsa_vit_pico_patch4_64(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Pico, patch 4, 64 px, with self-attention."""
+    return _small("mhsa_vit_pico_patch4_64", pretrained, PICO, 4, 64, "mhsa", kwargs)
+
+
+@register_model
+def mhsa_vit_pico_patch8_64(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Pico, patch 8, 64 px, with self-attention."""
+    return _small("mhsa_vit_pico_patch8_64", pretrained, PICO, 8, 64, "mhsa", kwargs)
+
+
+@register_model
+def mhsa_vit_nano_patch2_32(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Nano, patch 2, 32 px, with self-attention."""
+    return _small("mhsa_vit_nano_patch2_32", pretrained, NANO, 2, 32, "mhsa", kwargs)
+
+
+@register_model
+def mhsa_vit_nano_patch4_32(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Nano, patch 4, 32 px, with self-attention."""
+    return _small("mhsa_vit_nano_patch4_32", pretrained, NANO, 4, 32, "mhsa", kwargs)
+
+
+@register_model
+def mhsa_vit_nano_patch4_64(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Nano, patch 4, 64 px, with self-attention."""
+    return _small("mhsa_vit_nano_patch4_64", pretrained, NANO, 4, 64, "mhsa", kwargs)
+
+
+@register_model
+def mhsa_vit_nano_patch8_64(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Nano, patch 8, 64 px, with self-attention."""
+    return _small("mhsa_vit_nano_patch8_64", pretrained, NANO, 8, 64, "mhsa", kwargs)
+
+
+@register_model
+def mhsa_vit_tiny_patch2_32(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Tiny, patch 2, 32 px, with self-attention."""
+    return _small("mhsa_vit_tiny_patch2_32", pretrained, TINY, 2, 32, "mhsa", kwargs)
+
+
+@register_model
+def mhsa_vit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Tiny, patch 4, 32 px, with self-attention."""
+    return _small("mhsa_vit_tiny_patch4_32", pretrained, TINY, 4, 32, "mhsa", kwargs)
+
+
+@register_model
+def mhsa_vit_tiny_patch4_64(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Tiny, patch 4, 64 px, with self-attention."""
+    return _small("mhsa_vit_tiny_patch4_64", pretrained, TINY, 4, 64, "mhsa", kwargs)
+
+
+@register_model
+def mhsa_vit_tiny_patch8_64(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Tiny, patch 8, 64 px, with self-attention."""
+    return _small("mhsa_vit_tiny_patch8_64", pretrained, TINY, 8, 64, "mhsa", kwargs)
+
+
+@register_model
+def vca_vit_small_patch14_224(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Small with LayerScale, patch 14, 224 px, with Visual-Contrast Attention."""
+    return _dinov2_small("vca_vit_small_patch14_224", pretrained, "vca", kwargs)
+
+
+@register_model
+def mhsa_vit_small_patch14_224(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-Small with LayerScale, patch 14, 224 px, with self-attention."""
+    return _dinov2_small("mhsa_vit_small_patch14_224", pretrained, "mhsa", kwargs)

@@ -1,0 +1,154 @@
+"""What an attention layer records of one forward pass: its maps, one class for each family of attention.
+
+Shapes: B batch, H heads, d channels of a head, T = P + N tokens (P prefix tokens, then N patches), n contrast tokens.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from vca import functional as VF
+
+
+@dataclass(frozen=True)
+class StageMaps:
+    """The maps of one stage. Rows are queries, columns keys; streams an attention kind lacks are None."""
+
+    positive: Tensor
+    negative: Tensor | None = None
+    differential: Tensor | None = None
+
+    @property
+    def applied(self) -> Tensor:
+        """The map that multiplies the values: the differential one, or the positive one of a single stream."""
+        return self.positive if self.differential is None else self.differential
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMaps:
+    """The attention maps of one layer for one forward pass. A picture can be drawn from this record alone.
+
+    Each family of attention has a subclass with what it has beyond this; what a family lacks is None.
+
+    Attributes:
+        kind: the kind of attention, such as "vca"; see `vca.layers.factory.KINDS`, and "sr", "window" and "stripes".
+        stage1: the maps of the only stage, or of the first of two.
+        block: index of the layer among all attention layers of the model.
+        name: its name in the model.
+        grid_size: rows and columns of the patches, if the model says.
+        num_prefix_tokens: P.
+    """
+
+    token_grid: ClassVar[tuple[int, int] | None] = None
+    stage2: ClassVar[StageMaps | None] = None
+    row_scale1: ClassVar[Tensor | None] = None
+    row_scale2: ClassVar[Tensor | None] = None
+    lambda1: ClassVar[Tensor | None] = None
+    lambda2: ClassVar[Tensor | None] = None
+    values: ClassVar[Tensor | None] = None
+    gathered: ClassVar[Tensor | None] = None
+    key_grid: ClassVar[tuple[int, int] | None] = None
+    window_size: ClassVar[tuple[int, int] | None] = None
+    shift_size: ClassVar[tuple[int, int] | None] = None
+    window_patches: ClassVar[Tensor | None] = None
+
+    kind: str
+    stage1: StageMaps
+    block: int = 0
+    name: str = ""
+    grid_size: tuple[int, int] | None = None
+    num_prefix_tokens: int = 0
+
+    @property
+    def effective(self) -> Tensor:
+        """The exact map from every token (row) to every token it draws from, computed on demand.
+
+        The heads' output before the depthwise convolution and `proj` is E v, times the gains of the layer's norms:
+        (E v) * g1 * g2 for the VCA kinds, (E v) * g for "diff". To rounding.
+        """
+        second = self.stage2 and self.stage2.applied
+        return VF.effective_map(self.stage1.applied, self.row_scale1, second, self.row_scale2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalMaps(LayerMaps):
+    """Self-attention over all tokens ("mhsa", "mhsa_dwc"): `stage1` has one map (B, H, T, T).
+
+    Attributes:
+        values: what the effective map multiplies, (B, H, keys, d): v, for the VCA kinds times g1.
+        gathered: their product (B, H, queries, d), a part of the graph of the forward pass: the gradient of a score
+            with respect to the effective map is its gradient with respect to `gathered`, times `values` transposed.
+    """
+
+    values: Tensor = field()
+    gathered: Tensor = field()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifferentialMaps(GlobalMaps):
+    """Differential attention over all tokens ("diff"): `stage1` has three maps (B, H, T, T).
+
+    Attributes:
+        row_scale1: the row factors of the RMSNorm, (B, H, T, 1).
+        lambda1: lambda, a scalar.
+    """
+
+    row_scale1: Tensor = field()
+    lambda1: Tensor = field()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducedMaps(GlobalMaps):
+    """Attention to keys on a coarser grid ("sr"): `stage1` has one map (B, H, N, keys).
+
+    Attributes:
+        key_grid: rows and columns of the keys.
+    """
+
+    key_grid: tuple[int, int] = field()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoStageMaps(GlobalMaps):
+    """Attention through n pooled tokens ("agent"): `stage1` has maps (B, H, n, T), `stage2` (B, H, T, n).
+
+    Attributes:
+        token_grid: rows and columns of the n pooled tokens.
+    """
+
+    stage2: StageMaps = field()
+    token_grid: tuple[int, int] = field()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastMaps(TwoStageMaps):
+    """Visual-Contrast Attention ("vca", "vca_stage1", "vca_stage2").
+
+    Attributes:
+        row_scale1, row_scale2: the row factors of both RMSNorms, (B, H, n, 1) and (B, H, T, 1).
+        lambda1, lambda2: the lambda of each stage, a scalar; None for a stage that is not differential.
+    """
+
+    row_scale1: Tensor = field()
+    row_scale2: Tensor = field()
+    lambda1: Tensor | None = None
+    lambda2: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowMaps(LayerMaps):
+    """Attention within windows ("window", "stripes"): `stage1` has one map (B, windows, H, M, M).
+
+    Attributes:
+        window_size: rows and columns of a window.
+        shift_size: by how much the grid is rolled up and left before it is cut.
+    """
+
+    window_size: tuple[int, int] = field()
+    shift_size: tuple[int, int] = (0, 0)
+
+    @property
+    def window_patches(self) -> Tensor | None:
+        """Indices (windows, M) into the row-major grid, -1 where a window is padded; None without a grid."""
+        return self.grid_size and VF.window_patches(self.grid_size, self.window_size, self.shift_size)
