@@ -11,7 +11,6 @@ command resumes an interrupted run. --plan says what a run costs, --smoke tries 
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,6 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
-import vca
 from training.card import write_card
 from training.core import cli
 from training.core import recipe as recipes
@@ -134,7 +132,25 @@ def train(
     tensorboard: bool = False,
     teacher: str | None = None,
 ) -> dict:
-    """Runs a recipe to its end and writes `out/checkpoint`; returns the accuracy of the shipped weights."""
+    """Runs a recipe to its end and writes `out/checkpoint`.
+
+    Args:
+        recipe: what to train, and how.
+        data: folder of images, as above.
+        out: the run folder; a run that was interrupted there goes on.
+        device: where to train; several processes each have their own.
+        init: a checkpoint to start from, or `timm:NAME`; None for random weights.
+        command: the command of this run, for the card.
+        tensorboard: write the log for TensorBoard, too.
+        teacher: a model whose answers are learned besides, see `training.core.teacher.open_teacher`.
+
+    Returns:
+        The accuracy of the shipped weights on the validation images, as `training.core.metrics.accuracy`.
+
+    Raises:
+        RecipeError, DataError, RunError, CheckpointError: see the modules of `training.core` and `training.data`; the
+            message says what to do.
+    """
     world = join(device)
     run = RunFolder(out, recipe, world, tensorboard=tensorboard, init=init, teacher=teacher)
     set_tf32(recipe.tf32)
@@ -163,12 +179,8 @@ def train(
         loss = F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
         return loss + recipe.teacher_weight * F.cross_entropy(as_teacher.float(), probabilities)
 
-    trainer = Trainer(
-        run, trained, loss_fn, optimizer, create_scheduler(recipe, optimizer, per_epoch), seed=recipe.seed,
-        device=device, precision=recipe.precision, ema_decay=recipe.ema_decay, ema_warmup=recipe.ema_warmup,
-        clip_grad=recipe.clip_grad, micro_batch=recipe.micro_batch, compile=recipe.compile,
-        save_every=recipe.save_every, world=world,
-    )  # fmt: skip
+    scheduler = create_scheduler(recipe, optimizer, per_epoch)
+    trainer = Trainer(run, trained, loss_fn, optimizer, scheduler, recipe, device=device, world=world)
     shipped = trainer.eval_model.model if teacher else trainer.eval_model
 
     with progress(total, trainer.step, world) as bar:
@@ -181,29 +193,22 @@ def train(
                     write_atomically(run.path / "first_batch.png", grid_png(denormalize(x[:64], cfg), columns=8))
                 metrics = trainer.train_step((x, y))
                 bar.update()
-                if trainer.step % recipe.log_every == 0 or trainer.step == total:
-                    rate = trainer.step * recipe.batch_size / trainer.seconds
-                    bar.set_postfix_str(f"loss {metrics['loss']:.3f} lr {metrics['lr']:.1e} {rate:.0f} img/s", False)
-                    run.log(step=trainer.step, epoch=epoch, **trainer.clock(), **metrics)
-                if trainer.step % per_epoch == 0 and ((epoch + 1) % recipe.eval_every == 0 or trainer.step == total):
+                last = trainer.step == total
+                trainer.log(bar, metrics, epoch=epoch, last=last)
+                if trainer.step % per_epoch == 0 and ((epoch + 1) % recipe.eval_every == 0 or last):
                     run.log(step=trainer.step, epoch=epoch + 1, **accuracy(shipped, val, world))
                     plot_curve(run, "top1", "validation top-1 (%)")
-                trainer.checkpoint(force=trainer.step == total)
+                trainer.checkpoint(force=last)
 
-    stored = round_weights(shipped, recipe.stored_as)
+    round_weights(shipped, recipe.stored_as)
     result = accuracy(shipped, val, world)
-    this_run = dict(
-        recipe=asdict(recipe), command=command, init=init, teacher=teacher, steps=total, epochs=recipe.epochs,
-        train_images=len(train_images), skipped_steps=trainer.skipped, torch=torch.__version__, device=device.type,
-        results=result,
-    )  # fmt: skip
     if world.first:
-        checkpoint = run.path / "checkpoint"
-        label_names = train_images.class_names
         for argument in grows:  # of training; the checkpoint has one size, which set_input_size changes
             shipped.model_args.pop(argument)
-        vca.save(shipped, checkpoint, label_names=label_names, training=[*history, this_run], dtype=stored)
-        write_atomically(checkpoint / "log.jsonl", run.compact_log())
+        checkpoint = run.finish(
+            trainer, shipped, result, label_names=train_images.class_names, history=history, command=command,
+            epochs=recipe.epochs, train_images=len(train_images),
+        )  # fmt: skip
         write_card(checkpoint)
     return result
 

@@ -31,9 +31,10 @@ from training.core import recipe as recipes
 from training.core.classifier_recipe import ClassifierRecipe
 from training.core.run import RunError
 from vca.checkpoint import write_atomically
-from vca.layers.factory import KINDS
+from vca.layers.factory import KINDS, AttentionConfig
 
-OPTIONS = ("tokens", "num_tokens", "dwc", "stage2_softmax", "pooling")  # that a kind may be given after colons
+# what a kind may be given after colons
+OPTIONS = [field.name for field in fields(AttentionConfig) if field.name not in ("attention", "token_grid")]
 CONTROL = "mhsa_dwc"  # all other kinds are compared with the first and with this one
 
 

@@ -35,7 +35,6 @@ from training.data.batches import FolderEvaluation
 from training.data.images import DataError, Images
 from training.data.latents import Latents
 from vca.checkpoint import write_atomically
-from vca.models.dit import DiffusionTransformer
 
 NAMES = dict(val="", real="ImageNet-Real", v2="ImageNet-V2", a="ImageNet-A", r="ImageNet-R")
 
@@ -214,7 +213,7 @@ def main() -> None:
         else:
             model = vca.load(args.checkpoint, device=open_device(args.device))
             images = open_images(model, args.data, args.split)
-            if isinstance(model, DiffusionTransformer):
+            if model.task == "generation":
                 samples, labels = validation_data(images, model.sample_shape[-1], os.cpu_count())
                 print(
                     f"validation loss {round(validation_loss(model, samples, labels), 5):.4f}  ({len(labels)} images)"

@@ -11,14 +11,12 @@ FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE (for shards and Hugging Face 
 run. --plan says what a run costs, --smoke tries it for a few steps on noise.
 """
 
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
 from timm.scheduler import StepLRScheduler
 from torch import Tensor
 
-import vca
 from training.card import write_card
 from training.core import cli
 from training.core.distributed import ALONE, World, join
@@ -33,7 +31,6 @@ from training.data.batches import MemoryBatches
 from training.data.images import DataError, decode, generator_cfg, open_splits
 from training.data.latents import LatentBatches, open_latents
 from vca.checkpoint import write_atomically
-from vca.models import GENERATORS
 from vca.models.dit import DiffusionTransformer
 
 GRID_ROWS, GRID_COLUMNS = 8, 10
@@ -51,12 +48,11 @@ class Data(NamedTuple):
 
 def open_data(recipe: GeneratorRecipe, data: str, device: torch.device, world: World = ALONE) -> Data:
     """Images held in memory, or latents on disk, flipped half of the time; of each batch this process's rows."""
-    latent = GENERATORS[recipe.model]["vae"] is not None
-    train, val = (open_latents if latent else open_splits)(data)
+    train, val = (open_latents if recipe.latent else open_splits)(data)
     if len(train) < recipe.batch_size:
         raise DataError(f"{len(train)} training images are fewer than one batch of {recipe.batch_size}.")
     shared = dict(batch_size=recipe.batch_size, seed=recipe.seed, device=device, rows=world.rows(recipe.batch_size))
-    if latent:
+    if recipe.latent:
         if (side := train.shape[-1]) != recipe.input_size:
             raise DataError(f"{data} holds latents of side {side}; the recipe has input_size = {recipe.input_size}.")
         batches = LatentBatches(train, **shared)
@@ -83,7 +79,24 @@ def train(
     command: str,
     tensorboard: bool = False,
 ) -> dict:
-    """Runs a recipe to its end and writes `out/checkpoint`; returns the validation loss of the shipped weights."""
+    """Runs a recipe to its end and writes `out/checkpoint`.
+
+    Args:
+        recipe: what to train, and how.
+        data: folder of images or latents, as above.
+        out: the run folder; a run that was interrupted there goes on.
+        device: where to train; several processes each have their own.
+        init: a checkpoint to start from, or `timm:NAME`; None for random weights.
+        command: the command of this run, for the card.
+        tensorboard: write the log for TensorBoard, too.
+
+    Returns:
+        `val_loss`, the validation loss of the shipped weights, and `images`, on how many.
+
+    Raises:
+        RecipeError, DataError, RunError, CheckpointError: see the modules of `training.core` and `training.data`; the
+            message says what to do.
+    """
     world = join(device)
     run = RunFolder(out, recipe, world, tensorboard=tensorboard, init=init)
     set_tf32(recipe.tf32)
@@ -102,11 +115,7 @@ def train(
     def loss_fn(model, x, y, noise, t):
         return model.loss(x, y, noise, t).mean()
 
-    trainer = Trainer(
-        run, model, loss_fn, optimizer, scheduler, seed=recipe.seed, device=device, precision=recipe.precision,
-        ema_decay=recipe.ema_decay, ema_warmup=recipe.ema_warmup, clip_grad=recipe.clip_grad,
-        micro_batch=recipe.micro_batch, compile=recipe.compile, save_every=recipe.save_every, world=world,
-    )  # fmt: skip
+    trainer = Trainer(run, model, loss_fn, optimizer, scheduler, recipe, device=device, world=world)
 
     per_epoch, total, rows = batches.steps_per_epoch, recipe.steps, world.rows(recipe.batch_size)
     grid_file = run.path / "samples" / f"step-{total:08d}.png"
@@ -123,10 +132,7 @@ def train(
                 metrics = trainer.train_step((x, y, noise, t))
                 bar.update()
                 last = trainer.step == total
-                if trainer.step % recipe.log_every == 0 or last:
-                    rate = trainer.step * recipe.batch_size / trainer.seconds
-                    bar.set_postfix_str(f"loss {metrics['loss']:.3f} lr {metrics['lr']:.1e} {rate:.0f} img/s", False)
-                    run.log(step=trainer.step, epoch=epoch, **trainer.clock(), **metrics)
+                trainer.log(bar, metrics, epoch=epoch, last=last)
                 if world.first and (trainer.step % recipe.val_every == 0 or last):
                     val_loss = validation_loss(trainer.eval_model, val_samples, val_labels)
                     run.log(step=trainer.step, val_loss=round(val_loss, 5))
@@ -139,21 +145,17 @@ def train(
                 if last:
                     break
 
-    stored = round_weights(trainer.eval_model, recipe.stored_as)
+    round_weights(trainer.eval_model, recipe.stored_as)
     result = dict(
         val_loss=round(validation_loss(trainer.eval_model, val_samples, val_labels), 5), images=len(val_labels)
     )
-    this_run = dict(
-        recipe=asdict(recipe), command=command, init=init, steps=total, epochs=round(total / per_epoch, 1),
-        train_images=train_images, skipped_steps=trainer.skipped, torch=torch.__version__, device=device.type,
-        results=result,
-    )  # fmt: skip
     if world.first:
-        checkpoint = run.path / "checkpoint"
-        vca.save(trainer.eval_model, checkpoint, label_names=class_names, training=[*history, this_run], dtype=stored)
+        checkpoint = run.finish(
+            trainer, trainer.eval_model, result, label_names=class_names, history=history, command=command,
+            epochs=round(total / per_epoch, 1), train_images=train_images,
+        )  # fmt: skip
         if recipe.sample_every:
             write_atomically(checkpoint / "samples.png", grid_file.read_bytes())
-        write_atomically(checkpoint / "log.jsonl", run.compact_log())
         write_card(checkpoint)
     return result
 

@@ -275,9 +275,9 @@ def check(generator: nn.Module, judge: nn.Module, args: argparse.Namespace) -> N
     Raises:
         SampleError: the message says why.
     """
-    if not isinstance(generator, DiffusionTransformer):
+    if generator.task != "generation":
         raise SampleError(f"{args.checkpoint} is a classifier; only a generator makes images.")
-    if isinstance(judge, DiffusionTransformer):
+    if judge.task != "classification":
         raise SampleError(f"--judge {args.judge} is a generator; a classifier is needed.")
     if judge.label_names != generator.label_names:
         raise SampleError(f"the classes of {args.judge} are not those of {args.checkpoint}, in its order.")

@@ -21,7 +21,6 @@ from training.core.distributed import local_device
 from training.core.run import RunError, open_device
 from training.core.sampling import SampleError, process, sample_files, write_npz
 from vca.diffusion.vae import DecoderError
-from vca.models.dit import DiffusionTransformer
 
 
 def main() -> None:
@@ -46,7 +45,7 @@ def main() -> None:
             raise SampleError("--count and --batch-size must be at least 1, --seed at least 0.")
         part = process()
         model = vca.load(args.checkpoint, device=open_device(local_device(args.device)))
-        if not isinstance(model, DiffusionTransformer):
+        if model.task != "generation":
             raise SampleError(f"{args.checkpoint} is a classifier; only a generator makes images.")
         files = sample_files(
             model, args.out.with_suffix("") if packed else args.out, args.count, args.batch_size,

@@ -10,7 +10,6 @@ output (docs/transfer.md). The result is a checkpoint, with the teacher's head i
 training.classify takes. The same command resumes an interrupted run.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-import vca
 from training.core import cli
 from training.core.distributed import join
 from training.core.init import build_model, fill_converted
@@ -33,7 +31,6 @@ from training.data.batches import FolderBatches
 from training.data.images import DataError, Images, eval_transform
 from training.data.seeding import derive_seed
 from training.data.unlabeled import UnlabeledImages
-from vca.checkpoint import write_atomically
 from vca.layers.grid import OnGrid
 
 KEPT = ("qkv", "proj")
@@ -97,7 +94,24 @@ def train(
     recipe: TransferRecipe, data: str, out: str, device: torch.device, init: str | None, command: str,
     tensorboard: bool = False, teacher: str = "",
 ) -> dict:  # fmt: skip
-    """Runs a recipe to its end and writes `out/checkpoint`; returns the errors of the shipped weights."""
+    """Runs a recipe to its end and writes `out/checkpoint`.
+
+    Args:
+        recipe: what to train, and how.
+        data: folder of images without labels, as above.
+        out: the run folder; a run that was interrupted there goes on.
+        device: where to train; several processes each have their own.
+        init: a converted model to go on from; None to convert the teacher.
+        command: the command of this run, for the card.
+        tensorboard: write the log for TensorBoard, too.
+        teacher: the model to learn from, see `training.core.teacher.open_teacher`.
+
+    Returns:
+        The relative errors of the shipped weights on the held-out images, as `held_out_errors`.
+
+    Raises:
+        RecipeError, DataError, RunError, CheckpointError: the message says what to do.
+    """
     world = join(device)
     set_tf32(recipe.tf32)
     size = dict(dynamic_img_size=True) if len(set(recipe.img_sizes)) > 1 else dict(img_size=recipe.img_sizes[0])
@@ -124,11 +138,11 @@ def train(
     scheduler = CosineLRScheduler(
         optimizer, t_initial=recipe.steps, lr_min=recipe.min_lr, warmup_t=recipe.warmup_steps, t_in_epochs=False
     )
-    trainer = Trainer(
-        run, student, lambda student, x: errors(student, taught_by, x).mean(), optimizer, scheduler, seed=recipe.seed,
-        device=device, precision=recipe.precision, ema_decay=recipe.ema_decay, clip_grad=recipe.clip_grad,
-        micro_batch=recipe.micro_batch, compile=recipe.compile, save_every=recipe.save_every, world=world,
-    )  # fmt: skip
+
+    def loss_fn(student, x):
+        return errors(student, taught_by, x).mean()
+
+    trainer = Trainer(run, student, loss_fn, optimizer, scheduler, recipe, device=device, world=world)
 
     per_epoch = batches.steps_per_epoch
     with progress(recipe.steps, trainer.step, world) as bar:
@@ -138,9 +152,7 @@ def train(
                 metrics = trainer.train_step((resize(x, drawn_side(recipe, trainer.step)),))
                 bar.update()
                 done = trainer.step == recipe.steps
-                if trainer.step % recipe.log_every == 0 or done:
-                    bar.set_postfix_str(f"error {metrics['loss']:.4f} lr {metrics['lr']:.1e}", False)
-                    run.log(step=trainer.step, **trainer.clock(), **metrics)
+                trainer.log(bar, metrics, epoch=epoch, last=done)
                 if trainer.step % recipe.eval_every == 0 or done:
                     with trainer.autocast:
                         measured = held_out_errors(trainer.eval_model, taught_by, held_out, recipe.img_sizes)
@@ -150,19 +162,15 @@ def train(
                 if done:
                     break
 
-    stored = round_weights(trainer.eval_model, recipe.stored_as)
+    round_weights(trainer.eval_model, recipe.stored_as)
     with trainer.autocast:
         result = held_out_errors(trainer.eval_model, taught_by, held_out, recipe.img_sizes)
-    this_run = dict(
-        recipe=asdict(recipe), command=command, init=init, teacher=teacher, steps=recipe.steps,
-        train_images=len(train_images), skipped_steps=trainer.skipped, torch=torch.__version__, device=device.type,
-        results=result,
-    )  # fmt: skip
     if world.first:
-        checkpoint = run.path / "checkpoint"
         trainer.eval_model.model_args.pop("dynamic_img_size", None)
-        vca.save(trainer.eval_model, checkpoint, label_names=names, training=[*history, this_run], dtype=stored)
-        write_atomically(checkpoint / "log.jsonl", run.compact_log())
+        run.finish(
+            trainer, trainer.eval_model, result, label_names=names, history=history, command=command,
+            epochs=round(recipe.steps / per_epoch, 1), train_images=len(train_images),
+        )  # fmt: skip
     return result
 
 

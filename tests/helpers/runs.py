@@ -78,15 +78,16 @@ def untimed_log(path):
 def trainer(tmp_path, **options):
     model = vca.create_model("vca_vit_pico_patch4_32", num_classes=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    folder = RunFolder(tmp_path, ClassifierRecipe("vca_vit_pico_patch4_32", 1, 8, 0.1))
-    defaults = dict(seed=0, device=torch.device("cpu"), precision="fp32", ema_decay=0.0, clip_grad=0.0, micro_batch=0,
-                    compile=False, save_every=100)  # fmt: skip
+    recipe = ClassifierRecipe(
+        "vca_vit_pico_patch4_32", 1, 8, 0.1, **(dict(precision="fp32", ema_decay=0.0, save_every=100) | options)
+    )
+    folder = RunFolder(tmp_path, recipe)
 
     class Constant:
         def step_update(self, step):
             pass
 
-    return Trainer(folder, model, cross_entropy, optimizer, Constant(), **(defaults | options))
+    return Trainer(folder, model, cross_entropy, optimizer, Constant(), recipe, device=torch.device("cpu"))
 
 
 def cross_entropy(model, x, y):

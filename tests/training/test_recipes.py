@@ -184,11 +184,10 @@ def test_the_average_of_the_weights_decays_as_the_recipe_says(tmp_path, warmup, 
         def step_update(self, step):
             pass
 
-    trainer = Trainer(
-        RunFolder(tmp_path, read("cifar10_vca")), model, lambda model, x: model(x).mean(), optimizer, Constant(),
-        seed=0, device=CPU, precision="fp32", ema_decay=0.9, ema_warmup=warmup, clip_grad=0.0, micro_batch=0,
-        compile=False, save_every=100,
-    )  # fmt: skip
+    settings = dict(precision="fp32", ema_decay=0.9, ema_warmup=warmup, clip_grad=0.0, micro_batch=0, compile=False)
+    recipe = replace(read("cifar10_vca"), **settings)
+    folder = RunFolder(tmp_path, recipe)
+    trainer = Trainer(folder, model, lambda model, x: model(x).mean(), optimizer, Constant(), recipe, device=CPU)
     trainer.step = step - 1
     trainer.train_step((torch.ones(1, 1),))
     assert model.weight.item() == 0.0

@@ -24,7 +24,6 @@ from training.core.init import build_model
 from training.core.recipe import BaseRecipe
 from training.data.images import DataError, Images
 from training.data.latents import Latents
-from vca.models import GENERATORS
 from vca.models.common import input_size
 
 FUSED_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -86,7 +85,7 @@ def estimate(recipe: BaseRecipe, gpu: GPU, data: str | None = None) -> Cost:
     Raises:
         DataError: the recipe's data set is not one of `DATASETS`, and no `data` is given.
     """
-    generates = recipe.model in GENERATORS
+    generates = recipe.task == "generation"
     labeled = hasattr(recipe, "epochs") or generates
     train, val, classes = _sizes(recipe, data) if labeled else (0, 0, 0)
     args = dict(input_size=recipe.input_size) if generates else {}
@@ -96,8 +95,7 @@ def estimate(recipe: BaseRecipe, gpu: GPU, data: str | None = None) -> Cost:
     images = steps * recipe.batch_size
     flops = 2 * recipe.passes * model.macs * recipe.relative_area(model.side) * images
     hours = flops / (gpu.peak * 1e12 * utilization(model.learned)) / 3600
-    latent = generates and GENERATORS[recipe.model]["vae"]
-    moments = 2 * 2 * math.prod(model.sample_shape) * 4 if latent else 0
+    moments = 2 * 2 * math.prod(model.sample_shape) * 4 if recipe.latent else 0
     return Cost(
         model.parameters, model.macs, 4 * copies * model.learned, model.image_bytes, steps, images, hours,
         moments * (train + val),
@@ -143,7 +141,7 @@ def utilization(parameters: int) -> float:
 
 def example(model: nn.Module, count: int) -> tuple[torch.Tensor, ...]:
     """What the forward pass of a model takes, for `count` images of zeros."""
-    if hasattr(model, "sample_shape"):
+    if model.task == "generation":
         return torch.zeros(count, *model.sample_shape), torch.zeros(count), torch.zeros(count, dtype=torch.long)
     return (torch.zeros(count, *input_size(model)),)
 
@@ -179,8 +177,7 @@ def _sizes(recipe: BaseRecipe, data: str | None) -> tuple[int, int, int]:
             known = ", ".join(DATASETS)
             raise DataError(f"--plan knows the sizes of {known}; of other data sets say where they are: --data.")
         return DATASETS[recipe.dataset]
-    latent = recipe.model in GENERATORS and GENERATORS[recipe.model]["vae"]
-    train, val = ((Latents if latent else Images)(data, split) for split in ("train", "val"))
+    train, val = ((Latents if recipe.latent else Images)(data, split) for split in ("train", "val"))
     return len(train), len(val), len(train.class_names)
 
 
@@ -238,9 +235,8 @@ def smoke(recipe: BaseRecipe, train: Callable, device: torch.device, steps: int)
     _, _, classes = DATASETS.get(recipe.dataset, (0, 0, 10))
     short = dict(save_every=steps, log_every=1)
     more = {}
-    if recipe.model in GENERATORS:
-        grids = GENERATORS[recipe.model]["vae"] is None
-        short |= dict(steps=steps, val_every=steps, sample_every=steps if grids else 0, sample_steps=2)
+    if recipe.task == "generation":
+        short |= dict(steps=steps, val_every=steps, sample_every=0 if recipe.latent else steps, sample_steps=2)
     elif hasattr(recipe, "epochs"):
         short |= dict(epochs=1, cooldown_epochs=0)
     else:

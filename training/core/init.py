@@ -8,7 +8,6 @@ from torch import Tensor, nn
 import vca
 from training.core.recipe import BaseRecipe, RecipeError
 from training.core.teacher import FROM_TIMM, open_timm
-from vca.models.dit import DiffusionTransformer
 
 
 def build_model(recipe: BaseRecipe, class_names: list[str], init: str | None, **args) -> tuple[nn.Module, list[dict]]:
@@ -39,7 +38,7 @@ def build_model(recipe: BaseRecipe, class_names: list[str], init: str | None, **
     if source.label_names != list(class_names):
         drawn = _class_tensors(model)
         tensors = {key: value for key, value in tensors.items() if key not in drawn} | drawn
-        if isinstance(model, DiffusionTransformer):  # the null class stays
+        if model.task == "generation":  # the null class stays
             for table in drawn.values():
                 table[-1] = source.y_embedder.embedding_table.weight[-1].detach()
         _say(f"{init} knows {len(source.label_names)} other classes; drawn anew: {', '.join(drawn)}.")
@@ -49,7 +48,7 @@ def build_model(recipe: BaseRecipe, class_names: list[str], init: str | None, **
 
 def _class_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model that belong to its classes."""
-    part = model.y_embedder if isinstance(model, DiffusionTransformer) else model.get_classifier()
+    part = model.get_classifier() if hasattr(model, "get_classifier") else model.y_embedder
     prefix = next(name for name, module in model.named_modules() if module is part)
     return {key: value for key, value in model.state_dict().items() if key.startswith(f"{prefix}.")}
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import vca
+from vca.attribution import readout
 
 CELL, GAP = 72, 4  # pixels
 DRAWS_IN, PUSHES_AWAY = np.array([255, 106, 0]), np.array([10, 99, 255])
@@ -18,15 +19,20 @@ DRAWS_IN, PUSHES_AWAY = np.array([255, 106, 0]), np.array([10, 99, 255])
 def maps_png(model: torch.nn.Module) -> bytes | None:
     """A PNG: what the model sees of scikit-image's cat, and its effective maps, heads as rows and blocks as columns.
 
-    A map is the effective row of the class token, or of the mean patch in a model without one: orange what is drawn in,
-    blue what is pushed away, each on a scale of its own. None if the model has no attention over a whole grid.
+    A map is the row of the effective map that the classifier reads, see `vca.attribution.readout`: orange what is drawn
+    in, blue what is pushed away, each on a scale of its own. None if the model has no attention over a whole grid, or
+    if what it reads is no row of a map.
     """
     config = timm.data.resolve_data_config(model=model)
     x = timm.data.create_transform(**config)(Image.fromarray(skimage.data.cat()))[None]
     with vca.record(model) as maps:
         model(x)
     maps = [layer for layer in maps if layer.window_size is None and layer.key_grid is None]
-    if not maps:
+    try:
+        read = [readout(model, layer).rows(layer.effective[0]).numpy() for layer in maps]  # (H, Hg, Wg) of each
+    except ValueError:  # it pools in another way
+        return None
+    if not read:
         return None
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     seen = Image.fromarray(((x[0] * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
@@ -35,20 +41,13 @@ def maps_png(model: torch.nn.Module) -> bytes | None:
     side = rows * (CELL + GAP) - GAP
     canvas = Image.new("RGB", (side + len(maps) * (CELL + GAP), side), "white")
     canvas.paste(seen.resize((side, side), Image.Resampling.NEAREST), (0, 0))
-    for column, layer in enumerate(maps):
-        for row, values in enumerate(decision(layer)):
-            place = (side + GAP + column * (CELL + GAP), row * (CELL + GAP))
-            canvas.paste(_overlay(values, gray), place)
+    for column, heads in enumerate(read):
+        for row, values in enumerate(heads):
+            corner = (side + GAP + column * (CELL + GAP), row * (CELL + GAP))
+            canvas.paste(_overlay(values, gray), corner)
     stream = io.BytesIO()
     canvas.save(stream, format="PNG", optimize=True)
     return stream.getvalue()
-
-
-def decision(layer: vca.LayerMaps) -> np.ndarray:
-    """The effective map's row of the class token, or of the mean patch, over the patches: (H, Hg, Wg)."""
-    effective = layer.effective[0, :, :, layer.num_prefix_tokens :]
-    rows = effective[:, 0] if layer.num_prefix_tokens else effective.mean(1)
-    return rows.unflatten(-1, layer.grid_size).numpy()
 
 
 def _overlay(values: np.ndarray, gray: np.ndarray) -> Image.Image:

@@ -1,6 +1,5 @@
 """What is measured of a model: accuracy of a classifier, validation loss of a generator."""
 
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -12,6 +11,7 @@ from training.data.images import Images, decode, generator_cfg, normalize
 from training.data.latents import Latents
 from training.data.seeding import derive_seed
 from vca.diffusion import ddpm, flow
+from vca.extras import import_extra
 from vca.models.dit import DiffusionTransformer
 
 VAL_SAMPLES = 1000
@@ -85,7 +85,12 @@ def accuracy(
 
 
 def interval(percent: float, count: int) -> list[float]:
-    """Wilson's 95 % interval, in percent, of an accuracy on `count` images: what other images would have given."""
-    z, p = 1.96, percent / 100
-    center, spread = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
-    return [round(100 * (center + sign * spread) / (1 + z * z / count), 2) for sign in (-1, 1)]
+    """Wilson's 95 % interval of an accuracy, both in percent: what as many other images would have given.
+
+    Args:
+        percent: the accuracy.
+        count: the number of images it was measured on.
+    """
+    stats = import_extra("scipy.stats", "train")
+    measured = stats.binomtest(round(percent / 100 * count), count)
+    return [round(100 * bound, 2) for bound in measured.proportion_ci(0.95, method="wilson")]

@@ -6,6 +6,8 @@ import warnings
 import torch
 from torch import nn
 
+STORED = dict(fp32=torch.float32, fp16=torch.float16)  # how a checkpoint stores the weights
+
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context that computes in "bf16" or "fp32"; warns if a CPU is much slower in the former."""
@@ -17,13 +19,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 @torch.no_grad()
-def round_weights(model: nn.Module, stored_as: str) -> torch.dtype:
-    """Rounds the weights to what a checkpoint in "fp32" or "fp16" will hold; returns its type."""
-    dtype = dict(fp32=torch.float32, fp16=torch.float16)[stored_as]
+def round_weights(model: nn.Module, stored_as: str) -> None:
+    """Rounds the weights, in place, to what a checkpoint in "fp32" or "fp16" will hold."""
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
-            tensor.copy_(tensor.to(dtype))
-    return dtype
+            tensor.copy_(tensor.to(STORED[stored_as]))
 
 
 def prepare_compiler() -> None:

@@ -12,7 +12,8 @@ import tomllib
 from dataclasses import MISSING
 from pathlib import Path
 
-from vca.models import GENERATORS
+from vca.layers.factory import AttentionConfig
+from vca.models import GENERATORS, task_of
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 
@@ -54,8 +55,18 @@ class BaseRecipe:
 
     def model_args(self) -> dict:
         """The arguments of `vca.create_model` that this recipe sets."""
-        names = ("attention", "tokens", "num_tokens", "stage2_softmax", "pooling")
+        names = [field.name for field in dataclasses.fields(AttentionConfig) if field.name not in ("token_grid", "dwc")]
         return {name: value for name in names if (value := getattr(self, name))} | ({} if self.dwc else dict(dwc=False))
+
+    @property
+    def task(self) -> str:
+        """What its model does: "classification" or "generation"."""
+        return task_of(self.model)
+
+    @property
+    def latent(self) -> bool:
+        """Whether its model works on the latents of an autoencoder."""
+        return GENERATORS.get(self.model, {}).get("vae") is not None
 
     @property
     def passes(self) -> float:
@@ -180,7 +191,7 @@ def task(name: str) -> str:
     values = tomllib.loads(shipped(name).read_text(encoding="utf-8"))
     while "base" in values and "model" not in values:
         values = tomllib.loads(shipped(values["base"]).read_text(encoding="utf-8"))
-    if values["model"] in GENERATORS:
+    if task_of(values["model"]) == "generation":
         return "generate"
     return "transfer" if "img_sizes" in values and "steps" in values else "classify"
 

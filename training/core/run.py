@@ -10,9 +10,12 @@ from pathlib import Path
 
 import timm
 import torch
+from torch import nn
 from tqdm import tqdm
 
+import vca
 from training.core.distributed import ALONE, World, local_device
+from training.core.precision import STORED
 from training.core.recipe import defaults
 from vca.checkpoint import write_atomically
 
@@ -49,6 +52,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, recipe, world: World = ALONE, *, tensorboard: bool = False, **identity):
         self.path = Path(path)
+        self.identity = identity
         self.writes = world.first
         self.log_file = self.path / "log.jsonl"
         self._board = None
@@ -110,6 +114,36 @@ class RunFolder:
                 kept.append(line | mean)
                 losses = []
         return _as_lines(kept)
+
+    def finish(
+        self, trainer, model: nn.Module, results: dict, *, label_names: list[str], history: list[dict], command: str, epochs: float,
+        train_images: int,
+    ) -> Path:  # fmt: skip
+        """Writes the checkpoint of a finished run: weights, config and compact log. Its card is not part of it.
+
+        Args:
+            trainer: at the last step.
+            model: the evaluated weights, which are stored as the recipe says.
+            results: what was measured of these weights.
+            label_names: one name for each class.
+            history: what trained the weights that this run started from, oldest run first.
+            command: the command that trains such a run.
+            epochs: how often the training images were seen.
+            train_images: their number.
+
+        Returns:
+            The folder of the checkpoint, `checkpoint/` in that of the run.
+        """
+        this_run = dict(
+            recipe=asdict(trainer.recipe), command=command, **self.identity, steps=trainer.step, epochs=epochs,
+            train_images=train_images, skipped_steps=trainer.skipped, torch=torch.__version__,
+            device=trainer.device.type, results=results,
+        )  # fmt: skip
+        folder = self.path / "checkpoint"
+        dtype = STORED[trainer.recipe.stored_as]
+        vca.save(model, folder, label_names=label_names, training=[*history, this_run], dtype=dtype)
+        write_atomically(folder / "log.jsonl", self.compact_log())
+        return folder
 
     def rewind_log(self, step: int) -> None:
         """Drops what was logged after `step`, so that a resumed run logs each step once."""

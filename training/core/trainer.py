@@ -16,9 +16,11 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from training.core.distributed import ALONE, World
 from training.core.precision import autocast, prepare_compiler
+from training.core.recipe import BaseRecipe
 from training.core.run import RunError, RunFolder
 from training.data.seeding import seed_everything
 
@@ -31,37 +33,43 @@ class Trainer:
     """Model, EMA, optimizer and schedule at one step of a run.
 
     Args:
-        model: moved to `device` and, if asked, compiled in place.
-        loss_fn: `loss_fn(model, *batch)` gives the mean loss of the rows of a batch.
+        run: the folder of the run, from which it resumes.
+        model: on `device`; compiled in place, if the recipe asks.
+        loss_fn: `loss_fn(model, *batch)` gives the mean loss of the rows of a batch, a scalar.
         optimizer, scheduler: timm's; the scheduler counts optimizer steps.
-        precision: "bf16" (autocast) or "fp32".
-        ema_decay: decay of the EMA of the weights; 0 for none.
-        ema_warmup: at step k the decay is at most 1 - k^(-2/3), so that the EMA of a short run forgets its start.
-        clip_grad: largest gradient norm; 0 for no clipping.
-        micro_batch: rows in one forward pass, gradients accumulate to the batch; 0 for all rows at once.
+        recipe: its `seed`, `precision`, `ema_decay`, `ema_warmup`, `clip_grad`, `micro_batch`, `compile`, `log_every`
+            and `save_every` are used. With `ema_warmup` the decay at step k is at most 1 - k^(-2/3), so that the EMA of
+            a short run forgets its start.
+        device: of the model and the batches.
         world: the processes that share every batch; their gradients are averaged by DDP.
+
+    Attributes:
+        step: optimizer steps so far, skipped ones included.
+        skipped: steps that were skipped because they were not finite.
+        seconds, waited: time in steps, and in waiting for data, in seconds.
+        autocast: the context that computes in the recipe's precision.
+        ema: the average of the weights; None without one.
     """
 
     def __init__(
-        self, run: RunFolder, model: nn.Module, loss_fn: Callable, optimizer, scheduler, *, seed: int,
-        device: torch.device, precision: str, ema_decay: float, clip_grad: float, micro_batch: int, compile: bool,
-        save_every: int, ema_warmup: bool = True, world: World = ALONE,
+        self, run: RunFolder, model: nn.Module, loss_fn: Callable, optimizer, scheduler, recipe: BaseRecipe, *,
+        device: torch.device, world: World = ALONE,
     ):  # fmt: skip
-        self.run, self.model, self.optimizer, self.scheduler = run, model, optimizer, scheduler
-        self.seed, self.device, self.world = seed, device, world
-        self.clip_grad, self.micro_batch, self.save_every = clip_grad, micro_batch, save_every
-        self.ema = ModelEmaV3(model, decay=ema_decay, use_warmup=ema_warmup) if ema_decay else None
+        self.run, self.model, self.optimizer, self.scheduler, self.recipe = run, model, optimizer, scheduler, recipe
+        self.device, self.world = device, world
+        average = dict(decay=recipe.ema_decay, use_warmup=recipe.ema_warmup)
+        self.ema = ModelEmaV3(model, **average) if recipe.ema_decay else None
         self.step = 0
         self.seconds = self.waited = 0.0
         self.skipped = 0
         self._skipped_in_a_row = 0
         self._signalled = self._stop = False
         self._resume()
-        if compile:
+        if recipe.compile:
             prepare_compiler()
             model.compile()
         self._loss = _Loss(model, loss_fn)
-        self.autocast = autocast(device, precision)
+        self.autocast = autocast(device, recipe.precision)
         if world.size > 1:
             self._loss = DistributedDataParallel(self._loss)
         signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -86,6 +94,21 @@ class Trainer:
         """Seconds since the start of the run in steps, and in waiting for data; for the log."""
         return dict(seconds=round(self.seconds, 1), seconds_waiting=round(self.waited, 1))
 
+    def log(self, bar: tqdm, metrics: dict, *, epoch: int, last: bool) -> None:
+        """Logs a step when it is due, and shows loss, learning rate and speed in the progress bar.
+
+        Args:
+            bar: of the run, which has just advanced by this step.
+            metrics: what `train_step` returned.
+            epoch: that of the step, from 0.
+            last: whether this is the run's last step, which is always logged.
+        """
+        if self.step % self.recipe.log_every and not last:
+            return
+        rate = self.step * self.recipe.batch_size / self.seconds
+        bar.set_postfix_str(f"loss {metrics['loss']:.3f} lr {metrics['lr']:.1e} {rate:.0f} img/s", False)
+        self.run.log(step=self.step, epoch=epoch, **self.clock(), **metrics)
+
     def train_step(self, batch: tuple[Tensor, ...]) -> dict:
         """One optimizer step on this process's rows of a batch; returns loss, gradient norm and lr.
 
@@ -99,18 +122,19 @@ class Trainer:
         self.scheduler.step_update(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         rows = len(batch[0])
-        size = self.micro_batch or rows
+        size = self.recipe.micro_batch or rows
         total = torch.zeros((), device=self.device)
         for first in range(0, rows, size):
             part = [tensor[first : first + size] for tensor in batch]
-            seed_everything(self.seed, self.step, 4, self.world.rank * rows + first)
+            seed_everything(self.recipe.seed, self.step, 4, self.world.rank * rows + first)
             last = first + size >= rows
             with nullcontext() if last or self.world.size == 1 else self._loss.no_sync():
                 with self.autocast:
                     loss = self._loss(*part) * (len(part[0]) / rows)
                 loss.backward()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad or float("inf")).item()
+        limit = self.recipe.clip_grad or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
         loss = self._agree(total.item())
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         self.step += 1
@@ -152,11 +176,11 @@ class Trainer:
 
     def seed_step(self) -> None:
         """Makes the random draws for the coming batch (mixup, noise) a function of (seed, step)."""
-        seed_everything(self.seed, self.step, 2)
+        seed_everything(self.recipe.seed, self.step, 2)
 
     def checkpoint(self, force: bool = False) -> None:
         """Saves the state when it is due, and ends the process with exit code 0 after SIGTERM."""
-        saves = force or self._told_to_stop or self.step % self.save_every == 0
+        saves = force or self._told_to_stop or self.step % self.recipe.save_every == 0
         if saves and self.world.first:
             self._save()
         if saves and self._told_to_stop:

@@ -25,6 +25,7 @@ class TransferRecipe(BaseRecipe):
     eval_images: int = key(256, "held-out images on which the error is measured")
     eval_every: int = key(200, "steps between evaluations")
     ema_decay: float = key(0.0, "decay of the EMA of the weights; 0 for none")
+    ema_warmup: bool = key(True, "let the decay rise with the steps")
 
     def __post_init__(self):
         self.check_shared()

@@ -26,10 +26,10 @@ def log_between(draws: Tensor, low: float, high: float) -> Tensor:
 
 
 def warp(images: Tensor, draws: Tensor, smallest_area: float, degrees: float) -> Tensor:
-    """A crop of a random area, aspect, place and rotation, resized to the whole; beyond the border it is mirrored.
+    """A crop of a random area, aspect, position and rotation, resized to the whole; beyond the border it is mirrored.
 
     Args:
-        images, draws: see above; draws (B, 5): area, aspect, vertical and horizontal place, angle.
+        images, draws: see above; draws (B, 5): area, aspect, vertical and horizontal position, angle.
         smallest_area: of the crop, as a share of the image; the largest is 1.
         degrees: largest angle to either side.
     """
@@ -60,16 +60,16 @@ def erase(images: Tensor, draws: Tensor, probability: float) -> Tensor:
 
     Args:
         images: normalised (B, 3, H, W).
-        draws: (B, 5): whether, area, aspect, vertical and horizontal place.
+        draws: (B, 5): whether, area, aspect, vertical and horizontal position.
         probability: share of the images that get one.
     """
     height, width = images.shape[-2:]
     chosen, area, aspect, vertical, horizontal = draws[..., None].unbind(1)
     area, aspect = between(area, *ERASED_AREA), log_between(aspect, *ERASED_ASPECT)
 
-    def inside(place: Tensor, share: Tensor, size: int) -> Tensor:
+    def inside(offset: Tensor, share: Tensor, size: int) -> Tensor:
         length = (share.clamp(max=1) * size).round().clamp(min=1)
-        start = (place * (size - length + 1)).floor()
+        start = (offset * (size - length + 1)).floor()
         position = torch.arange(size, device=images.device)
         return (position >= start) & (position < start + length)
 

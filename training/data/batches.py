@@ -27,8 +27,14 @@ def repeated_order(order: Tensor, repeats: int, groups: int, batch_size: int) ->
     Copies go to different groups of a batch, as the sampler of DeiT (timm's `RepeatAugSampler`) sends them to different
     GPUs: a batch is made of `groups` parts of neighbouring rows, within which images are mixed.
 
+    Args:
+        order: indices of the samples (N,), as an epoch visits them.
+        repeats: how often each of them comes; the last ones of `order` do not come, to keep the epoch's length.
+        groups: parts of a batch; a divisor of `batch_size`.
+        batch_size: rows of a batch.
+
     Returns:
-        Sample indices and copy numbers, both as long as the whole batches of `order`.
+        Sample indices and copy numbers, from 0 to repeats - 1, each (M,) for the M samples of the whole batches.
     """
     whole = len(order) // batch_size * batch_size
     indices = order.repeat_interleave(repeats)[:whole]

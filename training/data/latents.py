@@ -107,6 +107,16 @@ class LatentBatches:
 def encode(images: Images, folder: Path, vae: LatentDecoder, size: int, batch_size: int, workers: int, device) -> None:
     """Encodes a split into `folder`, a chunk at a time; finished chunks of an earlier call are checked and kept.
 
+    Args:
+        images: the split, N images.
+        folder: gets `moments.npy`, float32 (N, 2, 2C, H, W): mean and log-variance of the image plain and flipped,
+            unscaled; and `index.json`.
+        vae: the autoencoder; its latents are 8 times smaller than the image in each direction.
+        size: side of the images in pixels, after resizing and center crop.
+        batch_size: images that are encoded at once.
+        workers: processes that read the images.
+        device: where to encode.
+
     Raises:
         DataError: `folder` holds the latents of other images or another autoencoder, or a finished chunk is damaged.
     """
