@@ -85,12 +85,12 @@ def contrast_tokens(pooled: Tensor | None, embeds: tuple[Tensor, Tensor] | None,
     Returns:
         (BH, 2 * n, d).
     """
-    if embeds is None:
-        streams = [pooled, pooled]
-    elif pooled is None:
+    if pooled is not None:
+        streams = [pooled, pooled] if embeds is None else [pooled + embed for embed in embeds]
+    elif embeds is not None:
         streams = [embed.expand(batch, -1, -1) for embed in embeds]
     else:
-        streams = [pooled + embed for embed in embeds]
+        raise ValueError("contrast tokens need pooled queries, embeddings or both.")
     tokens = torch.cat(streams, dim=1).mul_((streams[0].shape[-1] // num_heads) ** -0.5)
     return split_heads(tokens, num_heads)
 
@@ -124,7 +124,7 @@ def stream_maps(tokens: Tensor, x: Tensor, axes: tuple[int, ...], both: bool = T
     scores = torch.bmm(chosen, x.transpose(1, 2))
     if axes == STAGE2_JOINT:
         return softmax(scores, 1, in_place).unflatten(1, (1 + both, -1))
-    return softmax(scores.unflatten(1, (1 + both, -1)), *axes, in_place)
+    return softmax(scores.unflatten(1, (1 + both, -1)), axes[0], in_place)
 
 
 def subtract_streams(streams: Tensor, lam: Tensor | None, in_place: bool = False) -> Tensor:

@@ -116,8 +116,8 @@ class RunFolder:
         return _as_lines(kept)
 
     def finish(
-        self, trainer, model: nn.Module, results: dict, *, label_names: list[str], history: list[dict], command: str, epochs: float,
-        train_images: int,
+        self, trainer, model: nn.Module, results: dict, *, label_names: list[str], history: list[dict], command: str,
+        epochs: float, train_images: int,
     ) -> Path:  # fmt: skip
         """Writes the checkpoint of a finished run: weights, config and compact log. Its card is not part of it.
 

@@ -93,7 +93,7 @@ class GridBlock(nn.Module):
     def set_input_size(self, feat_size: tuple[int, int], window_size=None, always_partition=None) -> None:
         """Tells the attention its new grid. The window arguments of Swin's stages have no meaning here."""
         if isinstance(self.attn, OnGrid):
-            self.attn.grid_size = tuple(feat_size)
+            self.attn.grid_size = feat_size[0], feat_size[1]
 
 
 def refuse_mask(attn_mask: None, is_causal: bool) -> None:
