@@ -12,11 +12,12 @@ from torch import nn
 
 import vca
 from vca import VisualContrastAttention
-from vca.models import vit
+from vca.models import cswin, deit, describe, pvt, swin, task_of, vit
 
 SIZES = {"pico": (128, 6, 4), "nano": (192, 9, 6), "tiny": (192, 12, 3)}
 GEOMETRIES = [(2, 32), (4, 32), (4, 64), (8, 64)]
 NAMES = [f"{a}_vit_{s}_patch{p}_{i}" for a in ("vca", "mhsa") for s in SIZES for p, i in GEOMETRIES]
+DINOV2 = ["vca_vit_small_patch14_224", "mhsa_vit_small_patch14_224"]
 SMALL = dict(embed_dim=32, depth=2, num_heads=2, num_classes=4)
 
 
@@ -49,9 +50,46 @@ def images(count: int, size: int = 32) -> torch.Tensor:
 
 
 def test_names():
-    assert sorted(vit.MODELS) == sorted(NAMES)
+    assert sorted(vit.MODELS) == sorted([*NAMES, *DINOV2])
     assert set(NAMES) <= set(vca.list_models())
     assert vca.list_models() == sorted(set(vca.list_models()))
+
+
+def test_every_classifier_has_a_function_of_its_name():
+    for module in (cswin, deit, pvt, swin, vit):
+        source = inspect.getsource(module)
+        for name in module.MODELS:
+            assert f"@register_model\ndef {name}(" in source, name
+            assert inspect.getdoc(getattr(module, name)), name
+
+
+def test_the_twin_of_dinov2_has_its_parameters_and_preprocessing():
+    with torch.device("meta"):
+        theirs = timm.create_model("vit_small_patch14_dinov2", img_size=224, num_classes=1000)
+        ours, contrast = (vca.create_model(name) for name in reversed(DINOV2))
+    shapes = {name: parameter.shape for name, parameter in theirs.named_parameters()}
+    assert {name: parameter.shape for name, parameter in ours.named_parameters()} == shapes
+    assert shapes.keys() < dict(contrast.named_parameters()).keys()
+    assert contrast.blocks[0].attn.token_grid == (8, 8) and contrast.blocks[0].attn.num_prefix_tokens == 1
+    for model in (ours, contrast):
+        assert {key: model.pretrained_cfg[key] for key in ("mean", "std")} == {
+            key: theirs.pretrained_cfg[key] for key in ("mean", "std")
+        }
+
+
+@pytest.mark.parametrize("name", ["vca_vit_pico_patch4_32", "deit_tiny_patch16_224", "vca_sit_xs_4", "dit_s_4"])
+def test_a_model_knows_its_task_and_describes_itself(name):
+    with torch.device("meta"):
+        model = vca.create_model(name, num_classes=7)
+    task = "generation" if "it_s" in name or "it_xs" in name else "classification"
+    assert model.task == task_of(name) == task
+    facts = describe(model)
+    assert facts["architecture"] == name and facts["task"] == task and facts["num_classes"] == 7
+    assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    shapes = dict(vca_vit_pico_patch4_32=[3, 32, 32], deit_tiny_patch16_224=[3, 224, 224], vca_sit_xs_4=[3, 32, 32])
+    assert facts["input_shape"] == shapes.get(name, [4, 32, 32])
+    with pytest.raises(ValueError, match="unknown model 'vca_vit_pico'; did you mean"):
+        task_of("vca_vit_pico")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -261,8 +299,3 @@ def test_features_of_inner_blocks(name):
     assert backbone.feature_info.channels() == [128, 128]
     for feature, tokens in zip(features, found, strict=True):
         torch.testing.assert_close(feature, tokens.transpose(1, 2).unflatten(2, (8, 8)))
-
-
-def test_entry_points_document_themselves():
-    for name in NAMES:
-        assert inspect.getdoc(getattr(vit, name)), name
