@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -13,7 +13,7 @@ from app.runtime import loading
 from app.runtime.store import Store
 from vca.checkpoint import read_config
 from vca.hub import fetch
-from vca.models import CLASSIFIERS, GENERATORS
+from vca.models import task_of
 from vca.models.dit import DiffusionTransformer
 
 CACHE_BYTES = 4 * 2**30
@@ -56,13 +56,13 @@ class Checkpoints:
                 self.configs[name] = read_config(checkpoint)
             except vca.CheckpointError as error:
                 self.problems.append(str(error))
-        self.classifiers = self._names_of(CLASSIFIERS)
-        self.generators = self._names_of(GENERATORS)
+        self.classifiers = self._names_of("classification")
+        self.generators = self._names_of("generation")
         self.finer = [f"{name} @ {side} px" for name in self.classifiers for side in self._finer_sizes(name)]
         self._models: Store[nn.Module] = Store(limit, model_bytes, "This model is too large to be kept here.")
 
-    def _names_of(self, architectures: Container[str]) -> list[str]:
-        names = [name for name, config in self.configs.items() if config["architecture"] in architectures]
+    def _names_of(self, task: str) -> list[str]:
+        names = [name for name, config in self.configs.items() if task_of(config["architecture"]) == task]
 
         def rank(name: str) -> tuple:
             return not name.split("/")[-1].startswith("vca"), -self.configs[name]["num_classes"], name

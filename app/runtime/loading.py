@@ -29,7 +29,7 @@ import vca
 from app import settings
 from vca.checkpoint import LOADING_ARGS, load_weights, read_config
 from vca.hub import REPO_ID, fetch
-from vca.models import BASELINES, CLASSIFIERS, GENERATORS
+from vca.models import BASELINES, list_models, task_of
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 TIMM_MODULES = {"vision_transformer", "deit", "swin_transformer"}
@@ -174,12 +174,12 @@ def _numbers(value) -> Iterator[float]:
 def _is_ours(config: dict) -> bool:
     """Was this written by `vca.save`? timm's own architectures may be in either format."""
     architecture = config["architecture"]
-    return architecture in {*CLASSIFIERS, *GENERATORS} - {*BASELINES} or ("training" in config)
+    return architecture in {*list_models()} - {*BASELINES} or ("training" in config)
 
 
 def _load_ours(folder: Path, config: dict) -> nn.Module:
     config = read_config(folder)
-    if config["architecture"] in GENERATORS:
+    if task_of(config["architecture"]) == "generation":
         raise vca.CheckpointError(f"{folder}: {config['architecture']} is a generator, not a classifier.")
     arguments = dict(num_classes=config["num_classes"], **config["model_args"])
     _check_size(folder, config["architecture"], lambda: vca.create_model(config["architecture"], **arguments))
