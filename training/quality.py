@@ -33,6 +33,7 @@ from training.core.sampling import SampleError, sample_files
 from training.data.images import DataError, Images, eval_transform, generator_cfg, normalize
 from vca.checkpoint import place, write_atomically
 from vca.diffusion.vae import DecoderError
+from vca.extras import import_extra
 from vca.models.dit import DiffusionTransformer
 
 MAX_TRAIN = 50_000
@@ -85,16 +86,13 @@ def spread(features: Tensor, labels: Tensor, num_classes: int) -> list[float]:
 
 def statistics(features: Tensor) -> dict[str, np.ndarray]:
     """Mean and covariance of features (N, D), float64."""
-    from torch_fidelity.metric_fid import fid_features_to_statistics
-
-    return fid_features_to_statistics(features.double())
+    return import_extra("torch_fidelity.metric_fid", "train").fid_features_to_statistics(features.double())
 
 
 def frechet_distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
     """Between the normal distributions of two `statistics`."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-
-    return fid_statistics_to_metric(ours, theirs, verbose=False)[KEY_METRIC_FID]
+    metric = import_extra("torch_fidelity.metric_fid", "train")
+    return metric.fid_statistics_to_metric(ours, theirs, verbose=False)[metric.KEY_METRIC_FID]
 
 
 class QualityReference:
@@ -260,7 +258,16 @@ def main() -> None:
         generator, judge = vca.load(args.checkpoint, device=device), vca.load(args.judge, device=device)
         check(generator, judge, args)
         result = measure_generator(generator, judge, args)
-    except (vca.CheckpointError, DataError, DecoderError, RunError, SampleError, ValueError, OSError) as error:
+    except (
+        vca.CheckpointError,
+        DataError,
+        DecoderError,
+        RunError,
+        SampleError,
+        ImportError,
+        ValueError,
+        OSError,
+    ) as error:
         sys.exit(f"error: {error}")
     file = args.checkpoint / "config.json"
     config = json.loads(file.read_text())
