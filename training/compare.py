@@ -31,6 +31,7 @@ from training.core import recipe as recipes
 from training.core.classifier_recipe import ClassifierRecipe
 from training.core.run import RunError
 from vca.checkpoint import write_atomically
+from vca.extras import import_extra
 from vca.layers.factory import KINDS, AttentionConfig
 
 # what a kind may be given after colons
@@ -202,9 +203,7 @@ def _difference(values: list[float], reference: list[float]) -> str:
     text = f"{statistics.mean(differences):+.2f}"
     if len(values) < 2 or len(set(differences)) == 1:
         return text
-    from scipy.stats import ttest_rel
-
-    p = ttest_rel(values, reference).pvalue
+    p = import_extra("scipy.stats", "train").ttest_rel(values, reference).pvalue
     return f"{text} ± {statistics.stdev(differences):.2f} ({'< 0.001' if p < 0.001 else f'{p:.3f}'})"
 
 
@@ -271,7 +270,7 @@ def main() -> None:
         write_atomically(out / "log.json", json.dumps(log).encode())
         write_atomically(out / "table.md", f"{text}\n".encode())
         draw_curves(log, out / "curves.png")
-    except (recipes.RecipeError, RunError, OSError) as error:
+    except (recipes.RecipeError, RunError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
     print(text)
 

@@ -225,7 +225,7 @@ def main() -> None:
             out = Path(args.out or here / "results.json")
             write_atomically(out, (json.dumps(measured, indent=2) + "\n").encode())
             print(f"{describe(measured)}\n{out}")
-    except (vca.CheckpointError, DataError, RunError, OSError) as error:
+    except (vca.CheckpointError, DataError, RunError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

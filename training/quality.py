@@ -41,6 +41,7 @@ NEIGHBORS = 50
 COPY = 0.5
 GRID_ROWS, GRID_COLUMNS = 8, 10
 SHOWN_SIDE = 64
+ERRORS = (vca.CheckpointError, DataError, DecoderError, RunError, SampleError, ImportError, ValueError, OSError)
 
 
 @torch.inference_mode()
@@ -258,16 +259,7 @@ def main() -> None:
         generator, judge = vca.load(args.checkpoint, device=device), vca.load(args.judge, device=device)
         check(generator, judge, args)
         result = measure_generator(generator, judge, args)
-    except (
-        vca.CheckpointError,
-        DataError,
-        DecoderError,
-        RunError,
-        SampleError,
-        ImportError,
-        ValueError,
-        OSError,
-    ) as error:
+    except ERRORS as error:
         sys.exit(f"error: {error}")
     file = args.checkpoint / "config.json"
     config = json.loads(file.read_text())
