@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vca.extras import import_extra
-from vca.layers.layer_maps import LayerMaps
+from vca.layers.layer_maps import GlobalMaps, LayerMaps
 from vca.maps import record
 
 CELLS = 16
@@ -130,11 +130,11 @@ def gradient_weighted(model: nn.Module, images: Tensor, classes: Tensor) -> Tens
     images = images.detach().requires_grad_()
     with torch.enable_grad(), record(model) as maps:
         logits = model(images)
-        _refuse_windows(maps)
-        gathered = [layer.gathered for layer in maps]
+        layers = _without_windows(maps)
+        gathered = [layer.gathered for layer in layers]
         gradients = torch.autograd.grad(_scores(logits, classes).sum(), gathered)
-    total = 0
-    for layer, gradient in zip(maps, gradients, strict=True):
+    total = torch.zeros((), dtype=images.dtype, device=images.device)
+    for layer, gradient in zip(layers, gradients, strict=True):
         products = layer.effective * (gradient @ layer.values.transpose(-2, -1)).clamp(min=0)
         patches = products.sum((1, 2))[:, layer.num_prefix_tokens :]
         total = total + spread(patches.unflatten(-1, layer.key_grid or layer.grid_size), images.shape[-2:])
@@ -194,18 +194,21 @@ def _scores(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _whole_grid_maps(model: nn.Module, images: Tensor, blocks: Sequence[int] | None = None) -> list[LayerMaps]:
+def _whole_grid_maps(model: nn.Module, images: Tensor, blocks: Sequence[int] | None = None) -> list[GlobalMaps]:
     """The maps of the chosen blocks, if each joins every two patches of the one grid that all blocks share."""
     with record(model, blocks) as maps:
         model(images)
-    _refuse_windows(maps)
-    if any(layer.key_grid for layer in maps):
+    layers = _without_windows(maps)
+    if any(layer.key_grid for layer in layers):
         raise ValueError("this model's keys lie on a coarser grid than its queries: its maps cannot be multiplied.")
-    if len({layer.grid_size for layer in maps}) > 1:
+    if len({layer.grid_size for layer in layers}) > 1:
         raise ValueError("this model's blocks work on grids of different sizes: their maps cannot be multiplied.")
-    return maps
+    return layers
 
 
-def _refuse_windows(maps: list[LayerMaps]) -> None:
-    if any(layer.window_size for layer in maps):
+def _without_windows(maps: list[LayerMaps]) -> list[GlobalMaps]:
+    """The maps, if all of them join every two places of a grid."""
+    layers = [layer for layer in maps if isinstance(layer, GlobalMaps)]
+    if len(layers) < len(maps):
         raise ValueError("this model attends within windows: it has no effective map over the whole image.")
+    return layers

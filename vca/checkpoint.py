@@ -119,7 +119,7 @@ def read_config(folder: str | os.PathLike) -> dict:
         raise CheckpointError(f"{file}: not a readable JSON file ({error}).") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: must hold a JSON object.")
-    config = {"model_args": {}, "training": []} | config
+    config = dict(model_args={}, training=[]) | config
     task_fields = GENERATOR_FIELDS if str(config.get("architecture")) in GENERATORS else CONFIG_FIELDS
     for field, kind in FIELD_TYPES.items():
         if field in task_fields and not isinstance(config.get(field), kind):

@@ -187,7 +187,7 @@ def published_files(path: str | os.PathLike, repo: str) -> dict[str, Path | byte
         if file.name.endswith(PICKLES):
             raise CheckpointError(f"{file}: is a pickle; a repository holds safetensors alone. Nothing was sent.")
         files[file.relative_to(folder).as_posix()] = file
-    card = files["README.md"].read_text(encoding="utf-8")
+    card = (folder / "README.md").read_text(encoding="utf-8")
     local = re.escape(place(folder)) + r"(?![\w.-])"
     files["README.md"] = re.sub(local, repo, re.sub(f"local-dir:{local}", f"hf-hub:{repo}", card)).encode()
     return files

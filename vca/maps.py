@@ -51,10 +51,11 @@ class _Recording:
             found = self.model | (self.located.get(layer) or self.located.get(None, {}))
             shift_size = found.pop("shift_size", (0, 0))
             new = replace(new, **found)
-            if isinstance(new, WindowMaps) and new.grid_size is not None:
+            if isinstance(new, WindowMaps):
                 new = replace(new, shift_size=shift_size)
-                attention = new.stage1.positive[0].unflatten(0, (-1, len(new.window_patches)))
-                new = replace(new, stage1=StageMaps(attention))
+                if (patches := new.window_patches) is not None:
+                    attention = new.stage1.positive[0].unflatten(0, (-1, len(patches)))  # (B, windows, H, M, M)
+                    new = replace(new, stage1=StageMaps(attention))
         self.maps[:] = sorted([m for m in self.maps if m.block != new.block] + [new], key=lambda m: m.block)
 
 
@@ -129,20 +130,20 @@ def record(model: nn.Module, blocks: Sequence[int] | None = None) -> Iterator[li
         raise ValueError(f"{type(model).__name__} has no attention layer that can be recorded.")
     chosen = range(len(found)) if blocks is None else sorted({b + len(found) if b < 0 else b for b in blocks})
     if any(not 0 <= b < len(found) for b in chosen):
-        raise ValueError(f"blocks={list(blocks)} is out of range: the model has {len(found)} attention layers.")
+        raise ValueError(f"blocks={list(blocks or ())} is out of range: the model has {len(found)} attention layers.")
     owner = next((m for m in model.modules() if hasattr(m, "patch_embed")), None)
     patch_embed = getattr(owner, "patch_embed", None)
     whole = dict(
         grid_size=getattr(patch_embed, "grid_size", None), num_prefix_tokens=getattr(owner, "num_prefix_tokens", 0)
     )
     layers = {found[b][1]: dict(block=b, name=found[b][0]) for b in chosen}
-    taps = [(layer, "forward", _record_layer) for layer in layers]
+    taps: list[tuple[nn.Module, str, Callable]] = [(layer, "forward", _record_layer) for layer in layers]
     taps += [
         (m, FORWARD_OF_ATTENTION, _note_block)
         for m in model.modules()
         if isinstance(m, SwinTransformerBlock | GridBlock) and m.attn in layers
     ]
-    if hasattr(patch_embed, "dynamic_feat_size"):
+    if patch_embed is not None and hasattr(patch_embed, "dynamic_feat_size"):
         taps.append((patch_embed, "forward", _note_image))
     recording = _Recording(layers, whole, {module for module, _, _ in taps})
     active = _in_this_thread.__dict__.setdefault("recordings", [])

@@ -1,5 +1,7 @@
 """From images to the latents of Stable Diffusion's autoencoder and back, through diffusers (optional)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class LatentDecoder:
 
     def __init__(self, source: str = SD_VAE):
         self.source = source
-        self._autoencoder = None
+        self._autoencoder: Any = None
 
     def load(self, device: torch.device):
         """The autoencoder, diffusers' `AutoencoderKL` in float32 and evaluation mode, on `device`.

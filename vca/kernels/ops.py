@@ -57,7 +57,9 @@ def _max_head_dim(device: int) -> int:
 
 def _kernels(x: Tensor) -> ModuleType:
     if _takes_cpu_kernels(x):
-        return cpu.kernels()
+        kernels = cpu.kernels()
+        assert kernels is not None, "`supported` was not asked."
+        return kernels
     from vca.kernels import triton_kernels
 
     return triton_kernels

@@ -1,7 +1,7 @@
 """Agent attention: two stages through pooled queries, without contrast."""
 
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
+from timm.layers import register_notrace_module, to_2tuple
 from torch import Tensor, nn
 
 from vca import functional as VF
@@ -33,6 +33,8 @@ class AgentAttention(OnGrid, nn.Module):
         ValueError: the arguments contradict one another; the message says how.
     """
 
+    token_grid: tuple[int, int]
+
     def __init__(
         self,
         dim: int,
@@ -46,7 +48,7 @@ class AgentAttention(OnGrid, nn.Module):
         dwc: bool = True,
     ):
         super().__init__()
-        self.grid_size, self.token_grid = tuple(grid_size), tuple(token_grid)
+        self.grid_size, self.token_grid = to_2tuple(grid_size), to_2tuple(token_grid)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}.")
         check_token_grid(self.token_grid, self.grid_size)

@@ -1,7 +1,7 @@
 """The depthwise convolution of the values, and self-attention with it."""
 
 import torch.nn.functional as F
-from timm.layers import Attention, register_notrace_module
+from timm.layers import Attention, register_notrace_module, to_2tuple
 from torch import Tensor, nn
 
 from vca import functional as VF
@@ -43,7 +43,7 @@ class DepthwiseConvAttention(OnGrid, Attention):
         proj_drop: float = 0.0,
     ):
         super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_drop=proj_drop)
-        self.grid_size = tuple(grid_size)
+        self.grid_size = to_2tuple(grid_size)
         self.num_prefix_tokens = num_prefix_tokens
         self.dwc = depthwise_conv3x3(dim)
 

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
-from timm.layers import Attention, DiffAttention
+from timm.layers import Attention, DiffAttention, to_2tuple
 from torch import nn
 
 from vca.layers.agent import AgentAttention
@@ -93,8 +94,8 @@ class AttentionConfig:
         """
         self.check_kind()
         kind = self.attention
-        shared = dict(qkv_bias=qkv_bias, proj_drop=proj_drop)
-        geometry = dict(grid_size=grid_size, num_prefix_tokens=num_prefix_tokens)
+        shared: dict[str, Any] = dict(qkv_bias=qkv_bias, proj_drop=proj_drop)
+        geometry: dict[str, Any] = dict(grid_size=grid_size, num_prefix_tokens=num_prefix_tokens)
         if kind == "mhsa":
             return Attention(dim, num_heads, **shared)
         if kind == "diff":
@@ -185,13 +186,13 @@ def token_grids(
         sides = [math.isqrt(max(number, 0)) for number in numbers]
         if any(side * side != number or not side for side, number in zip(sides, numbers, strict=True)):
             raise ValueError(f"num_tokens={num_tokens} is not a square; give token_grid=(rows, columns).")
-        grids = [(side, side) for side in sides]
+        grids: list[Any] = [(side, side) for side in sides]
     elif token_grid is None:
-        grids = default
+        grids = list(default)
     elif isinstance(token_grid[0], int):
         grids = [token_grid] * stages
     else:
-        grids = token_grid
+        grids = list(token_grid)
     if len(grids) != stages:
         raise ValueError(f"{len(grids)} token grids are given for {stages} stages.")
-    return [tuple(grid) for grid in grids]
+    return [to_2tuple(grid) for grid in grids]

@@ -60,7 +60,7 @@ def attend(layer: nn.Module, x: Tensor) -> Tensor:
     """Runs an attention layer over all patches of a grid: (B, Hg, Wg, C) -> (B, Hg, Wg, C)."""
     batch, rows, cols, dim = x.shape
     tokens = x.reshape(batch, rows * cols, dim)
-    y = layer(tokens, grid_size=(rows, cols)) if isinstance(layer, OnGrid) else layer(tokens)
+    y = layer(tokens, **(dict(grid_size=(rows, cols)) if isinstance(layer, OnGrid) else {}))
     return y.reshape(batch, rows, cols, dim)
 
 

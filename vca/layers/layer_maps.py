@@ -4,7 +4,6 @@ Shapes: B batch, H heads, d channels of a head, T = P + N tokens (P prefix token
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,8 +24,28 @@ class StageMaps:
         return self.positive if self.differential is None else self.differential
 
 
+class _Lacking:
+    """What a family of attention lacks is None; its own class of records says what it has."""
+
+    token_grid: tuple[int, int] | None = None
+    stage2: StageMaps | None = None
+    row_scale1: Tensor | None = None
+    row_scale2: Tensor | None = None
+    lambda1: Tensor | None = None
+    lambda2: Tensor | None = None
+    values: Tensor | None = None
+    gathered: Tensor | None = None
+    key_grid: tuple[int, int] | None = None
+    window_size: tuple[int, int] | None = None
+    shift_size: tuple[int, int] | None = None
+
+    @property
+    def window_patches(self) -> Tensor | None:
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
-class LayerMaps:
+class LayerMaps(_Lacking):
     """The attention maps of one layer for one forward pass. A picture can be drawn from this record alone.
 
     Each family of attention has a subclass with what it has beyond this; what a family lacks is None.
@@ -39,19 +58,6 @@ class LayerMaps:
         grid_size: rows and columns of the patches, if the model says.
         num_prefix_tokens: P.
     """
-
-    token_grid: ClassVar[tuple[int, int] | None] = None
-    stage2: ClassVar[StageMaps | None] = None
-    row_scale1: ClassVar[Tensor | None] = None
-    row_scale2: ClassVar[Tensor | None] = None
-    lambda1: ClassVar[Tensor | None] = None
-    lambda2: ClassVar[Tensor | None] = None
-    values: ClassVar[Tensor | None] = None
-    gathered: ClassVar[Tensor | None] = None
-    key_grid: ClassVar[tuple[int, int] | None] = None
-    window_size: ClassVar[tuple[int, int] | None] = None
-    shift_size: ClassVar[tuple[int, int] | None] = None
-    window_patches: ClassVar[Tensor | None] = None
 
     kind: str
     stage1: StageMaps
@@ -67,7 +73,7 @@ class LayerMaps:
         The heads' output before the depthwise convolution and `proj` is E v, times the gains of the layer's norms:
         (E v) * g1 * g2 for the VCA kinds, (E v) * g for "diff". To rounding.
         """
-        second = self.stage2 and self.stage2.applied
+        second = None if self.stage2 is None else self.stage2.applied
         return VF.effective_map(self.stage1.applied, self.row_scale1, second, self.row_scale2)
 
 
@@ -151,4 +157,6 @@ class WindowMaps(LayerMaps):
     @property
     def window_patches(self) -> Tensor | None:
         """Indices (windows, M) into the row-major grid, -1 where a window is padded; None without a grid."""
-        return self.grid_size and VF.window_patches(self.grid_size, self.window_size, self.shift_size)
+        if self.grid_size is None:
+            return None
+        return VF.window_patches(self.grid_size, self.window_size, self.shift_size)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from timm.layers import register_notrace_module
+from timm.layers import register_notrace_module, to_2tuple
 from torch import Tensor, nn
 
 from vca import functional as VF
@@ -83,6 +83,8 @@ class VisualContrastAttention(OnGrid, nn.Module):
         ValueError: the arguments contradict one another; the message says how.
     """
 
+    token_grid: tuple[int, int]
+
     def __init__(
         self,
         dim: int,
@@ -102,7 +104,7 @@ class VisualContrastAttention(OnGrid, nn.Module):
         stage2_differential: bool = True,
     ):
         super().__init__()
-        grid_size, token_grid = tuple(grid_size), tuple(token_grid)
+        grid_size, token_grid = to_2tuple(grid_size), to_2tuple(token_grid)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}.")
         check_token_grid(token_grid, grid_size)
@@ -287,5 +289,8 @@ class VisualContrastAttention(OnGrid, nn.Module):
         applied = with_rows_of_queries(VF.subtract_streams(streams, lam))
         out = torch.bmm(applied.flatten(0, 1).to(values.dtype), values)  # (BH, rows, d)
         scale = VF.rms_scale(out, gain)  # (BH, rows, 1)
-        maps = StageMaps(applied) if lam is None else StageMaps(*with_rows_of_queries(streams).unbind(2), applied)
+        maps = StageMaps(applied)
+        if lam is not None:
+            positive, negative = with_rows_of_queries(streams).unbind(2)
+            maps = StageMaps(positive, negative, applied)
         return out * scale.to(out.dtype), _Recorded(maps, scale.unflatten(0, (-1, self.num_heads)), lam)

@@ -5,10 +5,11 @@ in stages 1 and 2; there the depthwise convolution of the layer is what LePE is 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
+from timm.layers import register_notrace_module, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ class StripeAttention(OnGrid, nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, grid_size, width: int | None, vertical: bool):
         super().__init__()
-        self.grid_size = tuple(grid_size)
+        self.grid_size = to_2tuple(grid_size)
         self.num_heads, self.width, self.vertical = num_heads, width, vertical
         self.lepe = depthwise_conv3x3(dim)
         self.window_size(self.grid_size)
@@ -99,7 +100,7 @@ class CrossShapedAttention(OnGrid, nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, grid_size, width: int | None, qkv_bias: bool, proj_drop: float):
         super().__init__()
-        self.grid_size = tuple(grid_size)
+        self.grid_size = to_2tuple(grid_size)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         if width is None:
             branches = [StripeAttention(dim, num_heads, grid_size=grid_size, width=None, vertical=False)]
@@ -151,7 +152,7 @@ class CSwinTransformer(Pyramid):
     ):
         config = AttentionConfig.pop_from(kwargs, default="cross", more=("cross",))
         grids = config.token_grids(TOKEN_GRIDS)
-        shared = dict(qkv_bias=qkv_bias, proj_drop=proj_drop_rate)
+        shared: dict[str, Any] = dict(qkv_bias=qkv_bias, proj_drop=proj_drop_rate)
 
         def create_layer(stage: int, depth: int, dim: int, heads: int, grid_size: tuple[int, int]) -> nn.Module:
             if config.attention == "cross" or stage >= len(grids):

@@ -7,6 +7,7 @@ on 32 px images; `input_size`, `in_channels` and `vae` change that. Modules are 
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import Mlp, PatchEmbed
@@ -21,7 +22,7 @@ from vca.models.common import GENERATION
 
 PIXELS = dict(in_channels=3, vae=None)
 LATENTS = dict(in_channels=4, vae=SD_VAE)
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "xs": dict(dim=160, depth=8, num_heads=5, **PIXELS),
     "ti": dict(dim=256, depth=12, num_heads=4, **PIXELS),
     "s": dict(dim=384, depth=12, num_heads=6, **LATENTS),
@@ -32,7 +33,7 @@ SIZES = {
 PATCHES = (2, 4, 8)
 OBJECTIVES = {"dit": ddpm, "sit": flow}
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     f"{prefix}{family}_{size}_{patch}": dict(family=family, attention=attention, patch_size=patch, **SIZES[size])
     for prefix, attention in (("", "mhsa"), ("vca_", "vca"))
     for family in OBJECTIVES

@@ -5,9 +5,10 @@ four stages, so the convolutions and norms of the spatial reduction are gone.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
+from timm.layers import register_notrace_module, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ class SpatialReductionAttention(OnGrid, nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, grid_size, ratio: int, qkv_bias: bool, proj_drop: float):
         super().__init__()
-        self.grid_size = tuple(grid_size)
+        self.grid_size = to_2tuple(grid_size)
         self.num_heads, self.ratio = num_heads, ratio
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
@@ -55,9 +56,9 @@ class SpatialReductionAttention(OnGrid, nn.Module):
 
     def _attend(self, x: Tensor, grid_size: tuple[int, int] | None, keep_maps: bool):
         grid_size = self.checked_grid(x.shape[1], grid_size)
-        key_grid = tuple(side // self.ratio for side in grid_size)
+        key_grid = grid_size[0] // self.ratio, grid_size[1] // self.ratio
         reduced = x
-        if self.sr is not None:
+        if self.sr is not None and self.norm is not None:
             reduced = self.norm(self.sr(VF.as_image(x, grid_size)).permute(0, 2, 3, 1).flatten(1, 2))  # (B, keys, C)
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, d)
         k, v = self.kv(reduced).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, keys, d)
@@ -101,13 +102,13 @@ class PyramidVisionTransformer(Pyramid):
     ):
         config = AttentionConfig.pop_from(kwargs, default="sr", more=("sr",))
         grids = config.token_grids(TOKEN_GRIDS[: len(depths)])
-        shared = dict(qkv_bias=qkv_bias, proj_drop=proj_drop_rate)
+        shared: dict[str, Any] = dict(qkv_bias=qkv_bias, proj_drop=proj_drop_rate)
 
         def create_layer(stage: int, depth: int, dim: int, heads: int, grid_size: tuple[int, int]) -> nn.Module:
             if config.attention == "sr":
                 return SpatialReductionAttention(dim, heads, grid_size=grid_size, ratio=sr_ratios[stage], **shared)
             if config.token_grid is config.num_tokens is None:  # the paper's contrast tokens, whatever the image size
-                grid_size = tuple(map(max, grid_size, grids[stage]))
+                grid_size = to_2tuple(map(max, grid_size, grids[stage]))
             return config.create(dim, heads, grid_size=grid_size, token_grid=grids[stage], depth=depth, **shared)
 
         super().__init__(

@@ -21,7 +21,7 @@ SMALL = dict(embed_dim=384, depth=12, num_heads=6)
 FEATURES = dict(out_indices=3, feature_cls="getter")
 
 
-class ContrastViT:
+class ContrastViT(VisionTransformer):
     """What a timm `VisionTransformer` needs beside its own methods if its attention must know the patch grid."""
 
     def no_weight_decay(self) -> set[str]:
@@ -66,7 +66,7 @@ class ContrastViT:
             return super().forward_intermediates(x, *args, **kwargs)
 
 
-class ContrastVisionTransformer(ContrastViT, VisionTransformer):
+class ContrastVisionTransformer(ContrastViT):
     """timm's `VisionTransformer` with a choice of attention.
 
     Args:
