@@ -11,6 +11,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -112,14 +113,14 @@ def read_config(folder: str | os.PathLike) -> dict:
     """
     file = Path(folder) / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: file not found.") from error
     except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable JSON file ({error}).") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: must hold a JSON object.")
-    config = dict(model_args={}, training=[]) | config
+    config = {"model_args": {}, "training": [], **config}
     task_fields = GENERATOR_FIELDS if str(config.get("architecture")) in GENERATORS else CONFIG_FIELDS
     for field, kind in FIELD_TYPES.items():
         if field in task_fields and not isinstance(config.get(field), kind):
