@@ -21,17 +21,18 @@ from torch import Tensor
 import vca
 from training.card import write_card
 from training.core import cli
+from training.core.datasets import fit
 from training.core.distributed import ALONE, World, join
 from training.core.generator_recipe import GeneratorRecipe
-from training.core.init import build_model
+from training.core.init import build_model, place_of
 from training.core.metrics import draw_times, validation_data, validation_loss
 from training.core.plots import grid_png, plot_curve
 from training.core.precision import round_weights, set_tf32
 from training.core.run import RunFolder, progress
 from training.core.trainer import Trainer
 from training.data.batches import MemoryBatches
-from training.data.images import DataError, decode, generator_cfg, open_splits
-from training.data.latents import LatentBatches, open_latents
+from training.data.images import DataError, Images, decode, describe, generator_cfg, open_splits
+from training.data.latents import LatentBatches, Latents, open_latents
 from vca.checkpoint import write_atomically
 from vca.models import GENERATORS
 from vca.models.dit import DiffusionTransformer
@@ -49,16 +50,14 @@ class Data(NamedTuple):
     train_images: int
 
 
-def open_data(recipe: GeneratorRecipe, data: str, device: torch.device, world: World = ALONE) -> Data:
+def open_data(
+    recipe: GeneratorRecipe, train: Images | Latents, val: Images | Latents, device: torch.device, world: World = ALONE
+) -> Data:
     """Images held in memory, or latents on disk, flipped half of the time; of each batch this process's rows."""
-    latent = GENERATORS[recipe.model]["vae"] is not None
-    train, val = (open_latents if latent else open_splits)(data)
-    if len(train) < recipe.batch_size:
-        raise DataError(f"{len(train)} training images are fewer than one batch of {recipe.batch_size}.")
     shared = dict(batch_size=recipe.batch_size, seed=recipe.seed, device=device, rows=world.rows(recipe.batch_size))
-    if latent:
+    if isinstance(train, Latents):
         if (side := train.shape[-1]) != recipe.input_size:
-            raise DataError(f"{data} holds latents of side {side}; the recipe has input_size = {recipe.input_size}.")
+            raise DataError(f"the latents have side {side}; the recipe has input_size = {recipe.input_size}.")
         batches = LatentBatches(train, **shared)
     else:
         cfg = generator_cfg(recipe.input_size)
@@ -82,12 +81,17 @@ def train(
     init: str | None,
     command: str,
     tensorboard: bool = False,
+    fit_batch: bool = False,
 ) -> dict:
     """Runs a recipe to its end and writes `out/checkpoint`; returns the validation loss of the shipped weights."""
     world = join(device)
-    run = RunFolder(out, recipe, world, tensorboard=tensorboard, init=init)
+    train_split, val_split = (open_latents if GENERATORS[recipe.model]["vae"] else open_splits)(data, world, device)
+    run = RunFolder(out, recipe, world, tensorboard=tensorboard, data=describe(train_split, val_split), init=init)
+    recipe = fit(recipe, train_split.class_folders, len(train_split), world, fit_batch)
     set_tf32(recipe.tf32)
-    batches, val_samples, val_labels, class_names, train_images = open_data(recipe, data, device, world)
+    batches, val_samples, val_labels, class_names, train_images = open_data(
+        recipe, train_split, val_split, device, world
+    )
     model, history = build_model(recipe, class_names, init, input_size=recipe.input_size)
     model.to(device).set_grad_checkpointing(recipe.checkpointing)
     if recipe.sample_every and model.latent_decoder:
@@ -144,7 +148,7 @@ def train(
         val_loss=round(validation_loss(trainer.eval_model, val_samples, val_labels), 5), images=len(val_labels)
     )
     this_run = dict(
-        recipe=asdict(recipe), command=command, init=init, steps=total, epochs=round(total / per_epoch, 1),
+        recipe=asdict(recipe), command=command, init=place_of(init), steps=total, epochs=round(total / per_epoch, 1),
         train_images=train_images, skipped_steps=trainer.skipped, torch=torch.__version__, device=device.type,
         results=result,
     )  # fmt: skip

@@ -21,8 +21,9 @@ from torchvision import transforms
 
 import vca
 from training.core import cli
+from training.core.datasets import fit
 from training.core.distributed import join
-from training.core.init import build_model, fill_converted
+from training.core.init import build_model, fill_converted, place_of
 from training.core.plots import plot_curve
 from training.core.precision import round_weights, set_tf32
 from training.core.run import RunFolder, progress
@@ -30,7 +31,7 @@ from training.core.teacher import attention_pairs, blocks, hidden_states, open_t
 from training.core.trainer import Trainer
 from training.core.transfer_recipe import TransferRecipe
 from training.data.batches import FolderBatches
-from training.data.images import DataError, Images, eval_transform
+from training.data.images import Images, describe, eval_transform
 from training.data.seeding import derive_seed
 from training.data.unlabeled import UnlabeledImages
 from vca.checkpoint import write_atomically
@@ -104,20 +105,21 @@ def train(
     taught_by = open_teacher(teacher, **size).to(device)
     names = getattr(taught_by, "label_names", [f"class{i}" for i in range(taught_by.num_classes)])
     blocks(taught_by)  # refuses a teacher of another kind before anything is made
-    run = RunFolder(out, recipe, world, tensorboard=tensorboard, init=init, teacher=teacher)
+    cfg = taught_by.pretrained_cfg | dict(input_size=(3, max(recipe.img_sizes), max(recipe.img_sizes)))
+    train_images, val_images = open_images(data, recipe, cfg)
+    known = describe(train_images, val_images)
+    run = RunFolder(out, recipe, world, tensorboard=tensorboard, data=known, init=init, teacher=teacher)
+    recipe = fit(recipe, [], len(train_images), world)
     student, history = build_model(recipe, names, init, **size)
     if not init:
         fill_converted(student, taught_by, teacher)
         history = getattr(taught_by, "training_history", [])
     student.to(device)
-    cfg = taught_by.pretrained_cfg | dict(input_size=(3, max(recipe.img_sizes), max(recipe.img_sizes)))
-    train_images, held_out = open_images(data, recipe, cfg)
+    held_out = spread(val_images, recipe)
     rows = world.rows(recipe.batch_size)
     batches = FolderBatches(
         train_images, batch_size=recipe.batch_size, seed=recipe.seed, workers=recipe.workers, device=device, rows=rows
     )
-    if not batches.steps_per_epoch:
-        raise DataError(f"{len(train_images)} training images are fewer than one batch of {recipe.batch_size}.")
 
     errors = layer_errors if recipe.stream == "teacher" else stream_errors
     optimizer = torch.optim.AdamW(param_groups(student, recipe), lr=recipe.lr, weight_decay=0.0)
@@ -154,7 +156,7 @@ def train(
     with trainer.autocast:
         result = held_out_errors(trainer.eval_model, taught_by, held_out, recipe.img_sizes)
     this_run = dict(
-        recipe=asdict(recipe), command=command, init=init, teacher=teacher, steps=recipe.steps,
+        recipe=asdict(recipe), command=command, init=place_of(init), teacher=place_of(teacher), steps=recipe.steps,
         train_images=len(train_images), skipped_steps=trainer.skipped, torch=torch.__version__, device=device.type,
         results=result,
     )  # fmt: skip
@@ -171,8 +173,8 @@ def drawn_side(recipe: TransferRecipe, step: int) -> int:
     return recipe.img_sizes[derive_seed(recipe.seed, step, 5) % len(recipe.img_sizes)]
 
 
-def open_images(data: str, recipe: TransferRecipe, cfg: dict) -> tuple[Dataset, list[Tensor]]:
-    """The training images, as random crops, and batches of held-out ones, spread over all there are.
+def open_images(data: str, recipe: TransferRecipe, cfg: dict) -> tuple[Dataset, Dataset]:
+    """The training images, as random crops, and the held-out ones.
 
     Raises:
         DataError: one of the two folders holds no images.
@@ -187,13 +189,15 @@ def open_images(data: str, recipe: TransferRecipe, cfg: dict) -> tuple[Dataset, 
         ]
     )
     if data.startswith("synthetic:"):
-        train, held_out = Images(data, "train", crop), Images(data, "val", eval_transform(cfg))
-    else:
-        train = UnlabeledImages(Path(data) / "train", crop)
-        held_out = UnlabeledImages(Path(data) / "val", eval_transform(cfg))
+        return Images(data, "train", crop), Images(data, "val", eval_transform(cfg))
+    return UnlabeledImages(Path(data) / "train", crop), UnlabeledImages(Path(data) / "val", eval_transform(cfg))
+
+
+def spread(held_out: Dataset, recipe: TransferRecipe) -> list[Tensor]:
+    """Batches of held-out images, spread over all there are."""
     chosen = range(0, len(held_out), max(1, len(held_out) // recipe.eval_images))[: recipe.eval_images]
     images = torch.stack([held_out[index][0] for index in chosen])
-    return train, list(images.split(recipe.batch_size))
+    return list(images.split(recipe.batch_size))
 
 
 def report(result: dict) -> str:
