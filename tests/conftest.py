@@ -103,6 +103,13 @@ def picture(tmp_path_factory):
     return path
 
 
+def pytest_collection_modifyitems(items):
+    """The time limit of every test in pyproject.toml is not meant for the long ones."""
+    for item in items:
+        if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(6 * 3600))
+
+
 def pytest_terminal_summary(terminalreporter):
     """A skipped browser test must not go unseen: says how many there were, and how to run them."""
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_BROWSER in str(report.longrepr)]

@@ -1,8 +1,11 @@
 """Model cards, written from a checkpoint's `config.json` and weights, and never by hand.
 
-python -m training.card weights
+    python -m training.card weights
+
+writes `README.md` of every checkpoint folder in the folder, and of the folder itself a table of them.
 """
 
+import argparse
 import json
 import math
 import re
@@ -13,9 +16,10 @@ import yaml
 from safetensors import safe_open
 
 from training.core.classifier_recipe import ClassifierRecipe
+from training.core.datasets import DATASETS
 from training.core.generator_recipe import GeneratorRecipe
 from training.core.recipe import defaults, shipped
-from vca.checkpoint import load_unverified, place, sha256, write_atomically
+from vca.checkpoint import CheckpointError, load_unverified, place, read_config, sha256, write_atomically
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
 
@@ -25,7 +29,7 @@ SHOWN_KEYS = (
     "clip_grad", "ema_decay", "precision",
 )  # fmt: skip
 STATED = "`model.safetensors`: {size:,} bytes, sha256 `{sha256}`."
-HUB_DATASETS = {"CIFAR-10": "uoft-cs/cifar10", "ImageNet-1K": "ILSVRC/imagenet-1k"}  # the same data on the Hub
+OWN_DATA = "own data"
 PREPROCESSING = "shorter side resized to {size} px ({interpolation}), centre crop, normalised"
 
 
@@ -47,23 +51,22 @@ def card_text(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text())
     weights = folder / "model.safetensors"
     recipe = config["training"][-1]["recipe"]
-    dataset = recipe["dataset"] or "own data"
+    dataset, known = recipe["dataset"] or OWN_DATA, DATASETS.get(recipe["dataset"])
     describe = _generator if config["architecture"] in GENERATORS else _classifier
     task, metrics, about, use = describe(config, folder)
     metadata = dict(
         library_name="vca",
         pipeline_tag=task,
-        license="apache-2.0",
+        **(dict(license="apache-2.0") if known else {}),  # of what own data made, its owner decides
         tags=[task, "visual-contrast-attention"] + (["timm"] if task == "image-classification" else []),
         metrics=[metric["type"] for metric in metrics[:1]],
     )
-    if dataset in HUB_DATASETS:
-        metadata["datasets"] = [HUB_DATASETS[dataset]]
-    tested = dict(
-        task=dict(type=task),
-        dataset=dict(name=dataset, type=HUB_DATASETS.get(dataset, dataset.lower().replace(" ", "-")), split="test"),
-        metrics=metrics,
-    )
+    tested = dict(task=dict(type=task), dataset=dict(name=dataset, type=_slug(dataset)), metrics=metrics)
+    if known:
+        tested["dataset"] |= dict(split=known.val_split)
+        if known.hub:
+            metadata["datasets"] = [known.hub]
+            tested["dataset"] |= dict(type=known.hub)
     metadata["model-index"] = [dict(name=config["architecture"], results=[tested])]
     runs = "\n".join(_describe_run(run, first=not index) for index, run in enumerate(config["training"]))
     log = "\n`log.jsonl`: every evaluation of the last run, and the mean training loss before it.\n"
@@ -95,19 +98,22 @@ Differentials*, NeurIPS 2025, arXiv 2511.00833.
 """
 
 
+def _slug(name: str) -> str:
+    """A name as metadata has it: small letters, digits and hyphens."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "data"
+
+
 def _classifier(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
     """Task, metrics, the paragraphs about the model and its numbers, and how to use it."""
     recipe, results = config["training"][-1]["recipe"], config["training"][-1]["results"]
     size = config["pretrained_cfg"]["input_size"][-1]
     protocol = PREPROCESSING.format(size=size, interpolation=config["pretrained_cfg"]["interpolation"])
-    metrics = [
-        dict(type="accuracy", name="top-1", value=results["top1"]),
-        dict(type="accuracy", name="top-5", value=results["top5"]),
-    ]
+    counted = ("1", "5") if config["num_classes"] > 5 else ("1",)
+    metrics = [dict(type="accuracy", name=f"top-{k}", value=results[f"top{k}"]) for k in counted]
+    reached = ", top-".join(f"{k} {results[f'top{k}']:.2f} %" for k in counted)
     about = f"""An image classifier with {config["num_classes"]} classes: {", ".join(config["label_names"])}.
 
-**Top-1 {results["top1"]:.2f} %, top-5 {results["top5"]:.2f} %** on {
-        results["images"]:,} images that were not trained on
+**Top-{reached}** on {results["images"]:,} images that were not trained on
 (mean cross-entropy {results["loss"]:.4f}). Protocol: {protocol}; float32; one view; the weights of the last step{
         _average(recipe)
     }, chosen before the accuracy was known. This command prints the number:
@@ -328,14 +334,33 @@ def write_table(weights: str | Path) -> None:
         task = "generation" if config["architecture"] in GENERATORS else "classification"
         size, digest = tensors.stat().st_size / 1e6, sha256(tensors)[:16]
         name = f"[{file.parent.name}]({file.parent.name}/README.md)"
-        row = (name, task, last["recipe"]["dataset"], _reached(last["results"]), f"{size:.1f} MB", f"`{digest}`")
+        row = (
+            name,
+            task,
+            last["recipe"]["dataset"] or OWN_DATA,
+            _reached(last["results"]),
+            f"{size:.1f} MB",
+            f"`{digest}`",
+        )
         lines.append(f"| {' | '.join(row)} |")
     write_atomically(Path(weights) / "README.md", ("\n".join(lines) + "\n").encode())
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path, metavar="FOLDER", help="folder of checkpoint folders")
+    folder = parser.parse_args().weights
+    try:
+        files = sorted(folder.glob("*/config.json"))
+        if not files:
+            raise CheckpointError(f"{folder} holds no checkpoint folders.")
+        for file in files:
+            read_config(file.parent)
+            write_card(file.parent)
+        write_table(folder)
+    except (CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    for file in Path(sys.argv[1]).glob("*/config.json"):
-        write_card(file.parent)
-    write_table(sys.argv[1])
+    main()

@@ -24,6 +24,7 @@ from training.card import write_card
 from training.core import cli
 from training.core import recipe as recipes
 from training.core.classifier_recipe import ClassifierRecipe
+from training.core.datasets import fit
 from training.core.distill import Student, teacher_probabilities
 from training.core.distributed import ALONE, World, join
 from training.core.init import build_model
@@ -35,15 +36,13 @@ from training.core.teacher import open_teacher, resize
 from training.core.trainer import Trainer
 from training.data.augment import RandomDownscale
 from training.data.batches import FolderBatches, FolderEvaluation, MemoryBatches, MemoryEvaluation
-from training.data.images import DataError, Images, decode, denormalize, open_splits
+from training.data.images import Images, decode, denormalize, describe, open_splits
 from training.data.seeding import seed_everything
 from vca.checkpoint import write_atomically
 
 
 def open_batches(recipe: ClassifierRecipe, images: Images, cfg: dict, device: torch.device, world: World = ALONE):
     """This process's rows of the training batches, from memory or from files."""
-    if len(images) < recipe.batch_size:
-        raise DataError(f"{len(images)} training images are fewer than one batch of {recipe.batch_size}.")
     rows = world.rows(recipe.batch_size)
     shared = dict(batch_size=recipe.batch_size, seed=recipe.seed, device=device, rows=rows)
     if recipe.memory:
@@ -131,6 +130,7 @@ def train(
     command: str,
     tensorboard: bool = False,
     teacher: str | None = None,
+    fit_batch: bool = False,
 ) -> dict:
     """Runs a recipe to its end and writes `out/checkpoint`.
 
@@ -152,9 +152,11 @@ def train(
             message says what to do.
     """
     world = join(device)
-    run = RunFolder(out, recipe, world, tensorboard=tensorboard, init=init, teacher=teacher)
+    train_images, val_images = open_splits(data, world, device)
+    known = describe(train_images, val_images)
+    run = RunFolder(out, recipe, world, tensorboard=tensorboard, data=known, init=init, teacher=teacher)
+    recipe = fit(recipe, train_images.class_folders, len(train_images), world, fit_batch)
     set_tf32(recipe.tf32)
-    train_images, val_images = open_splits(data)
     grows = dict(dynamic_img_size=True) if recipe.img_sizes else {}
     model, history = build_model(recipe, train_images.class_names, init, drop_path_rate=recipe.drop_path, **grows)
     cfg = model.pretrained_cfg
@@ -214,7 +216,8 @@ def train(
 
 
 def report(result: dict) -> str:
-    return f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % on {result['images']} images"
+    top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
+    return f"top-1 {result['top1']:.2f} %{top5} on {result['images']} images"
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from safetensors import safe_open
 
 from training.core import recipe as recipes
 from training.core.classifier_recipe import ClassifierRecipe
-from training.core.run import RunError
+from training.core.run import MAY_DIFFER, RunError
 from vca.checkpoint import write_atomically
 from vca.extras import import_extra
 from vca.layers.factory import KINDS, AttentionConfig
@@ -58,7 +58,8 @@ class Run(NamedTuple):
         if not file.exists():
             return False
         old = recipes.defaults(ClassifierRecipe) | json.loads(file.read_text())
-        if changed := [key for key, value in asdict(self.recipe).items() if old.get(key) != value]:
+        fixed = {key: value for key, value in asdict(self.recipe).items() if key not in MAY_DIFFER}
+        if changed := [key for key, value in fixed.items() if old.get(key) != value]:
             raise RunError(f"{self.folder} holds a run with another {', '.join(changed)}; choose another --out.")
         return (self.folder / "checkpoint" / "config.json").exists()
 
@@ -131,7 +132,9 @@ def results(runs: list[Run]) -> dict:
         [[step, loss], ...], thinned to at most 50 points.
     """
     recipe, (*_, last) = runs[0].recipe, (line for line in runs[0].log() if "top1" in line)
-    shared = dict(model=recipe.model, dataset=recipe.dataset, epochs=recipe.epochs)
+    trained = json.loads((runs[0].folder / "checkpoint" / "config.json").read_text())["training"][-1]
+    dataset = trained["recipe"]["dataset"] or "own data"  # the recipe's, if the images were that
+    shared = dict(model=recipe.model, dataset=dataset, epochs=recipe.epochs)
     return shared | dict(steps=last["step"], images=last["images"], runs=[_result(run) for run in runs])
 
 

@@ -28,6 +28,7 @@ from timm.data import RealLabelsImagenet
 from torch import Tensor, nn
 
 import vca
+from training.card import OWN_DATA
 from training.core.metrics import accuracy, interval, outputs, validation_data, validation_loss
 from training.core.precision import autocast
 from training.core.run import RunError, open_device
@@ -136,7 +137,7 @@ def evaluate(model: nn.Module, images: Images, args: argparse.Namespace) -> dict
         results[split] = variant_accuracy(model, folder, images.class_folders, workers, all_compete=True)
     by_size = {str(side): accuracy_at(model, images, side, workers, args.images or len(images)) for side in args.sizes}
     for result in [*results.values(), *by_size.values()]:
-        for key in ("top1", "top5"):
+        for key in [key for key in ("top1", "top5") if key in result]:
             result[f"{key}_interval"] = interval(result[key], result["images"])
     trained = model.training_history[-1]["recipe"] if model.training_history else {}
     return dict(
@@ -154,9 +155,11 @@ def describe(measured: dict) -> str:
     lines = []
     for name, result in measured["results"].items():
         loss = f"  loss {result['loss']:.4f}" if "loss" in result else ""
-        text = f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %{loss}  ({result['images']} images)"
+        shown = [key for key in ("top1", "top5") if key in result]
+        reached = "  ".join(f"top-{key[3]} {result[key]:.2f} %" for key in shown)
+        text = f"{reached}{loss}  ({result['images']} images)"
         lines.append(f"{NAMES.get(name, name)} {text}".strip())
-        bounds = ", ".join(f"{key[:3]}-{key[3]} {low:.2f} to {high:.2f} %" for key in ("top1", "top5")
+        bounds = ", ".join(f"{key[:3]}-{key[3]} {low:.2f} to {high:.2f} %" for key in shown
                            for low, high in [result[f"{key}_interval"]])  # fmt: skip
         lines.append(f"  at 95 % confidence: {bounds}")
     for side, result in measured["by_size"].items():
@@ -177,10 +180,11 @@ def table(files: list[str]) -> str:
             speed = measured["throughput"]
             for name, result in measured["results"].items():
                 low, high = result["top1_interval"]
-                dataset = NAMES.get(name, name) or measured["dataset"]
+                top5 = f"{result['top5']:.2f}" if "top5" in result else ""
+                dataset = NAMES.get(name, name) or measured["dataset"] or OWN_DATA
                 cells = (
                     measured["name"], f"{measured['parameters'] / 1e6:.2f} M", dataset,
-                    f"{result['top1']:.2f} ({low:.2f}-{high:.2f})", f"{result['top5']:.2f}",
+                    f"{result['top1']:.2f} ({low:.2f}-{high:.2f})", top5,
                     f"{speed['images_per_second']:.0f} ({speed['device']})",
                 )  # fmt: skip
                 lines.append(f"| {' | '.join(cells)} |")

@@ -3,7 +3,7 @@
     python -m training.fid SAMPLES REFERENCE
     python -m training.fid samples VIRTUAL_imagenet256_labeled.npz --weights INCEPTION.pth --card weights/NAME
 
-Each side is a folder of PNG or JPEG files, sub-folders included, or an `.npz` as the ADM evaluation suite reads it:
+Each side is a folder of images, sub-folders included, or an `.npz` as the ADM evaluation suite reads it:
 images `arr_0`, uint8 (N, H, W, 3). A REFERENCE with `mu` and `sigma` gives FID from these; its images, if any, serve
 for precision and recall. All are torch-fidelity's: its Inception network and its formulas, precision and recall with
 3 neighbours on the same 2048 Inception features as FID (its own command would take VGG's). There is no sFID.
@@ -34,12 +34,13 @@ import vca
 from training.card import write_card
 from training.core.run import RunError, open_device
 from training.core.sampling import weights_digest
+from training.data.folders import find_images
 from vca.checkpoint import sha256, write_atomically
+from vca.images import upright_rgb
 
 FEATURES, LOGITS = "2048", "logits_unbiased"
 FEWEST = 10
 ENOUGH = 2048
-SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class FidError(ValueError):
@@ -55,9 +56,9 @@ class Files(Dataset):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+        self.files = [folder / file for file in find_images(folder)[0]]
         if not self.files:
-            raise FidError(f"{folder} holds no PNG or JPEG files.")
+            raise FidError(f"{folder} holds no images.")
         self.size = tuple(self[0].shape[1:])
 
     def __len__(self) -> int:
@@ -66,8 +67,9 @@ class Files(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         file = self.files[index]
         try:
-            pixels = np.array(Image.open(file).convert("RGB"))
-        except OSError as error:
+            with Image.open(file) as opened:
+                pixels = np.array(upright_rgb(opened))
+        except Exception as error:  # Pillow's readers have no error in common
             raise FidError(f"{file} is not a readable image ({error}).") from None
         if index and pixels.shape[:2] != self.size:
             raise FidError(f"{file} is {shown(pixels.shape[:2])}, others in {self.folder} are {shown(self.size)}.")
@@ -116,7 +118,7 @@ def open_source(path: Path) -> tuple[Files | Packed | None, dict | None]:
     """Images of a folder or `.npz`, and its statistics `mu` (D) and `sigma` (D, D), float64; None for what it lacks.
 
     Raises:
-        FidError: there is neither.
+        FidError: there is neither, or the statistics are none.
     """
     if path.is_dir():
         return Files(path), None
@@ -128,11 +130,23 @@ def open_source(path: Path) -> tuple[Files | Packed | None, dict | None]:
         images = Packed(path) if "arr_0" in names else None
     except FidError:
         raise
-    except (OSError, ValueError, AttributeError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy's and zipfile's readers have no error in common, and .npy is no context
         raise FidError(f"{path} is neither a folder of images nor an .npz file that can be read ({error}).") from None
-    if images is None and not statistics:
+    if statistics:
+        _check_statistics(path, **statistics)
+    elif images is None:
         raise FidError(f"{path} has neither images arr_0 nor statistics mu and sigma; it has {', '.join(names)}.")
     return images, statistics
+
+
+def _check_statistics(path: Path, mu: np.ndarray, sigma: np.ndarray) -> None:
+    if mu.shape != (int(FEATURES),):
+        raise FidError(f"{path}: mu is {mu.shape} instead of ({FEATURES},).")
+    if sigma.shape != (len(mu), len(mu)):
+        raise FidError(f"{path}: sigma is {sigma.shape} instead of ({FEATURES}, {FEATURES}).")
+    for name, array in (("mu", mu), ("sigma", sigma)):
+        if not np.isfinite(array).all():
+            raise FidError(f"{path}: {name} holds NaN or infinite values.")
 
 
 def open_inception(weights: Path | None, cuda: bool) -> FeatureExtractorInceptionV3:
@@ -194,8 +208,6 @@ def measure(samples: Path, reference: Path, weights: Path | None, batch_size: in
     if len(ours) < ENOUGH:
         print(f"warning: {len(ours)} images for {ENOUGH} features give a FID that is far too high.", file=sys.stderr)
     inception = open_inception(weights, cuda)
-    if statistics and statistics["mu"].shape != (int(FEATURES),):
-        raise FidError(f"{reference}: mu is {statistics['mu'].shape} instead of ({FEATURES},).")
     mine = features_of(ours, inception, batch_size, cuda)
     real = features_of(theirs, inception, batch_size, cuda) if theirs is not None else None
     fid = fid_statistics_to_metric(statistics_of(mine), statistics or statistics_of(real), verbose=False)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from training.card import write_card
 from training.core import cli
+from training.core.datasets import fit
 from training.core.distributed import ALONE, World, join
 from training.core.generator_recipe import GeneratorRecipe
 from training.core.init import build_model
@@ -28,8 +29,8 @@ from training.core.precision import round_weights, set_tf32
 from training.core.run import RunFolder, progress
 from training.core.trainer import Trainer
 from training.data.batches import MemoryBatches
-from training.data.images import DataError, decode, generator_cfg, open_splits
-from training.data.latents import LatentBatches, open_latents
+from training.data.images import DataError, Images, decode, describe, generator_cfg, open_splits
+from training.data.latents import LatentBatches, Latents, open_latents
 from vca.checkpoint import write_atomically
 from vca.models.dit import DiffusionTransformer
 
@@ -46,15 +47,14 @@ class Data(NamedTuple):
     train_images: int
 
 
-def open_data(recipe: GeneratorRecipe, data: str, device: torch.device, world: World = ALONE) -> Data:
+def open_data(
+    recipe: GeneratorRecipe, train: Images | Latents, val: Images | Latents, device: torch.device, world: World = ALONE
+) -> Data:
     """Images held in memory, or latents on disk, flipped half of the time; of each batch this process's rows."""
-    train, val = (open_latents if recipe.latent else open_splits)(data)
-    if len(train) < recipe.batch_size:
-        raise DataError(f"{len(train)} training images are fewer than one batch of {recipe.batch_size}.")
     shared = dict(batch_size=recipe.batch_size, seed=recipe.seed, device=device, rows=world.rows(recipe.batch_size))
     if recipe.latent:
         if (side := train.shape[-1]) != recipe.input_size:
-            raise DataError(f"{data} holds latents of side {side}; the recipe has input_size = {recipe.input_size}.")
+            raise DataError(f"the latents have side {side}; the recipe has input_size = {recipe.input_size}.")
         batches = LatentBatches(train, **shared)
     else:
         cfg = generator_cfg(recipe.input_size)
@@ -78,6 +78,7 @@ def train(
     init: str | None,
     command: str,
     tensorboard: bool = False,
+    fit_batch: bool = False,
 ) -> dict:
     """Runs a recipe to its end and writes `out/checkpoint`.
 
@@ -98,9 +99,13 @@ def train(
             message says what to do.
     """
     world = join(device)
-    run = RunFolder(out, recipe, world, tensorboard=tensorboard, init=init)
+    train_split, val_split = (open_latents if recipe.latent else open_splits)(data, world, device)
+    run = RunFolder(out, recipe, world, tensorboard=tensorboard, data=describe(train_split, val_split), init=init)
+    recipe = fit(recipe, train_split.class_folders, len(train_split), world, fit_batch)
     set_tf32(recipe.tf32)
-    batches, val_samples, val_labels, class_names, train_images = open_data(recipe, data, device, world)
+    batches, val_samples, val_labels, class_names, train_images = open_data(
+        recipe, train_split, val_split, device, world
+    )
     model, history = build_model(recipe, class_names, init, input_size=recipe.input_size)
     model.to(device).set_grad_checkpointing(recipe.checkpointing)
     if recipe.sample_every and model.latent_decoder:

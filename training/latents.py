@@ -5,7 +5,8 @@
 IMAGES holds train/CLASS/IMAGE and val/CLASS/IMAGE. What is stored are the *moments* of the autoencoder, mean and
 log-variance, of each image plain and flipped, from which every epoch draws new latents: training on them is training
 on the images. LATENTS/SPLIT has `moments.npy`, float32 (N, 2, 2C, H, W), 64 KiB an image of 256 px, and `index.json`
-with labels, class names, autoencoder and checksums. The same command goes on where it was interrupted.
+with labels, class names, autoencoder and checksums; `images.json` names the images with size and checksum, so that
+latents of images that were replaced or renamed are refused. The same command goes on where it was interrupted.
 """
 
 import argparse
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import torch
 
-from training.data.images import DataError, Images
+from training.core.run import RunError, open_device
+from training.data.errors import DataError
+from training.data.images import open_splits
 from training.data.latents import encode
 from vca.diffusion.vae import SD_VAE, DecoderError, LatentDecoder
 
@@ -32,10 +35,12 @@ def main() -> None:
     args = parser.parse_args()
     vae = LatentDecoder(args.vae)
     try:
-        for split in ("train", "val"):
-            images = Images(args.data, split)
-            encode(images, args.out / split, vae, args.image_size, args.batch_size, args.workers, args.device)
-    except (DataError, DecoderError) as error:
+        if min(args.image_size, args.batch_size) < 1 or args.workers < 0:
+            raise DataError("--image-size and --batch-size must be at least 1, --workers at least 0.")
+        device = open_device(args.device)
+        for split, images in zip(("train", "val"), open_splits(args.data), strict=True):
+            encode(images, args.out / split, vae, args.image_size, args.batch_size, args.workers, device)
+    except (DataError, DecoderError, RunError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from training.core import cli
+from training.core.datasets import fit
 from training.core.distributed import join
 from training.core.init import build_model, fill_converted
 from training.core.plots import plot_curve
@@ -28,7 +29,7 @@ from training.core.teacher import attention_pairs, blocks, hidden_states, open_t
 from training.core.trainer import Trainer
 from training.core.transfer_recipe import TransferRecipe
 from training.data.batches import FolderBatches
-from training.data.images import DataError, Images, eval_transform
+from training.data.images import Images, describe, eval_transform
 from training.data.seeding import derive_seed
 from training.data.unlabeled import UnlabeledImages
 from vca.layers.grid import OnGrid
@@ -118,7 +119,8 @@ def train(
     taught_by = open_teacher(teacher, **size).to(device)
     names = getattr(taught_by, "label_names", [f"class{i}" for i in range(taught_by.num_classes)])
     blocks(taught_by)  # refuses a teacher of another kind before anything is made
-    run = RunFolder(out, recipe, world, tensorboard=tensorboard, init=init, teacher=teacher)
+    known = describe(*(UnlabeledImages(Path(data) / split) for split in ("train", "val")))
+    run = RunFolder(out, recipe, world, tensorboard=tensorboard, data=known, init=init, teacher=teacher)
     student, history = build_model(recipe, names, init, **size)
     if not init:
         fill_converted(student, taught_by, teacher)
@@ -126,12 +128,11 @@ def train(
     student.to(device)
     cfg = taught_by.pretrained_cfg | dict(input_size=(3, max(recipe.img_sizes), max(recipe.img_sizes)))
     train_images, held_out = open_images(data, recipe, cfg)
+    recipe = fit(recipe, [], len(train_images), world)
     rows = world.rows(recipe.batch_size)
     batches = FolderBatches(
         train_images, batch_size=recipe.batch_size, seed=recipe.seed, workers=recipe.workers, device=device, rows=rows
     )
-    if not batches.steps_per_epoch:
-        raise DataError(f"{len(train_images)} training images are fewer than one batch of {recipe.batch_size}.")
 
     errors = layer_errors if recipe.stream == "teacher" else stream_errors
     optimizer = torch.optim.AdamW(param_groups(student, recipe), lr=recipe.lr, weight_decay=0.0)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vca
+from tests.helpers.runs import PATIENCE
 from vca import CheckpointError
 from vca.checkpoint import load_weights
 
@@ -96,7 +97,7 @@ def fresh_process(program: str, *arguments, **environment) -> subprocess.Complet
     """Runs a few lines of Python in a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tests.helpers.runs import PATIENCE
 from training.core import recipe as recipes
 from training.core.generator_recipe import GeneratorRecipe
 from training.generate import train
@@ -46,18 +46,14 @@ def command(data, out, recipe="cifar10_sit_vca", **options):
 
 def run(arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def train_here(data, out, recipe="cifar10_sit_vca", init=None, **options):
-    """A run inside this process, which is faster to start; the signal handler it sets is taken back."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        overrides = {key: str(value) for key, value in (SHORT | options).items()}
-        read = recipes.read(recipe, GeneratorRecipe, overrides)
-        return train(read, str(data), str(out), torch.device("cpu"), init, "command")
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    """A run inside this process, which is faster to start."""
+    overrides = {key: str(value) for key, value in (SHORT | options).items()}
+    read = recipes.read(recipe, GeneratorRecipe, overrides)
+    return train(read, str(data), str(out), torch.device("cpu"), init, "command")
 
 
 def untimed_log(path):

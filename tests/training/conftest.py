@@ -1,5 +1,6 @@
 """Images to train on, and trained checkpoints."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ from tests.helpers.published import checkpoint
 from tests.helpers.runs import write_images
 from training.core import classifier_recipe, generator_recipe
 from training.core.recipe import read as read_recipe
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A run in this process sets handlers of signals; the tests' own come back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

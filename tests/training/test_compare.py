@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 import vca
-from tests.helpers.runs import CLASSES, environment, write_images
+from tests.helpers.runs import CLASSES, PATIENCE, environment, write_images
 from training import compare
 from training.core import recipe as recipes
 from training.core.classifier_recipe import ClassifierRecipe
@@ -24,7 +24,7 @@ def trained(out, kind, seed, top1, epochs=5):
     recipe = recipes.read("cifar10_compare", ClassifierRecipe, given)
     folder = out / f"{kind.replace(':', '-')}-seed{seed}"
     model = vca.create_model(recipe.model, **recipe.model_args(), num_classes=3)
-    vca.save(model, folder / "checkpoint", label_names=list(CLASSES))
+    vca.save(model, folder / "checkpoint", label_names=list(CLASSES), training=[dict(recipe=asdict(recipe))])
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe)))
     lines = [dict(step=20, epoch=0, seconds=10.0, loss=1.0, grad_norm=1.0, lr=0.1)]
     lines += [dict(step=40, epoch=0, seconds=14.0, loss=0.7, grad_norm=1.0, lr=0.1)]
@@ -143,9 +143,9 @@ def test_a_comparison_is_interrupted_and_goes_on(tmp_path):
     first = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, text=True)
     assert "done" in first.stdout.readline()
     first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 0
+    assert first.wait(PATIENCE) == 0
     done = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*/checkpoint/config.json")}
-    second = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=600)
+    second = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert second.returncode == 0, second.stdout + second.stderr
     assert len(done) >= 1 and all(file.stat().st_mtime_ns == time for file, time in done.items())
     assert "| vca | " in second.stdout and len(list((tmp_path / "out").glob("*/checkpoint/config.json"))) == 4

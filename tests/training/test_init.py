@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vca
-from tests.helpers.runs import CLASSES, write_images
+from tests.helpers.runs import CLASSES, PATIENCE, write_images
 from training import evaluate
 from training.core.classifier_recipe import ClassifierRecipe
 from training.core.generator_recipe import GeneratorRecipe as GenerateRecipe
@@ -272,5 +272,5 @@ def test_a_machine_that_only_trains_needs_neither_the_app_nor_what_draws():
     modules = ("core.cli", "classify", "generate", "evaluate", "compare", "latents", "sample", "card")
     program = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in missing)
     program += "".join(f"import training.{name}\n" for name in modules)
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.runs import environment, finish, untimed_log, write_images
+from tests.helpers.runs import PATIENCE, environment, finish, untimed_log, write_images
 from training.core.distributed import World
 from training.data.batches import FolderBatches, MemoryBatches
 from training.data.images import Images, decode, generator_cfg
@@ -46,7 +46,7 @@ def two(data, tmp_path_factory):
     """An undisturbed run of two processes."""
     out = tmp_path_factory.mktemp("runs") / "two"
     process = torchrun(data, out)
-    stdout, stderr = process.communicate(timeout=600)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
     assert stdout.count("top-1") == 1
     return out
@@ -82,11 +82,11 @@ def worker(agent: int, rank: int) -> int | None:
 def test_a_killed_worker_is_restarted_and_changes_nothing(data, two, tmp_path):
     out = tmp_path / "killed"
     process = torchrun(data, out)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while not list(out.glob("state-*.pt")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(worker(process.pid, 1), signal.SIGKILL)
-    _, stderr = process.communicate(timeout=600)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
     assert "resumed" in stderr
     names = ("model.safetensors", "config.json")
@@ -131,7 +131,9 @@ def test_a_generator_learns_in_two_processes_as_in_one(data, tmp_path):
     for out, start in (("one", [sys.executable]), ("two", TORCHRUN)):
         run = ["-m", "training.generate", "cifar10_sit_vca", "--out", str(tmp_path / out), *settings]
         extra = ["--micro-batch=8"] if out == "one" else []
-        result = subprocess.run([*start, *run, *extra], env=environment(), capture_output=True, text=True, timeout=600)
+        result = subprocess.run(
+            [*start, *run, *extra], env=environment(), capture_output=True, text=True, timeout=PATIENCE
+        )
         assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
 
@@ -139,11 +141,11 @@ def test_a_generator_learns_in_two_processes_as_in_one(data, tmp_path):
 @pytest.mark.long
 def test_sigterm_to_torchrun_saves_the_same_step_in_all_processes(data, tmp_path):
     process = torchrun(data, tmp_path / "run", "--epochs=200", "--save-every=1000")
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while not list(tmp_path.glob("run/first_batch.png")) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(1)
     process.terminate()
-    _, stderr = process.communicate(timeout=300)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert "stopped by SIGTERM; state saved at step" in stderr
     assert len(list(tmp_path.glob("run/state-*.pt"))) == 1

@@ -64,7 +64,7 @@ def test_checkpoint_card_and_evaluation_agree(data, tmp_path):
     top1 = re.search(r"top-1 (\S+) %", printed.stdout).group(1)
     card = (checkpoint / "README.md").read_text()
     assert f"Top-1 {top1} %" in card
-    for fact in ("seed 0", "CIFAR-10", "python -m training.classify cifar10_vca", "sha256"):
+    for fact in ("seed 0", "on own data", "python -m training.classify cifar10_vca", "sha256"):
         assert fact in card
     model = vca.load(checkpoint)
     assert model.label_names == list(CLASSES)
@@ -145,6 +145,7 @@ def test_two_runs_cannot_share_a_folder_nor_recipes(tmp_path):
     with pytest.raises(RunError, match="in use by another run"):
         RunFolder(tmp_path, recipe)
     held._lock.close()
+    (tmp_path / "state-00000001.pt").touch()
     with pytest.raises(RunError, match="another lr"):
         RunFolder(tmp_path, ClassifierRecipe("vca_vit_pico_patch4_32", 1, 8, 1e-4))
 

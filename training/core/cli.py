@@ -13,11 +13,12 @@ import vca
 from training.core import recipe as recipes
 from training.core.cost import GPUS, plan, smoke
 from training.core.distributed import WorldError, join, leave
-from training.core.run import RunError, open_device
-from training.data.images import DataError
+from training.core.init import place_of
+from training.core.run import RunError, disk_words, open_device
+from training.data.errors import DataError
 from vca.diffusion.vae import DecoderError
 
-ERRORS = (recipes.RecipeError, DataError, RunError, WorldError, DecoderError, vca.CheckpointError, OSError)
+ERRORS = (recipes.RecipeError, DataError, RunError, WorldError, DecoderError, vca.CheckpointError)
 
 
 def main(
@@ -28,7 +29,7 @@ def main(
     Args:
         module, doc: name and help of the command.
         kind: its recipes' dataclass.
-        train: a function of (recipe, data, out, device, init, command, tensorboard).
+        train: a function of (recipe, data, out, device, init, command, tensorboard, fit_batch=).
         teacher: "optional" or "required" if it also takes a `teacher`, by --teacher.
     """
     parser = argparse.ArgumentParser(module, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,12 +61,35 @@ def main(
             parser.error("--data is needed (or --plan, or --smoke).")
         else:
             out = args.out or f"runs/{Path(args.recipe).stem}"
-            command = f"python -m {module} " + shlex.join("DATA" if a == args.data else a for a in sys.argv[1:])
+            command = f"python -m {module} " + shlex.join(without_paths(sys.argv[1:], args))
             device = open_device(args.device)
+            chosen = args.batch_size is not None or args.recipe.endswith(".toml")  # by the user, who means it
             more = dict(teacher=args.teacher) if teacher else {}
+            if teacher != "required":
+                more |= dict(fit_batch=not chosen)
             result = train(recipe, args.data, out, device, args.init, command, args.tensorboard, **more)
             if join(device).first:
                 print(f"{out}/checkpoint: {report(result)}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {disk_words(error)}")
     except ERRORS as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C before the first step; nothing was saved.", file=sys.stderr)
+        sys.exit(130)
     leave()
+
+
+def without_paths(arguments: list[str], args: argparse.Namespace) -> list[str]:
+    """The arguments of a command as a card shows them: what was asked for, and not where it lies on this machine."""
+    shown = {args.data: "DATA", args.out: "OUT", args.recipe: Path(args.recipe).name}
+    for source in (args.init, getattr(args, "teacher", None)):
+        shown[source] = place_of(source)
+    words = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if option.startswith("--") and equals:
+            words.append(f"{option}={shown.get(value, value)}")
+        else:
+            words.append(shown.get(argument, argument))
+    return words

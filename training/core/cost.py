@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import vca
-from training.core.distributed import join
+from training.core.datasets import DATASETS, fit
+from training.core.distributed import ALONE, join
 from training.core.init import build_model
 from training.core.recipe import BaseRecipe
 from training.data.images import DataError, Images
@@ -27,13 +28,6 @@ from training.data.latents import Latents
 from vca.models.common import input_size
 
 FUSED_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-DATASETS = {  # training images, validation images, classes
-    "ImageNet-1K": (1281167, 50000, 1000),
-    "CIFAR-10": (50000, 10000, 10),
-    "Tiny-ImageNet-100": (50000, 5000, 100),
-    "Everyday photos (212 classes)": (67000, 5998, 212),
-}
-
 READ_BY_A_CORE = 200  # JPEG photos of 500x375 a second, with DeiT's augmentation: measured on one core of a server CPU
 
 
@@ -87,7 +81,9 @@ def estimate(recipe: BaseRecipe, gpu: GPU, data: str | None = None) -> Cost:
     """
     generates = recipe.task == "generation"
     labeled = hasattr(recipe, "epochs") or generates
-    train, val, classes = _sizes(recipe, data) if labeled else (0, 0, 0)
+    train = val = classes = 0
+    if labeled:
+        recipe, train, val, classes = _sizes(recipe, data)
     args = dict(input_size=recipe.input_size) if generates else {}
     model = _trace_once(recipe, classes, args)
     copies = 4 + (recipe.ema_decay > 0)
@@ -171,14 +167,17 @@ def _fused_attention_flops(query: torch.Size, key: torch.Size, value: torch.Size
     return sdpa_flop_count(query, key, value)
 
 
-def _sizes(recipe: BaseRecipe, data: str | None) -> tuple[int, int, int]:
+def _sizes(recipe: BaseRecipe, data: str | None) -> tuple[BaseRecipe, int, int, int]:
+    """The recipe as it would run, and the numbers of training images, validation images and classes."""
     if not data:
-        if recipe.dataset not in DATASETS:
-            known = ", ".join(DATASETS)
-            raise DataError(f"--plan knows the sizes of {known}; of other data sets say where they are: --data.")
-        return DATASETS[recipe.dataset]
+        known = DATASETS.get(recipe.dataset)
+        if not known or not known.classes:
+            names = ", ".join(name for name, other in DATASETS.items() if other.classes)
+            raise DataError(f"--plan knows the sizes of {names}; of other data sets say where they are: --data.")
+        return recipe, known.train, known.val, known.classes
     train, val = ((Latents if recipe.latent else Images)(data, split) for split in ("train", "val"))
-    return len(train), len(val), len(train.class_names)
+    recipe = fit(recipe, train.class_folders, len(train), ALONE, fit_batch=True)
+    return recipe, len(train), len(val), len(train.class_names)
 
 
 def plan(recipe: BaseRecipe, data: str | None, gpu: str) -> str:
@@ -232,8 +231,8 @@ def smoke(recipe: BaseRecipe, train: Callable, device: torch.device, steps: int)
 
     The run folder is temporary. A latent generator draws no sample grids, for which it would need its autoencoder.
     """
-    _, _, classes = DATASETS.get(recipe.dataset, (0, 0, 10))
-    short = dict(save_every=steps, log_every=1)
+    classes = DATASETS[recipe.dataset].classes if recipe.dataset in DATASETS else 10
+    short = dict(save_every=steps, log_every=1, dataset="", license="")
     more = {}
     if recipe.task == "generation":
         short |= dict(steps=steps, val_every=steps, sample_every=0 if recipe.latent else steps, sample_steps=2)

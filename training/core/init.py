@@ -1,6 +1,7 @@
 """The model of a recipe, with random weights or with those it starts from."""
 
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,15 @@ from torch import Tensor, nn
 import vca
 from training.core.recipe import BaseRecipe, RecipeError
 from training.core.teacher import FROM_TIMM, open_timm
+from vca.checkpoint import place
+
+
+def place_of(source: str | None) -> str | None:
+    """How a checkpoint names the one it came from, without where that lies on this machine."""
+    if source and source.startswith(FROM_TIMM) and "=" in source:
+        name, _, file = source.partition("=")
+        return f"{name}={Path(file).name}"
+    return place(source) if source and Path(source).is_absolute() else source
 
 
 def build_model(recipe: BaseRecipe, class_names: list[str], init: str | None, **args) -> tuple[nn.Module, list[dict]]:

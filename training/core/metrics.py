@@ -59,29 +59,28 @@ def outputs(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Itera
 def accuracy(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World = ALONE, classes: list[int] | None = None
 ) -> dict:
-    """Accuracy in percent and mean cross-entropy, in float32.
+    """Accuracy in percent and mean cross-entropy, in float32; of fewer than six classes no top-5, which says nothing.
 
     Args:
         batches: decoded images and their labels; of several processes, this one's share.
         classes: the only classes that compete; default all.
     """
-    top1 = top5 = loss = count = 0.0
+    top1 = top5 = loss = count = choices = 0.0
     device = next(model.parameters()).device
     for logits, y in outputs(model, batches):
         if classes:
             allowed = torch.full_like(logits[0], float("-inf"))
             allowed[classes] = 0
             logits = logits + allowed
+        choices = len(classes or logits[0])
         ranked = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
         top1 += ranked[:, 0].sum().item()
         top5 += ranked.sum().item()
         loss += F.cross_entropy(logits, y, reduction="sum").item()
         count += len(y)
     top1, top5, loss, count = world.sum([top1, top5, loss, count], device)
-    return dict(
-        top1=round(100 * top1 / count, 2), top5=round(100 * top5 / count, 2), loss=round(loss / count, 4),
-        images=int(count),
-    )  # fmt: skip
+    shares = dict(top1=round(100 * top1 / count, 2)) | (dict(top5=round(100 * top5 / count, 2)) if choices > 5 else {})
+    return shares | dict(loss=round(loss / count, 4), images=int(count))
 
 
 def interval(percent: float, count: int) -> list[float]:

@@ -1,13 +1,13 @@
 """Curves of a run, and grids of images."""
 
 import io
-import os
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from training.core.run import RunFolder
+from vca.checkpoint import write_atomically
 from vca.diffusion.sampling import to_bytes
 
 
@@ -38,10 +38,10 @@ def plot_curve(run: RunFolder, key: str, label: str) -> None:
     norm_axis = lr_axis.twinx()
     norm_axis.plot(steps, [line["grad_norm"] for line in train], color="0.55", linewidth=1)
     norm_axis.set_ylabel("gradient norm")
-    temporary = run.path / "curve.tmp"
-    figure.savefig(temporary, format="png", dpi=120)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=120)
     plt.close(figure)
-    os.replace(temporary, run.path / "curve.png")
+    write_atomically(run.path / "curve.png", stream.getvalue())
 
 
 def png(pixels: Tensor) -> bytes:

@@ -1,12 +1,17 @@
 """The folder of a run: its recipe, log and saved states; the device and the progress bar."""
 
+import errno
 import fcntl
 import json
 import os
 import platform
+import re
 import sys
+import time
+import weakref
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 import timm
 import torch
@@ -18,6 +23,18 @@ from training.core.distributed import ALONE, World, local_device
 from training.core.precision import STORED
 from training.core.recipe import defaults
 from vca.checkpoint import write_atomically
+
+MAY_DIFFER = {"workers", "log_every", "save_every", "dataset", "license"}  # they change nothing that is learned
+STATE = re.compile(r"state-(\d{8,})\.pt")
+WRITTEN = r"recipe\.json|environment\.json|log\.jsonl|curve\.png|first_batch\.png"
+LEFTOVERS = {  # what a kill inside a write leaves, by folder
+    "": re.compile(rf"\.({WRITTEN})\.\d+\.\d+\.tmp|state-\d{{8,}}\.tmp"),
+    "nonfinite": re.compile(r"step-\d{8,}-rank-\d+\.tmp"),
+    "samples": re.compile(r"\.step-\d{8,}\.png\.\d+\.\d+\.tmp"),
+    "checkpoint": re.compile(r"\..+\.\d+\.\d+\.tmp"),
+}
+_locks: weakref.WeakSet = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _locks])  # a worker must not hold the run's lock
 
 
 class RunError(RuntimeError):
@@ -36,21 +53,36 @@ def open_device(name: str) -> torch.device:
         raise RunError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
 
 
+def disk_words(error: Exception) -> str:
+    """What the system said when a file could not be written, whatever wrapped it."""
+    cause: BaseException | None = error
+    while cause and not (isinstance(cause, OSError) and cause.errno):
+        cause = cause.__cause__ or cause.__context__
+    if not cause:
+        return str(error).splitlines()[0]
+    return "the disk is full" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else cause.strerror
+
+
 class RunFolder:
     """The folder of one run: `recipe.json`, `environment.json`, `log.jsonl`, `curve.png`, `state-*.pt`, `checkpoint/`.
 
-    Only the first of several processes writes in it.
+    Only the first of several processes writes in it. A folder without a state or a checkpoint has nothing to protect:
+    there any recipe may start.
 
     Args:
         recipe: a dataclass; a folder from a time when the recipe had fewer keys is one with their defaults.
         tensorboard: write the numbers of the log for TensorBoard, too, into `tensorboard/`.
+        data: what `training.data.images.describe` says about the data.
         **identity: what else must be the same to go on with a run.
 
     Raises:
-        RunError: another process trains in this folder, or it holds a run of another recipe.
+        RunError: another process trains in this folder, or it holds a run of another recipe, on other data, or no run.
     """
 
-    def __init__(self, path: str | Path, recipe, world: World = ALONE, *, tensorboard: bool = False, **identity):
+    def __init__(
+        self, path: str | Path, recipe, world: World = ALONE, *, tensorboard: bool = False, data: dict | None = None,
+        **identity,
+    ):  # fmt: skip
         self.path = Path(path)
         self.identity = identity
         self.writes = world.first
@@ -59,32 +91,63 @@ class RunFolder:
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held as long as the run)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{self.path} is in use by another run; choose another --out or wait for it.") from None
+        self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 (held as long as the run)
+        _locks.add(self._lock)
+        if not _lock(self._lock):
+            self._lock.close()
+            raise RunError(f"{self.path} is in use by another run; choose another --out or wait for it.")
         resolved = asdict(recipe) | identity
         recipe_file = self.path / "recipe.json"
-        if recipe_file.exists():
-            try:
-                old = defaults(type(recipe)) | dict(json.loads(recipe_file.read_text()))
-            except (ValueError, TypeError):
-                raise RunError(f"{recipe_file} is damaged; choose another --out, or delete the folder.") from None
-            changed = sorted(k for k in resolved.keys() | old.keys() if resolved.get(k) != old.get(k))
-            if changed:
-                raise RunError(
-                    f"{self.path} holds a run with another {', '.join(changed)}; "
-                    "give the same recipe to resume it, or another --out to start anew."
-                )
-        write_atomically(recipe_file, json.dumps(resolved, indent=2).encode())
+        if old := self._read_recipe(type(recipe), recipe_file):
+            self._check(resolved, data, old)
+        write_atomically(recipe_file, json.dumps(resolved | dict(data=data), indent=2).encode())
         write_atomically(self.path / "environment.json", json.dumps(_environment(world), indent=2).encode())
         if tensorboard:
             self._board = _open_board(self.path / "tensorboard")
 
+    def _read_recipe(self, kind: type, file: Path) -> dict | None:
+        """The recipe of the run that is here; None if there is none."""
+        if not file.exists():
+            strange = [name for name in ("environment.json", "log.jsonl", "checkpoint") if (self.path / name).exists()]
+            if strange:
+                raise RunError(f"{self.path / strange[0]} is there, but no run's recipe.json; choose another --out.")
+            return None
+        try:
+            old = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError):
+            old = {}
+        if not {"model", "batch_size", "lr"} <= old.keys():
+            raise RunError(f"{file} is damaged, or no run's; choose another --out, or delete it.")
+        return defaults(kind) | old
+
+    def _check(self, resolved: dict, data: dict | None, old: dict) -> None:
+        """Refuses to go on with a run that was started otherwise."""
+        if not self.states() and not (self.path / "checkpoint" / "model.safetensors").exists():
+            return
+        before = old.pop("data", None)
+        if data and before and (changes := _data_changes(before, data)):
+            raise RunError(
+                f"{self.path} holds a run on other data: {', '.join(changes)}; "
+                "give the same data to resume it, or another --out to start anew."
+            )
+        keys = (resolved.keys() | old.keys()) - MAY_DIFFER
+        if changed := sorted(key for key in keys if resolved.get(key) != old.get(key)):
+            raise RunError(
+                f"{self.path} holds a run with another {', '.join(changed)}; "
+                "give the same recipe to resume it, or another --out to start anew."
+            )
+
     def states(self) -> list[Path]:
         """Saved states, newest first."""
-        return sorted(self.path.glob("state-*.pt"), reverse=True)
+        found = [file for file in self.path.glob("state-*.pt") if STATE.fullmatch(file.name)]
+        return sorted(found, key=lambda file: int(STATE.fullmatch(file.name)[1]), reverse=True)
+
+    def remove_leftovers(self) -> None:
+        """Deletes what a kill inside a write has left: files of this run's own names, and no others."""
+        for folder, pattern in LEFTOVERS.items():
+            for file in (self.path / folder).glob("*.tmp"):
+                if pattern.fullmatch(file.name):
+                    file.unlink()
 
     def log(self, **line) -> None:
         if not self.writes:
@@ -149,6 +212,34 @@ class RunFolder:
         """Drops what was logged after `step`, so that a resumed run logs each step once."""
         kept = [line for line in self.read_log() if line["step"] <= step]
         write_atomically(self.log_file, _as_lines(kept))
+
+
+def _lock(file: TextIO) -> bool:
+    """Takes the lock, unless another process keeps it; one that was just killed lets go of it within a second."""
+    for _ in range(10):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.1)
+    return False
+
+
+def _data_changes(old: dict, new: dict) -> list[str]:
+    """What differs between the data of two runs, in words."""
+    changes = []
+    gone, come = ([c for c in a["classes"] if c not in b["classes"]] for a, b in ((old, new), (new, old)))
+    for names, text in ((gone, "is gone"), (come, "is new")):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        changes += [f"class {', '.join(names[:3])}{more} {text}"] if names else []
+    if not changes and old["classes"] != new["classes"]:
+        changes.append("the classes have another order")
+    for split, text in (("train", "training"), ("val", "validation")):
+        if (then := old[f"{split}_images"]) != (now := new[f"{split}_images"]):
+            changes.append(f"{now} {text} images instead of {then}")
+        elif not changes and old[f"{split}_names"] != new[f"{split}_names"]:
+            changes.append(f"some {text} images have another name or class")
+    return changes
 
 
 def _as_lines(values: list[dict]) -> bytes:

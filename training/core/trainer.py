@@ -21,7 +21,7 @@ from tqdm import tqdm
 from training.core.distributed import ALONE, World
 from training.core.precision import autocast, prepare_compiler
 from training.core.recipe import BaseRecipe
-from training.core.run import RunError, RunFolder
+from training.core.run import RunError, RunFolder, disk_words
 from training.data.seeding import seed_everything
 
 KEEP_STATES = 2
@@ -63,16 +63,20 @@ class Trainer:
         self.seconds = self.waited = 0.0
         self.skipped = 0
         self._skipped_in_a_row = 0
-        self._signalled = self._stop = False
+        self._signalled = 0
+        self._stop = False
         self._resume()
         if recipe.compile:
             prepare_compiler()
             model.compile()
+            if world.first:
+                print("the first step compiles the model: that takes a minute or more.", file=sys.stderr)
         self._loss = _Loss(model, loss_fn)
         self.autocast = autocast(device, recipe.precision)
         if world.size > 1:
             self._loss = DistributedDataParallel(self._loss)
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
 
     @property
     def eval_model(self) -> nn.Module:
@@ -152,7 +156,7 @@ class Trainer:
         """The mean loss of all processes; if one of them was told to stop, all will after this step."""
         if self.world.size == 1:
             return loss
-        loss, signalled = self.world.sum([loss, float(self._signalled)], self.device)
+        loss, signalled = self.world.sum([loss, float(self._signalled > 0)], self.device)
         self._stop = signalled > 0
         return loss / self.world.size
 
@@ -163,8 +167,8 @@ class Trainer:
             folder.mkdir(exist_ok=True, parents=True)
             _save_atomically(file, dict(step=self.step, loss=loss, grad_norm=norm, batch=[t.cpu() for t in batch]))
         except (OSError, RuntimeError) as error:
-            print(f"cannot save the batch of a step that is not finite, {file}: {error}", file=sys.stderr)
-        for old in sorted(folder.glob(f"*-rank-{self.world.rank}.pt"))[:-KEEP_SKIPPED]:
+            print(f"cannot save the batch of a step that is not finite, {file}: {disk_words(error)}.", file=sys.stderr)
+        for old in sorted(folder.glob(f"step-*-rank-{self.world.rank}.pt"))[:-KEEP_SKIPPED]:
             old.unlink()
         self.skipped += 1
         self._skipped_in_a_row += 1
@@ -179,23 +183,27 @@ class Trainer:
         seed_everything(self.recipe.seed, self.step, 2)
 
     def checkpoint(self, force: bool = False) -> None:
-        """Saves the state when it is due, and ends the process with exit code 0 after SIGTERM."""
+        """Saves the state when it is due, and ends the process after SIGTERM (exit code 0) and Ctrl-C (130)."""
         saves = force or self._told_to_stop or self.step % self.recipe.save_every == 0
         if saves and self.world.first:
             self._save()
         if saves and self._told_to_stop:
             if self.world.first:
-                note = f"stopped by SIGTERM; state saved at step {self.step}. The same command goes on."
+                by = "Ctrl-C" if self._signalled == signal.SIGINT else "SIGTERM"
+                note = f"stopped by {by}; state saved at step {self.step}. The same command goes on."
                 print(note, file=sys.stderr)
-            sys.exit(0)
+            sys.exit(130 if self._signalled == signal.SIGINT and self.world.size == 1 else 0)
 
     @property
     def _told_to_stop(self) -> bool:
-        """After SIGTERM; several processes have to agree on the step first."""
-        return self._signalled if self.world.size == 1 else self._stop
+        """After SIGTERM or Ctrl-C; several processes have to agree on the step first."""
+        return bool(self._signalled) if self.world.size == 1 else self._stop
 
-    def _on_sigterm(self, *_) -> None:
-        self._signalled = True
+    def _on_signal(self, number: int, _) -> None:
+        if number == signal.SIGINT and self.world.size == 1:  # torchrun repeats it, a user means the second one
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.write(2, b"\nstopping after this step; Ctrl-C again ends at once.\n")
+        self._signalled = number
 
     def _save(self) -> None:
         state = dict(
@@ -211,7 +219,7 @@ class Trainer:
         try:
             _save_atomically(target, state)
         except (OSError, RuntimeError) as error:  # torch wraps what the disk says
-            raise RunError(f"cannot save {target}: {error}. The previous state is kept.") from error
+            raise RunError(f"cannot save {target}: {disk_words(error)}. The previous state is kept.") from error
         for old in self.run.states()[KEEP_STATES:]:
             old.unlink()
 
@@ -227,15 +235,15 @@ class Trainer:
         self.waited = state.get("waited", 0.0)
 
     def _read_state(self) -> dict | None:
-        for leftover in self.run.path.rglob("*.tmp"):
-            leftover.unlink()
+        self.run.remove_leftovers()
         states = self.run.states()
         if not states:
             self.run.rewind_log(0)
             return None
         try:
             state = torch.load(states[0], map_location="cpu", weights_only=True)
-            fits = state["model"].keys() == self.model.state_dict().keys()
+            shapes = {key: value.shape for key, value in self.model.state_dict().items()}
+            fits = {key: value.shape for key, value in state["model"].items()} == shapes
         except Exception as error:  # torch.load has no error of its own for a damaged file
             raise RunError(f"{states[0]} is damaged; delete it to go on from the state before.") from error
         if not fits:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from training.data import augment
 from training.data.augment import pad_crop_flip
-from training.data.images import Images, eval_transform, normalize, read_batches
+from training.data.images import Images, eval_transform, normalize
+from training.data.loading import open_loader, read_batches
 from training.data.seeding import derive_seed
 
 
@@ -118,7 +119,7 @@ class FolderBatches:
             parts = [mine[i : i + self.CHUNK] for i in range(0, len(mine), self.CHUNK)]
             chunks, per_step = chunks + parts, len(parts)
         pin = torch.device(self.device).type == "cuda"
-        parts = read_batches(DataLoader(self.images, batch_sampler=chunks, num_workers=self.workers, pin_memory=pin))
+        parts = read_batches(open_loader(self.images, batch_sampler=chunks, num_workers=self.workers, pin_memory=pin))
         for _ in range(first, self.steps_per_epoch):
             whole = [[t.to(self.device, non_blocking=True) for t in next(parts)] for _ in range(per_step)]
             yield tuple(torch.cat(tensors) for tensors in zip(*whole, strict=True))
@@ -131,7 +132,9 @@ class MemoryEvaluation:
         self.pixels, self.labels, self.batch_size = pixels[share], labels[share], batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
+        for start in range(0, len(self.labels), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            yield self.pixels[rows], self.labels[rows]
 
 
 class FolderEvaluation:
@@ -143,5 +146,5 @@ class FolderEvaluation:
         self.workers, self.batch_size = workers, batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for pixels, labels in read_batches(DataLoader(self.images, self.batch_size, num_workers=self.workers)):
+        for pixels, labels in read_batches(open_loader(self.images, self.batch_size, num_workers=self.workers)):
             yield pixels.permute(0, 3, 1, 2), labels

@@ -1,10 +1,14 @@
 """Images of a data set, and their preprocessing.
 
-Data is named by one text: a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, a folder of WebDataset shards
-(`training.data.shards`), `hfds:NAME` for a Hugging Face data set, or `synthetic:IMAGESxCLASSES` for noise.
+Data is named by one text: a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, a folder CLASS/IMAGE that is then split
+in two (`training.data.folders`), a folder of WebDataset shards (`training.data.shards`), `hfds:NAME` for a Hugging Face
+data set, or `synthetic:IMAGESxCLASSES` for noise.
 """
 
+import hashlib
 import io
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,15 +17,17 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from training.core.distributed import ALONE, World
+from training.data.errors import DataError
+from training.data.folders import FolderReader, class_folders, counted, is_unsplit
+from training.data.loading import open_loader, read_batches
 from training.data.seeding import seed_everything
-from training.data.shards import ShardError, ShardReader, find_shards
+from training.data.shards import ShardReader, find_shards
 from vca.images import upright_rgb
 
-
-class DataError(ValueError):
-    """Images that cannot be used; the message says which and why."""
+FEW_CLASSES = 20
 
 
 class Images(Dataset):
@@ -60,12 +66,29 @@ class Images(Dataset):
             return list(self.reader.iter_targets())
         return [sample[-1] for sample in self.reader.samples]
 
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change when an image is renamed or gets another label."""
+        names = self.reader.names() if hasattr(self.reader, "names") else []
+        return hashlib.sha256(repr((self.class_folders, self.labels(), names)).encode()).hexdigest()[:16]
+
+    def summary(self) -> str:
+        """ "24 images of 3 classes (8, 8, 8); 2 files left out, such as notes.txt"."""
+        found = Counter(self.labels())
+        counts = [found[label] for label in range(len(self.class_folders))]
+        sizes = ", ".join(map(str, counts)) if len(counts) <= FEW_CLASSES else f"{min(counts)} to {max(counts)} each"
+        text = f"{counted(len(self), 'image')} of {counted(len(counts), 'class')} ({sizes})"
+        if left_out := getattr(self.reader, "left_out", []):
+            text += f"; {counted(len(left_out), 'file')} left out, such as {left_out[0]}"
+        if empty := getattr(self.reader, "empty", []):
+            text += f"; {counted(len(empty), 'empty folder')} left out, such as {empty[0]}"
+        return text
+
     def __getitem__(self, key: int | tuple[int, int, int, int]):
         if isinstance(key, tuple):
             seed_everything(*key)
             key = key[-1]
-        stream, label = self.reader[key]
         try:
+            stream, label = self.reader[key]
             with stream:
                 image = upright_rgb(Image.open(stream))
         except Exception as error:
@@ -73,16 +96,49 @@ class Images(Dataset):
         return (self.transform(image) if self.transform else image), label
 
 
-def open_splits(data: str) -> tuple[Images, Images]:
-    """The training and the validation images of a data set.
+def open_splits(data: str, world: World = ALONE, device: torch.device | str = "cpu") -> tuple[Images, Images]:
+    """The training and the validation images of a data set; the first process says what they are.
+
+    Args:
+        device: on which the processes talk to each other.
 
     Raises:
-        DataError: as `Images`, or the two do not hold the same classes.
+        DataError: as `Images`, the two do not hold the same classes, or other processes see other images.
     """
     train, val = Images(data, "train"), Images(data, "val")
-    if val.class_folders != train.class_folders:
-        raise DataError(f"{data}: train and val do not hold the same class folders.")
+    check_classes(data, train.class_folders, val.class_folders)
+    if world.first:
+        if getattr(train.reader, "part", ""):
+            print(f"{data} has no train and val: a fifth of each class, chosen by name, is val.", file=sys.stderr)
+        print(f"train: {train.summary()}\nval: {val.summary()}", file=sys.stderr)
+    check_ranks(data, [train, val], world, device)
     return train, val
+
+
+def check_classes(data: str, train: list[str], val: list[str]) -> None:
+    """Refuses a data set whose splits do not hold the same classes, by their folders."""
+    if train != val:
+        alone = sorted(set(train) ^ set(val))[0]
+        where = "train" if alone in train else "val"
+        raise DataError(f"{data}: train and val do not hold the same class folders; {alone} is in {where} alone.")
+
+
+def check_ranks(data: str, splits: list, world: World, device: torch.device | str) -> None:
+    """Refuses data that are not the same for every process, by their `fingerprint`."""
+    if world.size == 1:
+        return
+    mine = [split.fingerprint() for split in splits]
+    differ = world.share(mine) != mine
+    if world.sum([float(differ)], device)[0]:
+        raise DataError(f"{data}: not all processes see the same images, or under the same names.")
+
+
+def describe(train, val) -> dict:
+    """What tells one data set from another: it belongs to a run as its recipe does."""
+    return dict(
+        classes=list(train.class_folders), train_images=len(train), val_images=len(val),
+        train_names=train.fingerprint(), val_names=val.fingerprint(),
+    )  # fmt: skip
 
 
 def open_reader(data: str, split: str):
@@ -93,17 +149,19 @@ def open_reader(data: str, split: str):
         return SyntheticReader(count if split == "train" else min(count, SyntheticReader.VALIDATION), classes)
     if kind == "hfds":
         return _open_hugging_face(name, split)
+    folder = Path(data) / split
+    if class_folders(folder):  # an archive beside them is what they were unpacked from
+        return FolderReader(folder)
     if shards := find_shards(data, split):
-        try:
-            return ShardReader(shards)
-        except ShardError as error:
-            raise DataError(str(error)) from None
-    if not (Path(data) / split).is_dir():
-        raise DataError(f"{data} has no folder {split!r}; expected {data}/{split}/CLASS/IMAGE for each class.")
-    try:
-        return create_dataset("", root=data, split=split).reader
-    except RuntimeError:
-        raise DataError(f"{data}/{split} holds no images; expected {data}/{split}/CLASS/IMAGE.") from None
+        return ShardReader(shards)
+    if split in ("train", "val") and not folder.exists() and is_unsplit(data):
+        return FolderReader(data, part=split)
+    if not folder.is_dir():
+        raise DataError(
+            f"{data} has no folder {split!r}; expected {data}/{split}/CLASS/IMAGE, or {data}/CLASS/IMAGE, which is "
+            "then split into train and val."
+        )
+    return FolderReader(folder)
 
 
 def _open_hugging_face(name: str, split: str):
@@ -176,17 +234,9 @@ def _apply(transforms: list[Callable], image):
 def decode(images: Images, pretrained_cfg: dict, workers: int = 0) -> tuple[Tensor, Tensor]:
     """A whole split, resized and cropped, as uint8 (N, 3, H, W) and labels (N,)."""
     images.transform = eval_transform(pretrained_cfg, as_bytes=True)
-    loader = DataLoader(images, batch_size=256, num_workers=workers)
+    loader = open_loader(images, batch_size=256, num_workers=workers)
     pixels, labels = zip(*read_batches(loader), strict=True)
     return torch.cat(pixels).permute(0, 3, 1, 2).contiguous(), torch.cat(labels)
-
-
-def read_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of a loader. A worker process wraps its error in a traceback; here it is what it was."""
-    try:
-        yield from loader
-    except DataError as error:
-        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
 
 
 def normalize(pixels: Tensor, pretrained_cfg: dict) -> Tensor:

@@ -12,11 +12,10 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
+from training.data.errors import DataError
+from training.data.folders import is_image
 
-
-class ShardError(ValueError):
-    """Shards that cannot be used; the message names the shard and the sample."""
+MOST_CLASSES = 1_000_000
 
 
 class _Sample(NamedTuple):
@@ -29,19 +28,22 @@ class _Sample(NamedTuple):
 
 def find_shards(data: str, split: str) -> list[Path]:
     """The shards of a split, sorted; none if this is no folder of shards."""
-    return sorted(Path(data).glob(f"{split}-*.tar")) or sorted(Path(data).glob(f"{split}/*.tar"))
+    found = sorted(Path(data).glob(f"{split}-*.tar")) or sorted(Path(data).glob(f"{split}/*.tar"))
+    return [shard for shard in found if not shard.name.startswith(".")]
 
 
 class ShardReader:
     """What `training.data.images.Images` needs of a reader of timm's.
 
     Raises:
-        ShardError: a shard is damaged, or a sample lacks its image or its label.
+        DataError: a shard is damaged, a sample lacks its image or its label, or two images share a name.
     """
 
     def __init__(self, shards: list[Path]):
         self.samples = [sample for shard in shards for sample in _index(shard)]
-        highest = max(sample.label for sample in self.samples)
+        last = max(self.samples, key=lambda sample: sample.label)
+        if (highest := last.label) >= MOST_CLASSES:
+            raise DataError(f"{last.shard}: {last.name} has the label {highest}; labels count the classes from 0.")
         self.class_to_idx = {f"{label:04d}": label for label in range(highest + 1)}
 
     def __len__(self) -> int:
@@ -52,6 +54,10 @@ class ShardReader:
         with open(sample.shard, "rb") as stream:
             stream.seek(sample.offset)
             return io.BytesIO(stream.read(sample.size)), sample.label
+
+    def names(self) -> list[str]:
+        """What every image is called."""
+        return [f"{sample.shard.name}:{sample.name}" for sample in self.samples]
 
     def filename(self, index: int, **_) -> str:
         return f"{self.samples[index].shard}:{self.samples[index].name}"
@@ -65,17 +71,30 @@ def _index(shard: Path) -> list[_Sample]:
                 folder, _, file = member.name.rpartition("/")
                 stem, _, suffix = file.partition(".")
                 name = f"{folder}/{stem}"
-                if suffix.lower() in IMAGE_SUFFIXES:
+                if not (member.isfile() and stem):
+                    continue
+                if is_image(f".{suffix}"):
+                    if name in images:
+                        raise DataError(f"{shard}: {images[name][0]} and {member.name} are two images of one name.")
                     images[name] = (member.name, member.offset_data, member.size)
                 elif suffix == "cls":
                     labels[name] = int(archive.extractfile(member).read())
                 elif suffix == "json":
-                    labels.setdefault(name, json.load(archive.extractfile(member)).get("label"))
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise ShardError(f"{shard} is not a readable shard ({error}).") from None
+                    labels.setdefault(name, _label(json.load(archive.extractfile(member))))
+    except DataError:
+        raise
+    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{shard} is not a readable shard ({error}).") from None
     for name, (file, *_) in images.items():
         if type(labels.get(name)) is not int or labels[name] < 0:
-            raise ShardError(f"{shard}: {file} has no label; expected a .cls or .json file of the same name.")
+            raise DataError(f"{shard}: {file} has no label; expected a .cls or .json file of the same name.")
+    if alone := [name.removeprefix("/") for name, label in labels.items() if label is not None and name not in images]:
+        raise DataError(f"{shard}: {alone[0]} has a label, but no image.")
     if not images:
-        raise ShardError(f"{shard} holds no images.")
+        raise DataError(f"{shard} holds no images.")
     return [_Sample(shard, *image, labels[name]) for name, image in images.items()]
+
+
+def _label(description):
+    """The label in a sample's JSON file; None if it has none."""
+    return description.get("label") if isinstance(description, dict) else None

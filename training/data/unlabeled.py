@@ -1,26 +1,35 @@
 """Images of which no label is asked."""
 
+import hashlib
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from training.data.images import DataError
+from training.data.errors import DataError
+from training.data.folders import find_images
 from training.data.seeding import seed_everything
 from vca.images import upright_rgb
-
-SUFFIXES = frozenset(Image.registered_extensions())
 
 
 class UnlabeledImages(Dataset):
     """All images below a folder, sorted by path. An item is a tuple of one image."""
 
-    def __init__(self, folder: Path, transform):
-        files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
-        self.files, self.transform = sorted(files), transform
+    class_folders = ()
+
+    def __init__(self, folder: Path, transform=None):
+        if not folder.is_dir():
+            raise DataError(f"there is no folder {folder}.")
+        self.folder, self.transform = folder, transform
+        self.files = sorted(folder / name for name in find_images(folder)[0])
         if not self.files:
             raise DataError(f"{folder} holds no images.")
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change when an image is renamed."""
+        names = [str(file.relative_to(self.folder)) for file in self.files]
+        return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.files)

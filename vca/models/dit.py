@@ -231,13 +231,19 @@ class DiffusionTransformer(nn.Module):
             float32 (B, 3, H, W) in [0, 1].
 
         Raises:
-            ValueError: a label, the sampler, the number of steps or of indices is impossible.
+            ValueError: a label, the guidance scale, the sampler, the number of steps or of indices is impossible.
             vca.diffusion.vae.DecoderError: the model needs a VAE that is not here; raised before sampling.
         """
         device = self.pos_embed.device
-        y = torch.as_tensor(labels, dtype=torch.long, device=device)
-        if y.ndim != 1 or not len(y) or y.min() < 0 or y.max() > self.num_classes:
-            raise ValueError(f"labels must be a list of numbers from 0 to {self.num_classes} (no class).")
+        y = torch.as_tensor(labels, device=device)
+        whole = not (y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool)
+        if isinstance(labels, list | tuple):  # a tensor of both takes True for 1
+            whole = whole and not any(isinstance(label, bool) for label in labels)
+        if y.ndim != 1 or not len(y) or not whole or y.min() < 0 or y.max() > self.num_classes:
+            raise ValueError(f"labels must be a list of whole numbers from 0 to {self.num_classes} (no class).")
+        y = y.long()
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale = {guidance_scale} must be a finite number.")
         indices = range(len(y)) if indices is None else indices
         if len(indices) != len(y):
             raise ValueError(f"{len(indices)} indices for {len(y)} labels.")

@@ -15,24 +15,27 @@ from safetensors.torch import load_file
 
 import vca
 from tests.helpers.generator_runs import CLASSES, command, run, train_here, untimed_log
+from tests.helpers.runs import PATIENCE
 from training import evaluate
 from training.core import recipe as recipes
 from training.core.generator_recipe import GeneratorRecipe
 from training.core.metrics import draw_times, validation_loss
 from training.core.plots import grid_png
+from training.data.images import open_splits
 from training.generate import open_data
+from vca.checkpoint import place
 
 
 def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(data, finished, tmp_path):
     out = tmp_path / "killed"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command(data, out), env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not list(out.glob("state-*.pt")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(random.uniform(0, 0.3))
     process.send_signal(signal.SIGKILL)
-    assert process.wait(30) in (-signal.SIGKILL, 0)
+    assert process.wait(PATIENCE) in (-signal.SIGKILL, 0)
     result = run(command(data, out))
     assert result.returncode == 0 and "resumed" in result.stderr, result.stderr
     for name in ("model.safetensors", "config.json", "samples.png"):
@@ -51,11 +54,11 @@ def test_evaluation_prints_the_number_of_the_card(data, finished, monkeypatch, c
 def test_sigterm_saves_and_exits_with_zero(data, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(command(data, out, steps=100000), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not list(out.glob("state-*.pt")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    stderr = process.communicate(timeout=30)[1]
+    stderr = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0, stderr
     step = int(re.search(r"state saved at step (\d+)", stderr).group(1))
     assert (out / f"state-{step:08d}.pt").exists() and not (out / "checkpoint").exists()
@@ -82,15 +85,16 @@ def test_the_run_folder_shows_and_the_card_tells_what_was_trained(data, finished
     entry = model.training_history[-1]
     assert entry["steps"] == 14 and entry["train_images"] == 60
     for fact in (
-        f"Validation loss {entry['results']['val_loss']:.4f} on 15 images", "seed 0", "CIFAR-10", "2 steps, guidance 2",
-        "euler", "exponential moving average", "python -m training.generate cifar10_sit_vca", "sha256", "No FID",
+        f"Validation loss {entry['results']['val_loss']:.4f} on 15 images", "seed 0", "on own data", "euler",
+        "2 steps, guidance 2", "exponential moving average", "python -m training.generate cifar10_sit_vca", "sha256",
+        "No FID",
     ):  # fmt: skip
         assert fact in card, fact
 
 
 def test_validation_loss_is_repeatable_and_comparable(data, finished):
     recipe = recipes.read("cifar10_sit_vca", GeneratorRecipe, dict(input_size="8", batch_size="16", workers="0"))
-    opened = open_data(recipe, str(data), torch.device("cpu"))
+    opened = open_data(recipe, *open_splits(str(data)), torch.device("cpu"))
     model = vca.load(finished / "checkpoint")
     assert opened.val_samples.shape == (15, 3, 8, 8) and opened.val_samples.abs().max() <= 1
     whole = validation_loss(model, opened.val_samples, opened.val_labels)
@@ -107,7 +111,7 @@ def test_init_starts_from_the_weights_and_diffusion_trains_in_the_same_loop(data
     assert all(torch.allclose(old[key], new[key], atol=1e-6) for key in old)
     assert [bool(entry["init"]) for entry in vca.load(tmp_path / "second" / "checkpoint").training_history] == [0, 1]
     card = (tmp_path / "second" / "checkpoint" / "README.md").read_text()
-    assert card.index("from random weights") < card.index(f"(`--init {first}`)")
+    assert card.index("from random weights") < card.index(f"(`--init {place(first)}`)")
     assert "      python -m training.generate cifar10_sit_vca" in card and "\n      command\n" in card
     options = dict(model="dit_xs_4", time_sampling="uniform", attention="mhsa_dwc", micro_batch=5)
     train_here(data, tmp_path / "dit", **options)

@@ -14,6 +14,7 @@ from PIL import Image
 
 import vca
 from tests.helpers.generator_runs import CLASSES, LATENT, VAE_SCALE, train_here
+from tests.helpers.runs import PATIENCE
 from training.core.metrics import draw_times
 from training.data.batches import epoch_order
 from training.data.images import DataError, Images, eval_transform, generator_cfg
@@ -114,11 +115,11 @@ def test_killed_encoding_ends_with_the_bytes_of_undisturbed_encoding(data, autoe
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments, str(out)], env=environment, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not note.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.kill()
-    assert process.wait(30) in (-signal.SIGKILL, 0) and note.exists()
+    assert process.wait(PATIENCE) in (-signal.SIGKILL, 0) and note.exists()
     monkeypatch.setattr("training.data.latents.CHUNK", 5)
     for folder in (out, tmp_path / "whole"):
         monkeypatch.setattr(sys, "argv", ["latents", *arguments, str(folder)])
@@ -162,7 +163,7 @@ def test_a_latent_generator_trains_from_cached_latents(data, tmp_path, monkeypat
     train_here(tmp_path / "latents", tmp_path / "run", recipe="imagenet_vca_sit_s_4", **options, sample_every=0)
     model = vca.load(tmp_path / "run" / "checkpoint")
     assert model.sample_shape == (4, 4, 4) and model.latent_decoder.source == "stabilityai/sd-vae-ft-ema"
-    with pytest.raises(DataError, match="holds latents of side 4"):
+    with pytest.raises(DataError, match="the latents have side 4"):
         train_here(tmp_path / "latents", tmp_path / "other", recipe="imagenet_vca_sit_s_4", input_size=8)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(DecoderError, match="sd-vae-ft-ema"):

@@ -14,6 +14,7 @@ from PIL import Image
 
 import vca
 from tests.helpers.generator_runs import run
+from tests.helpers.runs import PATIENCE
 from training.core.sampling import SampleError, label_of, sample_files, write_npz
 from training.sample import main
 from vca.diffusion.sampling import to_bytes
@@ -65,11 +66,11 @@ def test_a_killed_job_of_several_processes_ends_with_the_bytes_of_a_single_one(m
     process = subprocess.Popen(
         [sys.executable, "-m", "training.sample", *shared, str(parts)], env=environment, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not list(tmp_path.glob("parts/*.png")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.kill()
-    assert process.wait(30) in (-signal.SIGKILL, 0) and list(tmp_path.glob("parts/*.png"))
+    assert process.wait(PATIENCE) in (-signal.SIGKILL, 0) and list(tmp_path.glob("parts/*.png"))
     for rank in (2, 0):
         sample_here(monkeypatch, [*shared, str(parts)], rank, 3)
     made = {int(file.stem) for file in tmp_path.glob("parts/*.png")}
