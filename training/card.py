@@ -15,7 +15,7 @@ from safetensors import safe_open
 from training.core.classifier_recipe import ClassifierRecipe
 from training.core.generator_recipe import GeneratorRecipe
 from training.core.recipe import defaults, shipped
-from vca.checkpoint import load_unverified, place, sha256, write_atomically
+from vca.checkpoint import load_folder, place, sha256, write_atomically
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
 
@@ -135,7 +135,7 @@ def _picture(folder: Path) -> bytes | None:
         from training.core.maps_figure import maps_png
     except ImportError:  # a machine that only trains has no scikit-image
         return None
-    return maps_png(load_unverified(folder))
+    return maps_png(load_folder(folder))
 
 
 def _generator(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:

@@ -34,7 +34,7 @@ import vca
 from training.card import write_card
 from training.core.run import RunError, open_device
 from training.core.sampling import weights_digest
-from vca.checkpoint import sha256, write_atomically
+from vca.checkpoint import sha256, write_config
 
 FEATURES, LOGITS = "2048", "logits_unbiased"
 FEWEST = 10
@@ -255,13 +255,12 @@ def main() -> None:
 
 def add_to_card(checkpoint: Path, result: dict) -> None:
     """Adds a result to `config.json`, in the place of one of the same sampling, reference and evaluator."""
-    file = checkpoint / "config.json"
-    config = json.loads(file.read_text())
+    config = json.loads((checkpoint / "config.json").read_text())
     results = config["training"][-1]["results"]
     same = ("sampling", "images", "reference", "evaluator")
     others = [old for old in results.get("fid", []) if any(old[key] != result[key] for key in same)]
     results["fid"] = [*others, result]
-    write_atomically(file, json.dumps(config, indent=2).encode())
+    write_config(checkpoint, config)
     write_card(checkpoint)
 
 

@@ -27,7 +27,8 @@ from torch import nn
 
 import vca
 from app import settings
-from vca.checkpoint import LOADING_ARGS, load_weights, read_config
+from vca.checkpoint import load_folder, load_weights, open_weights
+from vca.config import check_arguments, check_config, check_labels, check_preprocessing, read_json
 from vca.hub import REPO_ID, fetch
 from vca.models import BASELINES, CLASSIFIERS, GENERATORS
 
