@@ -35,6 +35,7 @@ from vca.models.dit import DiffusionTransformer
 FILES = ("config.json", "model.safetensors", "README.md")
 STORED_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PENDING = ".model.safetensors."  # and their sha256: weights that a config.json may state already
+MOST_HEADER = 10_000_000
 ATTEMPTS = 20
 
 
@@ -234,8 +235,11 @@ def open_weights(file: Path) -> Iterator[safe_open]:
         CheckpointError: it is not there or damaged, or was replaced meanwhile.
     """
     try:
-        with open(file, "rb") as stream, safe_open(file, framework="pt") as stored:
-            yield stored
+        with open(file, "rb") as stream:
+            if (header := int.from_bytes(stream.read(8), "little")) > MOST_HEADER:
+                raise CheckpointError(f"{file}: not a complete safetensors file (a header of {header:,} bytes).")
+            with safe_open(file, framework="pt") as stored:
+                yield stored
             if not os.path.samestat(os.fstat(stream.fileno()), os.stat(file)):
                 raise CheckpointError(f"{file}: was replaced while it was read.")
     except CheckpointError:
