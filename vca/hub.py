@@ -21,6 +21,7 @@ NO_TOKEN = "no token for the Hub: log in with `hf auth login`, or set HF_TOKEN o
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 REPO_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 
+TIMEOUT = 10  # seconds without an answer of the Hub
 SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
 
 
@@ -87,7 +88,7 @@ def fetch(
     unreachable = None
     if not local_files_only:
         try:
-            listing = HfApi(token=token).model_info(repo, revision=revision).siblings
+            listing = HfApi(token=token).model_info(repo, revision=revision, timeout=TIMEOUT).siblings
         except (HTTPError, OSError, HFValidationError) as error:
             if reason := _refusal(error, no_folder):
                 raise CheckpointError(f"{shown}: {reason}") from error

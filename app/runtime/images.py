@@ -4,12 +4,12 @@ import io
 import re
 from math import ceil, sqrt
 from pathlib import Path
-from threading import Semaphore
 
 import gradio as gr
 from PIL import Image
 
 from app.runtime.gradio_adapter import upload_folder
+from app.runtime.limits import heavy_work
 from vca.images import UnreadableImage, bytes_of, read_tiff, upright_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -29,7 +29,6 @@ BEGINNINGS = {  # of files that cannot be opened, and what is said of them
     rb"....ftyp(hei|hev|mif1|msf1)": HEIC,
 }
 END_OF_JPEG = b"\xff\xd9"
-_decoding = Semaphore(2)
 
 
 class ImageError(gr.Error):
@@ -61,7 +60,7 @@ def read_image(path: Path) -> Image.Image:
     """Reads an image file as upright 8-bit sRGB; large ones at a reduced size (shorter side 1024 px or more).
 
     The colours are those of `vca.images.upright_rgb`. What decoding takes is known from the header, and what takes too
-    much is refused before anything is decoded. Two images are decoded at a time.
+    much is refused before anything is decoded.
 
     Raises:
         ImageError: the file is empty, of an unknown format, damaged, larger than 100 megapixels, or takes more than
@@ -69,7 +68,7 @@ def read_image(path: Path) -> Image.Image:
     """
     if not path.is_file() or not path.stat().st_size:
         raise ImageError("This file is empty.")
-    with _decoding:
+    with heavy_work():
         try:
             return _read(path)
         except UnreadableImage:

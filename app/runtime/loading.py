@@ -28,6 +28,7 @@ from torch import nn
 import vca
 from app import settings
 from app.runtime.folders import temporary_folder
+from app.runtime.limits import heavy_work
 from vca.checkpoint import load_folder, load_weights, open_weights
 from vca.config import MOST_BYTES, check_arguments, check_config, check_labels, check_preprocessing, read_json
 from vca.hub import REPO_ID, fetch
@@ -45,7 +46,9 @@ UPLOADED = "upload:/"  # how the names of uploaded models begin
 MODEL_BYTES = 2 * 2**30
 UNPACKED_BYTES = 256 * 2**20
 TABLE_BYTES = 128 * 2**20
-MAP_BYTES = 2**30
+MAP_BYTES = 512 * 2**20
+LARGEST_INPUT = 1024
+OPENED_AT_ONCE = 8  # models of the Hub, for all visitors together
 ARCHIVE_ENTRIES = 1000
 ENTRY = b"PK\x01\x02"  # how an entry of the table of a zip file begins
 FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.{0,50000}?)\n---", re.DOTALL)
@@ -148,7 +151,8 @@ def open_folder(folder: Path, shown: str) -> nn.Module:
         if not isinstance(config.get("architecture"), str):
             raise vca.CheckpointError(f"{folder / CONFIG}: names no architecture; {WHAT_LOADS}.")
         load = _load_ours if _is_ours(config) else _load_timm
-        model = load(folder, config)
+        with heavy_work():
+            model = load(folder, config)
     except vca.CheckpointError as error:
         raise vca.CheckpointError(_line(str(error).replace(str(folder), shown), 400)) from error
     model.card = read_card(folder, getattr(model, "training_history", []))
@@ -218,6 +222,8 @@ def _check_size(folder: Path, architecture: str, build: Callable[[], nn.Module])
     channels, *_ = size = timm.data.resolve_data_config(model=model)["input_size"]
     if channels != 3:
         raise vca.CheckpointError(f"{file}: the model takes {channels} channels, but images here have 3.")
+    if max(size) > LARGEST_INPUT:
+        raise vca.CheckpointError(f"{file}: the model takes {size[1]}x{size[2]} px, the limit is {LARGEST_INPUT}.")
     needed = sum(tensor.numel() for tensor in model.state_dict().values())
     if (held := bytes_of(model)) > MODEL_BYTES:
         raise vca.CheckpointError(f"{folder}: the model takes {_size(held)}, the limit is {_size(MODEL_BYTES)}.")
@@ -230,8 +236,10 @@ def _check_size(folder: Path, architecture: str, build: Callable[[], nn.Module])
             model(torch.zeros(1, *size))
     except Exception as error:
         raise vca.CheckpointError(f"{file}: the model cannot run at {size[1]}x{size[2]} ({_line(error)}).") from error
+    tokens = [(m.stage1.positive.shape[1], m.stage1.positive.shape[-1]) for m in maps if m.window_size is None]
+    whole = max((4 * heads * count**2 for heads, count in tokens), default=0)  # the effective map of a layer
     streams = [s for m in maps for stage in (m.stage1, m.stage2) if stage for s in (stage.positive, stage.negative)]
-    if (taken := sum(4 * s.numel() for s in streams if s is not None)) > MAP_BYTES:
+    if (taken := max(whole, sum(4 * s.numel() for s in streams if s is not None))) > MAP_BYTES:
         raise vca.CheckpointError(f"{folder}: its maps take {_size(taken)}, the limit is {_size(MAP_BYTES)}.")
 
 
