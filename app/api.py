@@ -13,6 +13,7 @@ from app.runtime import drawing, preprocessing, records, sampling
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.gradio_adapter import kept_file
 from app.runtime.images import read_image, uploaded_file
+from app.runtime.limits import heavy_work
 from app.runtime.sampling import MAX_COUNT, MAX_GUIDANCE, MAX_STEPS, Run, check_request, one_line
 from app.runtime.validation import listed, one_of, refused, whole
 from vca.diffusion.sampling import silent
@@ -52,7 +53,9 @@ def build(checkpoints: Checkpoints) -> None:
     def classify(image: gr.FileData, model: str, top_k: int = 5) -> dict[str, float]:
         network = checkpoints.load(model)
         count = whole("top_k", top_k, 1, network.num_classes)
-        probabilities = records.classify(network, preprocessing.preprocess(network, read_image(uploaded_file(image))))
+        with heavy_work():
+            x = preprocessing.preprocess(network, read_image(uploaded_file(image)))
+            probabilities = records.classify(network, x)
         return records.top_labels(network, probabilities, count)
 
     def attention(
@@ -64,10 +67,13 @@ def build(checkpoints: Checkpoints) -> None:
         query: int,
     ) -> gr.FileData:
         network = checkpoints.load(model)
-        picture = read_image(uploaded_file(image))
         one_of("stage", stage, STAGES)
-        _, maps = records.record(network, preprocessing.preprocess(network, picture))
-        maps = records.whole_grid(maps)
+        with heavy_work():
+            picture = read_image(uploaded_file(image))
+            _, maps = records.record(network, preprocessing.preprocess(network, picture))
+            return attention_of(records.whole_grid(maps), block, head, stage, query)
+
+    def attention_of(maps: list[vca.LayerMaps], block: int, head: int, stage: str, query: int) -> gr.FileData:
         layer = next((layer for layer in maps if layer.block == block), None)
         if layer is None:
             raise refused(f"block must be one of: {listed(layer.block for layer in maps)}.")

@@ -48,9 +48,10 @@ class ModelChoice:
                 max_lines=1,
             )
             button = gr.Button("Load", size="sm")
+            stop = gr.Button("Stop waiting", size="sm", visible=False)
             files = gr.File(label="Or your own", file_count="multiple", file_types=FILE_TYPES, height=110)
             said = gr.HTML(HINT.format(limit=settings.upload_limit()))
-        self._loaders.append((chosen_in, reference, button, files, said))
+        self._loaders.append((chosen_in, reference, button, stop, files, said))
 
     def connect(self) -> None:
         """Registers the events: a model that is loaded in one tab appears in every dropdown of the visitor's page."""
@@ -69,27 +70,51 @@ class ModelChoice:
         def note(text: str, kind: str = "vca-hint", role: str = "status") -> str:
             return f"<p class='{kind}' role='{role}'>{escape(text)}</p>"
 
+        def told_only(html: str) -> list:
+            return [html, gr.skip(), *[gr.skip()] * len(self._dropdowns)]
+
         def nothing(text: str) -> list:
-            return [note(text, "vca-problem", "alert"), gr.skip(), *[gr.skip()] * len(self._dropdowns)]
+            return told_only(note(text, "vca-problem", "alert"))
 
         def by_reference(tab: int, reference: str, known: list):
-            reference = reference.strip()
+            reference = reference.strip() if isinstance(reference, str) else ""
             try:
-                self.checkpoints.load(reference)
+                told = 0
+                for seconds in self.checkpoints.opening(reference):
+                    if seconds >= told:
+                        told += 1
+                        waiting = f"{reference} is being loaded: {seconds:.0f} s."
+                        yield [gr.Button(visible=True), *told_only(note(waiting))]
+                yield [gr.Button(visible=False), *add(tab, reference, reference, known)]
             except gr.Error as error:
-                return nothing(error.message)
-            return add(tab, reference, reference, known)
+                yield [gr.Button(visible=False), *nothing(error.message)]
+
+        def stop_waiting():
+            return [
+                note("Stopped waiting. The model may still arrive: load it again to see."),
+                gr.Button(visible=False),
+            ]
 
         def by_files(tab: int, files: list[str], known: list):
             try:
+                if not isinstance(files, list):
+                    raise vca.CheckpointError("The upload has no files.")
                 name, model = loading.open_upload(list(map(Path, files)))
             except vca.CheckpointError as error:
                 return [*nothing(str(error)), None]
             return [*add(tab, f"{name} (uploaded)", self.checkpoints.keep(model), known), None]
 
-        for tab, (_, reference, button, files, said) in enumerate(self._loaders):
+        for tab, (_, reference, button, stop, files, said) in enumerate(self._loaders):
             joined, shared = [said, others, *self._dropdowns], dict(show_progress_on=said, api_visibility="private")
-            gr.on([button.click, reference.submit], partial(by_reference, tab), [reference, others], joined, **shared)
+            loading_it = gr.on(
+                [button.click, reference.submit],
+                partial(by_reference, tab),
+                [reference, others],
+                [stop, *joined],
+                concurrency_limit=loading.OPENED_AT_ONCE,
+                **shared,
+            )
+            stop.click(stop_waiting, None, [said, stop], cancels=[loading_it], api_visibility="private")
             files.upload(partial(by_files, tab), [files, others], [*joined, files], **shared)
 
 

@@ -5,7 +5,8 @@ Environment variables:
                      pins one
     VCA_ALLOWED      Hub ids that a visitor may load as well, separated by commas; user/* allows all of a user's.
                      Without it a public page allows none, any other page all
-    SPACE_ID         set on a Space: the page is public
+    SPACE_ID         set on a Space: the page is public. So it is where GRADIO_SERVER_NAME is another address than this
+                     machine's own, and with a link of GRADIO_SHARE
     SPACES_ZERO_GPU  set on a Space that is lent a GPU for each call of a function, instead of having one
 """
 
@@ -20,14 +21,17 @@ try:
 except ImportError:  # installed on Spaces alone
     spaces = None
 
+LOCAL = ("127.0.0.1", "localhost", "::1")
 QUEUE = 24  # visitors who may wait for one kind of work, before the next is told to come back later
 UPLOADS = {True: "16mb", False: "64mb"}  # the largest file, on a public page and elsewhere
+SESSIONS = 500  # visitors whose loaded models gradio remembers
 CACHE = (600, 3600)  # how often, in seconds, files of visitors are looked through, and how old they may get
 
 
 def is_public() -> bool:
-    """Whether the app runs as a Space, where anybody can reach it."""
-    return "SPACE_ID" in os.environ
+    """Whether others than the user of this machine can reach the app: a Space, a share link, or the network."""
+    shared = os.environ.get("GRADIO_SHARE", "").lower() not in ("", "0", "false")
+    return "SPACE_ID" in os.environ or shared or os.environ.get("GRADIO_SERVER_NAME", LOCAL[0]) not in LOCAL
 
 
 def upload_limit() -> str:

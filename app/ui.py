@@ -10,6 +10,7 @@ from app.components import ModelChoice
 from app.context import Context
 from app.runtime.assets import STATIC, example_files
 from app.runtime.checkpoints import Checkpoints
+from app.runtime.folders import remove_left
 from app.tabs import about, classify, compare, explore, generate
 
 TABS = (classify, explore, generate, compare, about)  # in this order: a tab may use those before it
@@ -36,6 +37,7 @@ LAUNCH = dict(
     run_history=False,
     ssr_mode=False,
     max_file_size=settings.upload_limit(),
+    state_session_capacity=settings.SESSIONS,
     footer_links=["api", "settings"],
 )
 HEADER = """<header class="vca-header"><h1>Visual-Contrast Attention</h1>
@@ -47,6 +49,7 @@ NO_WEIGHTS = """<p class="vca-problem">There is no trained model yet. Train one 
 
 def build(weights: Path = WEIGHTS) -> gr.Blocks:
     """The whole app for the checkpoints in a folder and those of VCA_MODELS. Launch it with `**LAUNCH`."""
+    remove_left()
     checkpoints = Checkpoints(Path(weights), settings.served())
     cleanup = settings.CACHE if settings.is_public() else (3600, 86400)
     choice = ModelChoice(checkpoints)

@@ -1,11 +1,14 @@
 """Twenty visitors at once on this machine's own loopback: errors, mix-ups, response times, memory of the server.
 
     python -m benchmarks.load
+    python -m benchmarks.load --minutes 30
     python -m benchmarks.load --visitors 5 --rounds 2 --url http://127.0.0.1:7860/
 
 Every visitor has an image of its own, and in each round classifies it by the API, explores it as the page does and
-fetches the maps of every block. All answers must be those that the image gets when it is alone. Without --url a server
-is started, on an untrained checkpoint if the project has none.
+fetches the maps of every block. All answers must be those that the image gets when it is alone. With --minutes the
+visitors come again until the time is over, while a stranger sends hostile images, checkpoints and requests. Without
+--url a server is started, on an untrained checkpoint if the project has none; the run then fails, too, if the server's
+resident memory ever exceeds the bound that docs/app.md states, or if it prints a traceback of this project's code.
 """
 
 import argparse
@@ -18,8 +21,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,8 +35,10 @@ from PIL import Image
 
 import vca
 from app.ui import LAUNCH, WEIGHTS, build
+from benchmarks.hostile import Stranger
 
-MOST_VISITORS, MOST_ROUNDS, PATIENCE = 50, 20, 120
+MOST_VISITORS, MOST_ROUNDS, PATIENCE = 50, 20, 300
+MOST_MEGABYTES = 6144  # docs/app.md says what it consists of
 
 
 def serve(weights: str, port: int) -> None:
@@ -128,8 +136,8 @@ def peak_megabytes(process: int) -> float:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
-def measure(url: str, visitors: int, rounds: int) -> int:
-    """Prints response times; returns the number of answers that were not the visitor's own."""
+def measure(url: str, visitors: int, rounds: int, minutes: float = 0) -> int:
+    """Prints response times; returns the number of answers for another visitor and of the server's faults."""
     with ThreadPoolExecutor(visitors) as pool:
         crowd = list(pool.map(Visitor, [url] * visitors, range(visitors)))
         alone = [visitor.visit() for visitor in crowd]
@@ -137,18 +145,47 @@ def measure(url: str, visitors: int, rounds: int) -> int:
             raise RuntimeError("two visitors' images have the same answer: a mix-up could not be seen.")
         for visitor in crowd:
             visitor.seconds.clear()
-        start = time.perf_counter()
-        results = list(pool.map(Visitor.mix_ups, crowd, alone, [rounds] * visitors))
+        start, results = time.perf_counter(), []
+        with hostility(url) if minutes else nullcontext() as faults:
+            while not results or time.perf_counter() - start < 60 * minutes:
+                results += pool.map(Visitor.mix_ups, crowd, alone, [rounds] * visitors)
         elapsed = time.perf_counter() - start
     wrong = sum(count for count, _ in results)
     tokens = [token for _, own in results for token in own]
     if len(set(tokens)) < len(tokens):
         raise RuntimeError("two visits were given the same token.")
-    print(f"{visitors} visitors, {rounds} rounds each, {elapsed:.1f} s: no error, {wrong} mix-ups")
+    print(f"{visitors} visitors, {len(tokens)} rounds in all, {elapsed:.1f} s: no error, {wrong} mix-ups")
     for name in crowd[0].seconds:
         times = np.concatenate([visitor.seconds[name] for visitor in crowd]) * 1000
         print(f"{name:>12}: p50 {np.percentile(times, 50):6.0f} ms  p95 {np.percentile(times, 95):6.0f} ms")
-    return wrong
+    return wrong + len(faults or [])
+
+
+@contextmanager
+def hostility(url: str) -> Iterator[list[str]]:
+    """A stranger's requests beside what happens here; gives the faults that they found, and prints them at the end."""
+    stranger, over = Stranger(url), threading.Event()
+    thread = threading.Thread(target=stranger.attack, args=(over,), daemon=True)
+    thread.start()
+    try:
+        yield stranger.faults
+    finally:
+        over.set()
+        thread.join(PATIENCE)
+        sent = ", ".join(f"{count} {kind}" for kind, count in sorted(stranger.sent.items()))
+        print(f"hostile requests: {sent}; {len(stranger.faults)} faults")
+        for fault in sorted(set(stranger.faults))[:10]:
+            print(f"  {fault}")
+
+
+def own_tracebacks(log: str) -> list[str]:
+    """The tracebacks in what a server has printed that pass through this project's code."""
+    root, found = str(Path(__file__).parents[1]), []
+    for traceback in log.split("Traceback (most recent call last):")[1:]:
+        files = re.findall(r'File "([^"]+)", line \d+', traceback)
+        if any(file.startswith((f"{root}/app/", f"{root}/vca/")) for file in files):
+            found.append(traceback)
+    return found
 
 
 def wait_for(url: str) -> None:
@@ -167,26 +204,32 @@ def main() -> None:
     parser.add_argument("--url", help="a running app on 127.0.0.1")
     parser.add_argument("--visitors", type=int, default=20, choices=range(1, MOST_VISITORS + 1), metavar="N")
     parser.add_argument("--rounds", type=int, default=5, choices=range(1, MOST_ROUNDS + 1), metavar="N")
+    parser.add_argument("--minutes", type=float, default=0, help="go on for so long, beside hostile requests")
     args = parser.parse_args()
     if args.url:
         if urlsplit(args.url).hostname != "127.0.0.1":
             parser.error("--url must be on 127.0.0.1.")
-        sys.exit(measure(args.url, args.visitors, args.rounds) > 0)
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        sys.exit(measure(args.url, args.visitors, args.rounds, args.minutes) > 0)
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free, tempfile.TemporaryFile("w+") as log:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
         weights = str(WEIGHTS) if list(WEIGHTS.glob("*/config.json")) else untrained(folder)
         program = f"from benchmarks.load import serve; serve({weights!r}, {port})"
-        server = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+        server = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=log)
         try:
             wait_for(url := f"http://127.0.0.1:{port}/")
-            wrong = measure(url, args.visitors, args.rounds)
-            print(f"peak memory of the server: {peak_megabytes(server.pid):.0f} MB")
+            wrong = measure(url, args.visitors, args.rounds, args.minutes)
+            peak = peak_megabytes(server.pid)
+            print(f"peak memory of the server: {peak:.0f} MB; the bound is {MOST_MEGABYTES} MB")
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(PATIENCE)
-    sys.exit(wrong > 0)
+        log.seek(0)
+        tracebacks = own_tracebacks(log.read())
+    for traceback in tracebacks[:5]:
+        print(traceback)
+    sys.exit(wrong > 0 or peak > MOST_MEGABYTES or bool(tracebacks))
 
 
 if __name__ == "__main__":

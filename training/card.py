@@ -19,7 +19,8 @@ from training.core.classifier_recipe import ClassifierRecipe
 from training.core.datasets import DATASETS
 from training.core.generator_recipe import GeneratorRecipe
 from training.core.recipe import defaults, shipped
-from vca.checkpoint import CheckpointError, load_unverified, place, read_config, sha256, write_atomically
+from vca.checkpoint import load_folder, place, sha256, write_atomically
+from vca.config import CheckpointError, read_config
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
 
@@ -141,7 +142,7 @@ def _picture(folder: Path) -> bytes | None:
         from training.core.maps_figure import maps_png
     except ImportError:  # a machine that only trains has no scikit-image
         return None
-    return maps_png(load_unverified(folder))
+    return maps_png(load_folder(folder))
 
 
 def _generator(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:

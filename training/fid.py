@@ -35,7 +35,7 @@ from training.card import write_card
 from training.core.run import RunError, open_device
 from training.core.sampling import weights_digest
 from training.data.folders import find_images
-from vca.checkpoint import sha256, write_atomically
+from vca.checkpoint import sha256, write_config
 from vca.images import upright_rgb
 
 FEATURES, LOGITS = "2048", "logits_unbiased"
@@ -267,13 +267,12 @@ def main() -> None:
 
 def add_to_card(checkpoint: Path, result: dict) -> None:
     """Adds a result to `config.json`, in the place of one of the same sampling, reference and evaluator."""
-    file = checkpoint / "config.json"
-    config = json.loads(file.read_text())
+    config = json.loads((checkpoint / "config.json").read_text())
     results = config["training"][-1]["results"]
     same = ("sampling", "images", "reference", "evaluator")
     others = [old for old in results.get("fid", []) if any(old[key] != result[key] for key in same)]
     results["fid"] = [*others, result]
-    write_atomically(file, json.dumps(config, indent=2).encode())
+    write_config(checkpoint, config)
     write_card(checkpoint)
 
 

@@ -31,7 +31,7 @@ from training.core.plots import grid_png
 from training.core.run import RunError, open_device
 from training.core.sampling import SampleError, sample_files
 from training.data.images import DataError, Images, eval_transform, generator_cfg, normalize
-from vca.checkpoint import place, write_atomically
+from vca.checkpoint import place, write_atomically, write_config
 from vca.diffusion.vae import DecoderError
 from vca.extras import import_extra
 from vca.models.dit import DiffusionTransformer
@@ -261,10 +261,9 @@ def main() -> None:
         result = measure_generator(generator, judge, args)
     except ERRORS as error:
         sys.exit(f"error: {error}")
-    file = args.checkpoint / "config.json"
-    config = json.loads(file.read_text())
+    config = json.loads((args.checkpoint / "config.json").read_text())
     config["training"][-1]["results"]["quality"] = result
-    write_atomically(file, json.dumps(config, indent=2).encode())
+    write_config(args.checkpoint, config)
     write_card(args.checkpoint)
 
 

@@ -3,48 +3,40 @@
 Reading is strict. Nothing here returns a model whose weights did not all come from the file.
 """
 
+import fcntl
 import hashlib
 import json
 import os
-import re
 import threading
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from vca.models import CLASSIFIERS, GENERATORS, create_model
+from vca.config import (
+    MOST_BYTES,
+    PREPROCESSING_FIELDS,
+    CheckpointError,
+    check_config,
+    fields_sha256,
+    read_config,
+    sealed,
+)
+from vca.models import CLASSIFIERS, create_model
 from vca.models.common import follow_input_size, input_size
 from vca.models.dit import DiffusionTransformer
 
-CONFIG_FIELDS = {
-    "architecture", "num_classes", "num_features", "global_pool", "label_names", "model_args", "pretrained_cfg",
-    "training",
-}  # fmt: skip
-FIELD_TYPES = {
-    "architecture": str, "num_classes": int, "label_names": list, "pretrained_cfg": dict, "model_args": dict,
-    "training": list,
-}  # fmt: skip
-GENERATOR_FIELDS = {"architecture", "num_classes", "label_names", "model_args", "training"}
-PREPROCESSING_FIELDS = {
-    "input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes",
-    "pool_size", "first_conv", "classifier", "custom_load",
-}  # fmt: skip
-PREPROCESSING_NUMBERS = {"input_size": 1, "mean": -1e9, "std": 1e-9}  # and the smallest value of each
-LOADING_ARGS = {
-    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path", "cache_dir",
-}  # fmt: skip
 FILES = ("config.json", "model.safetensors", "README.md")
-STATED_SHA256 = re.compile(r"`model\.safetensors`: [\d,]+ bytes, sha256 `([0-9a-f]{64})`")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be trusted; the message names the file and what is wrong with it."""
+STORED_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PENDING = ".model.safetensors."  # and their sha256: weights that a config.json may state already
+MOST_HEADER = 10_000_000
+ATTEMPTS = 20
 
 
 def save(
@@ -55,122 +47,157 @@ def save(
     training: list[dict] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes `config.json` and `model.safetensors` into a folder, each atomically.
+    """Writes `config.json` and `model.safetensors` into a folder, as one: a load gives the old or the new checkpoint.
 
-    A card there that states the sha256 of other weights is removed; `training.card.write_card` writes the new one.
+    That holds beside this call, and after a crash at any moment. Other files of the folder stay as they are; a card
+    there may thus be of older weights until `training.card.write_card` writes the new one.
 
     Args:
-        model: one of `vca.list_models()`; a classifier's `pretrained_cfg` holds the preprocessing it was trained with.
+        model: one of `vca.list_models()`, also within `torch.compile`, DataParallel or timm's moving average; a
+            classifier's `pretrained_cfg` holds the preprocessing it was trained with.
         path: the folder, made if needed.
         label_names: one name per class, in order.
         training: what made these weights, oldest run first: recipe, command, results (JSON values).
         dtype: store floating-point tensors so; default as they are.
 
     Raises:
-        ValueError: the number of names is not that of the model's classes, the model was not made by `create_model`, or
-            a tensor, as stored, is NaN or infinite.
+        ValueError: `load` would refuse it: the number of names is not that of the model's classes, the model was not
+            made by `create_model`, a field is out of its range, or a tensor, as stored, is NaN or infinite.
     """
+    model = unwrap_model(model)
+    if not hasattr(model, "model_args"):
+        raise ValueError(f"only models of vca.create_model can be saved, not this {type(model).__name__}.")
     if len(label_names) != model.num_classes:
         raise ValueError(f"{len(label_names)} label names for a model with {model.num_classes} classes.")
     tensors = {
-        key: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+        key.replace("_orig_mod.", ""): value.detach()
+        .to("cpu", dtype if value.is_floating_point() else None)
+        .contiguous()
         for key, value in model.state_dict().items()
     }
     if faults := [key for key, value in tensors.items() if not value.isfinite().all()]:
         raise ValueError(f"{faults[0]} holds NaN or infinite values as {tensors[faults[0]].dtype}; nothing was saved.")
-    if not hasattr(model, "model_args"):
-        raise ValueError(f"only models of vca.create_model can be saved, not this {type(model).__name__}.")
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not isinstance(model, DiffusionTransformer):
-        follow_input_size(model)
-    shared = dict(label_names=list(label_names), model_args=model.model_args, training=training or [])
-    if isinstance(model, DiffusionTransformer):
-        config = dict(architecture=model.architecture, num_classes=model.num_classes, **shared)
-    else:
-        config = dict(
-            architecture=model.pretrained_cfg["architecture"],
-            num_classes=model.num_classes,
-            num_features=model.num_features,
-            global_pool=model.global_pool,
-            **shared,
-            pretrained_cfg={k: v for k, v in model.pretrained_cfg.items() if k in PREPROCESSING_FIELDS}
-            | dict(num_classes=model.num_classes, custom_load=False),
-        )
-    description = json.dumps(config, indent=2).encode()
     weights = to_safetensors(tensors, metadata={"format": "pt"})
-    write_atomically(folder / "model.safetensors", weights)
-    if stated_sha256(folder) not in (None, hashlib.sha256(weights).hexdigest()):
-        (folder / "README.md").unlink()
-    write_atomically(folder / "config.json", description)
+    digest = hashlib.sha256(weights).hexdigest()
+    description = sealed(_description(model, list(label_names), training or []) | dict(weights_sha256=digest))
+    folder = Path(path)
+    check_config(json.loads(description), folder / "config.json")
+    if len(description) > MOST_BYTES:
+        raise ValueError("config.json would be larger than 1 MB; nothing was saved.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _one_writer(folder):
+        pending = folder / (PENDING + digest)
+        write_atomically(pending, weights)
+        write_atomically(folder / "config.json", description)  # from here on the folder is the new checkpoint
+        os.replace(pending, folder / "model.safetensors")
+        for left in folder.glob(PENDING + "*"):  # by a save that was killed
+            left.unlink()
 
 
-def read_config(folder: str | os.PathLike) -> dict:
-    """The `config.json` of a checkpoint folder, with every field checked.
+def _description(model: nn.Module, label_names: list[str], training: list[dict]) -> dict:
+    shared = dict(label_names=label_names, model_args=model.model_args, training=training)
+    if isinstance(model, DiffusionTransformer):
+        return dict(architecture=model.architecture, num_classes=model.num_classes, **shared)
+    follow_input_size(model)
+    return dict(
+        architecture=model.pretrained_cfg["architecture"],
+        num_classes=model.num_classes,
+        num_features=model.num_features,
+        global_pool=model.global_pool,
+        **shared,
+        pretrained_cfg={k: v for k, v in model.pretrained_cfg.items() if k in PREPROCESSING_FIELDS}
+        | dict(num_classes=model.num_classes, custom_load=False),
+    )
 
-    Raises:
-        CheckpointError: as `load`.
+
+@contextmanager
+def _one_writer(folder: Path) -> Iterator[None]:
+    """Lets one process or thread at a time write into a checkpoint folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_config(folder: Path, config: dict) -> None:
+    """Replaces the `config.json` of a checkpoint folder, of which other fields than the weights have changed."""
+    with _one_writer(folder):
+        write_atomically(folder / "config.json", sealed(config))
+
+
+def load_folder(
+    folder: Path, config: dict | None = None, check: Callable[[dict], None] = lambda config: None
+) -> nn.Module:
+    """The model of a checkpoint folder; `vca.load` without the Hub.
+
+    Args:
+        folder: it.
+        config: what `read_config` has read there, if that has been done.
+        check: is given the config before a model is built, and may refuse it.
     """
-    file = Path(folder) / "config.json"
-    try:
-        config: Any = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: file not found.") from error
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{file}: not a readable JSON file ({error}).") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: must hold a JSON object.")
-    config = {"model_args": {}, "training": [], **config}
-    task_fields = GENERATOR_FIELDS if str(config.get("architecture")) in GENERATORS else CONFIG_FIELDS
-    for field, kind in FIELD_TYPES.items():
-        if field in task_fields and not isinstance(config.get(field), kind):
-            raise CheckpointError(f"{file}: field {field} is missing or not of type {kind.__name__}.")
-    for where, fields, known in (
-        ("", config, task_fields),
-        ("pretrained_cfg.", config.get("pretrained_cfg", {}), PREPROCESSING_FIELDS),
-    ):
-        if unknown := sorted(set(fields) - known):
-            raise CheckpointError(f"{file}: unknown field {where}{unknown[0]}.")
-    for field, low in PREPROCESSING_NUMBERS.items() if task_fields is CONFIG_FIELDS else ():
-        values = config["pretrained_cfg"].get(field)
-        if not isinstance(values, list) or not values or not all(_is_number(value, low) for value in values):
-            raise CheckpointError(f"{file}: pretrained_cfg.{field} = {values!r} must be a list of fitting numbers.")
-    if not all(isinstance(run, dict) for run in config["training"]):
-        raise CheckpointError(f"{file}: training must be a list of objects.")
-    if loading := sorted(LOADING_ARGS.intersection(config["model_args"])):
-        raise CheckpointError(f"{file}: model_args.{loading[0]} would load weights from elsewhere.")
-    if config["architecture"] not in {*CLASSIFIERS, *GENERATORS}:
-        raise CheckpointError(f"{file}: unknown architecture {config['architecture']!r}; vca.list_models() names them.")
-    if not all(isinstance(name, str) for name in config["label_names"]):
-        raise CheckpointError(f"{file}: label_names must be texts.")
-    if len(config["label_names"]) != config["num_classes"]:
-        raise CheckpointError(f"{file}: {len(config['label_names'])} label_names for {config['num_classes']} classes.")
-    return config
-
-
-def _is_number(value, low: float) -> bool:
-    return type(value) in (int, float) and low <= value < 1e9
-
-
-def load_unverified(folder: Path) -> nn.Module:
-    """`load` from a folder, but for the card."""
-    config = read_config(folder)
-    try:
-        model = create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
-    except Exception as error:  # a wrong argument fails wherever the model first uses it
-        raise CheckpointError(f"{folder / 'config.json'}: cannot build {config['architecture']}: {error}") from error
-    load_weights(model, folder / "model.safetensors")
+    config = read_config(folder) if config is None else config
+    for _ in range(ATTEMPTS):
+        stamp = _stamp(folder)
+        check(config)
+        model = _build(config, folder / "config.json")
+        try:
+            _fill_verified(model, folder, config.get("weights_sha256"))
+            break
+        except CheckpointError:
+            newer = read_config(folder)
+            if newer == config and stamp == _stamp(folder):
+                raise
+            config = newer  # another process is saving
+    else:
+        raise CheckpointError(f"{folder}: is being written all the time.")
     if config["architecture"] in CLASSIFIERS:
         if (stated := tuple(config["pretrained_cfg"]["input_size"])) != (takes := input_size(model)):
             raise CheckpointError(f"{folder / 'config.json'}: input_size is {stated}, but the model takes {takes}.")
         model.pretrained_cfg.update(config["pretrained_cfg"])
+    if config.get("config_sha256", fields := fields_sha256(config)) != fields:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: has been changed since it was saved, or is damaged. If the change is meant, "
+            "remove its field config_sha256."
+        )
     model.label_names = list(config["label_names"])
     model.training_history = config["training"]
     return model.eval()
 
 
+def _stamp(folder: Path) -> tuple[int, int]:
+    """Another one after every save into a folder."""
+    stat = os.stat(folder / "config.json")
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def _build(config: dict, file: Path) -> nn.Module:
+    try:
+        return create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
+    except Exception as error:  # a wrong argument fails wherever the model first uses it
+        raise CheckpointError(f"{file}: cannot build {config['architecture']}: {error}") from error
+
+
+def _fill_verified(model: nn.Module, folder: Path, digest: str | None) -> None:
+    """Fills a model with the weights of a folder that have this sha256, wherever a save that goes on has them now."""
+    weights = folder / "model.safetensors"
+    try:
+        return load_weights(model, weights, digest=digest)
+    except CheckpointError as error:
+        for file in (folder / (PENDING + digest), weights) if digest else ():
+            try:
+                return load_weights(model, file, digest=digest)
+            except CheckpointError:
+                pass
+        raise error
+
+
 def load_weights(
-    model: nn.Module, file: str | os.PathLike, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    model: nn.Module,
+    file: str | os.PathLike,
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    digest: str | None = None,
 ) -> None:
     """Fills `model` with the tensors of a safetensors file; every key and shape must match, every value be finite.
 
@@ -178,24 +205,49 @@ def load_weights(
         model: the model.
         file: the file.
         convert: if the file's keys are not the model's, turns its tensors into those of the model.
+        digest: the sha256 that the file must have.
 
     Raises:
         CheckpointError: as `load`. The model is then unchanged.
     """
     file = Path(file)
+    with open_weights(file) as stored:
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        if convert and tensors.keys() != model.state_dict().keys():
+            try:
+                tensors = convert(tensors)
+            except Exception as error:  # written for other models, it fails wherever these differ
+                raise CheckpointError(f"{file}: holds no tensors of this model ({error!r}).") from error
+        _check(model, tensors, file)
+        if digest and (found := sha256(file)) != digest:
+            raise CheckpointError(
+                f"{file}: its sha256 is {found[:16]}..., but config.json says {digest[:16]}...: the file is damaged or "
+                "another checkpoint's."
+            )
+    model.load_state_dict(tensors, strict=True)
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[safe_open]:
+    """A safetensors file to read from.
+
+    Raises:
+        CheckpointError: it is not there or damaged, or was replaced meanwhile.
+    """
     try:
-        with safe_open(file, framework="pt") as stored:
-            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        with open(file, "rb") as stream:
+            if (header := int.from_bytes(stream.read(8), "little")) > MOST_HEADER:
+                raise CheckpointError(f"{file}: not a complete safetensors file (a header of {header:,} bytes).")
+            with safe_open(file, framework="pt") as stored:
+                yield stored
+            if not os.path.samestat(os.fstat(stream.fileno()), os.stat(file)):
+                raise CheckpointError(f"{file}: was replaced while it was read.")
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: file not found; a checkpoint needs safetensors weights.") from error
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # the reader has no error of its own for all that a damaged file may say
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}).") from error
-    if convert and tensors.keys() != model.state_dict().keys():
-        try:
-            tensors = convert(tensors)
-        except Exception as error:  # written for other models, it fails wherever these differ
-            raise CheckpointError(f"{file}: holds no tensors of this model ({error!r}).") from error
-    _fill(model, tensors, file)
 
 
 def load_official(model: nn.Module, file: str | os.PathLike) -> None:
@@ -220,41 +272,26 @@ def load_official(model: nn.Module, file: str | os.PathLike) -> None:
         stored = stored.get("ema", stored)
     if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
         raise CheckpointError(f"{file}: must hold a dictionary of tensors, or one under 'ema'.")
-    _fill(model, stored, file)
+    _check(model, stored, file)
+    model.load_state_dict(stored, strict=True)
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
+def _check(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
+    """Refuses tensors that are not exactly those of the model."""
     expected = model.state_dict()
     faults = [f"missing {key}" for key in expected.keys() - tensors.keys()]
-    faults += [f"unexpected {key}" for key in tensors.keys() - expected.keys()]
+    faults += [f"unexpected {key[:200]}" for key in tensors.keys() - expected.keys()]
     for key in expected.keys() & tensors.keys():
-        if tensors[key].shape != expected[key].shape:
-            faults.append(f"{key} is {tuple(tensors[key].shape)} instead of {tuple(expected[key].shape)}")
-        elif not tensors[key].isfinite().all():
+        given, wanted = tensors[key], expected[key]
+        if given.shape != wanted.shape:
+            faults.append(f"{key} is {tuple(given.shape)} instead of {tuple(wanted.shape)}")
+        elif given.dtype != wanted.dtype and not {given.dtype, wanted.dtype}.issubset(STORED_TYPES):
+            faults.append(f"{key} is stored as {given.dtype} instead of {wanted.dtype}")
+        elif not given.isfinite().all():
             faults.append(f"{key} holds NaN or infinite values")
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise CheckpointError(f"{file}: {'; '.join(sorted(faults)[:5])}{more}.")
-    model.load_state_dict(tensors, strict=True)
-
-
-def stated_sha256(folder: str | os.PathLike) -> str | None:
-    """The sha256 of the weights according to the folder's card, if it has a card that states one."""
-    try:
-        found = STATED_SHA256.search((Path(folder) / "README.md").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        return None
-    return found and found[1]
-
-
-def check_card(folder: Path) -> None:
-    """Refuses weights that are not those of the folder's card. A folder without a card, or a card without, passes."""
-    weights = folder / "model.safetensors"
-    if (stated := stated_sha256(folder)) and stated != (found := sha256(weights)):
-        raise CheckpointError(
-            f"{weights}: its sha256 is {found[:16]}..., but {folder / 'README.md'} says {stated[:16]}...: the file is "
-            "damaged, or the card is of other weights."
-        )
 
 
 def sha256(file: str | os.PathLike) -> str:

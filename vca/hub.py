@@ -15,11 +15,14 @@ from huggingface_hub.errors import (
 )
 from torch import nn
 
-from vca.checkpoint import FILES, CheckpointError, check_card, load_unverified, place
+from vca.checkpoint import FILES, CheckpointError, load_folder, place, sha256
 
 NO_TOKEN = "no token for the Hub: log in with `hf auth login`, or set HF_TOKEN or token=. Nothing was sent."
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 REPO_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+
+TIMEOUT = 10  # seconds without an answer of the Hub
+SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
 
 
 class PushError(RuntimeError):
@@ -48,13 +51,11 @@ def load(
 
     Raises:
         CheckpointError: a file is missing or damaged, a config field is unknown, a tensor is missing, left over, of the
-            wrong shape, NaN or infinite, the weights are not those of the card, or the repository cannot be had.
+            wrong shape or type, NaN or infinite, a file is not what `save` wrote, or the repository cannot be had.
     """
     folder = fetch(path_or_repo, revision, token, cache_dir, local_files_only)
     try:
-        model = load_unverified(folder)
-        check_card(folder)
-        return model.to(device)
+        return load_folder(folder).to(device)
     except CheckpointError as error:
         if folder == Path(path_or_repo):
             raise
@@ -87,7 +88,7 @@ def fetch(
     unreachable = None
     if not local_files_only:
         try:
-            listing = HfApi(token=token).model_info(repo, revision=revision).siblings
+            listing = HfApi(token=token).model_info(repo, revision=revision, timeout=TIMEOUT).siblings
         except (HTTPError, OSError, HFValidationError) as error:
             if reason := _refusal(error, no_folder):
                 raise CheckpointError(f"{shown}: {reason}") from error
@@ -188,6 +189,8 @@ def published_files(path: str | os.PathLike, repo: str) -> dict[str, Path | byte
             raise CheckpointError(f"{file}: is a pickle; a repository holds safetensors alone. Nothing was sent.")
         files[file.relative_to(folder).as_posix()] = file
     card = (folder / "README.md").read_text(encoding="utf-8")
+    if (stated := SHA256.findall(card)) and sha256(folder / "model.safetensors") not in stated:
+        raise CheckpointError(f"{folder}: README.md is of other weights; `python -m training.card` writes the card.")
     local = re.escape(place(folder)) + r"(?![\w.-])"
     files["README.md"] = re.sub(local, repo, re.sub(f"local-dir:{local}", f"hf-hub:{repo}", card)).encode()
     return files

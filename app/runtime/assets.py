@@ -1,13 +1,17 @@
 """Files that come with the app: scripts, styles and templates of the page, and example images."""
 
+import atexit
 import json
 import re
-import tempfile
+import shutil
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import skimage.data
 from PIL import Image
+
+from app.runtime.folders import new_folder
 
 IMPORT = re.compile(r'^import .* from "\./([\w.]+)";$', re.MULTILINE)
 STATIC = Path(__file__).parents[1] / "static"
@@ -29,16 +33,18 @@ def example_files() -> list[str]:
     return [*_write_photos(), *GENERATED]
 
 
-def _write_photos() -> list[str]:
-    """Writes scikit-image's bundled pictures as small JPEG files into a new temporary folder; returns their paths."""
-    folder = Path(tempfile.mkdtemp(prefix="vca-examples-"))
+@cache
+def _write_photos() -> tuple[str, ...]:
+    """Writes scikit-image's bundled pictures as small JPEG files into a temporary folder; returns their paths."""
+    folder = new_folder("examples")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     paths = []
     for name, load in PHOTOS.items():
         image = Image.fromarray(load())
         image.thumbnail((640, 640))
         paths.append(str(folder / f"{name}.jpg"))
         image.save(paths[-1], quality=92)
-    return paths
+    return tuple(paths)
 
 
 def text(*names: str) -> str:

@@ -2,28 +2,27 @@
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Lock, Thread
 
-import gradio as gr
 from torch import nn
 
 import vca
 from app.runtime import loading
 from app.runtime.store import Store
+from app.runtime.validation import refused
 from vca.checkpoint import read_config
 from vca.hub import fetch
 from vca.models import task_of
 from vca.models.dit import DiffusionTransformer
 
-CACHE_BYTES = 4 * 2**30
+CACHE_BYTES = 2 * 2**30
+PATIENCE = 60  # seconds that a visitor waits for a model of the Hub, before it is opened without them
 FINER = (336, 518)  # image sizes, in pixels, at which a model for 224 px shows finer maps
 AT_SIZE = re.compile(r"(.+) @ (\d+) px")
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters of a model."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 class Checkpoints:
@@ -55,11 +54,13 @@ class Checkpoints:
             try:
                 self.configs[name] = read_config(checkpoint)
             except vca.CheckpointError as error:
-                self.problems.append(str(error))
+                self.problems.append(str(error).replace(str(checkpoint), name))
         self.classifiers = self._names_of("classification")
         self.generators = self._names_of("generation")
         self.finer = [f"{name} @ {side} px" for name in self.classifiers for side in self._finer_sizes(name)]
-        self._models: Store[nn.Module] = Store(limit, model_bytes, "This model is too large to be kept here.")
+        self._models: Store[nn.Module] = Store(limit, loading.bytes_of, "This model is too large to be kept here.")
+        self._opening: dict[str, Future] = {}
+        self._lock = Lock()
 
     def _names_of(self, task: str) -> list[str]:
         names = [name for name, config in self.configs.items() if task_of(config["architecture"]) == task]
@@ -82,18 +83,64 @@ class Checkpoints:
         A name of `finer` gives a copy of the classifier for that image size, with as many contrast tokens.
 
         Raises:
-            gr.Error: there is none, or it is damaged; the message says which there are, or what is wrong.
+            gr.Error: there is none, or it is damaged, or the Hub takes long; the message says which there are, or what
+                is wrong.
         """
         if name in self.classifiers:
             folder = self.folders[name]
-            return self._get(name, lambda: loading.open_folder(folder, str(folder)))
+            return self._get(name, lambda: loading.open_folder(folder, name))
         if name in self.finer:
             own_size, side = AT_SIZE.fullmatch(name).groups()
             return self._get(name, lambda: _resized(self.load(own_size), int(side)))
+        for waited in self.opening(name):
+            if waited > PATIENCE:
+                raise refused(f"{name}: the Hub takes long. It is still being loaded; please ask again in a minute.")
+        return self._get(name, lambda: loading.open_model(name))
+
+    def opening(self, name: str) -> Iterator[float]:
+        """Opens a model that is not served here, beside whoever iterates: yields the seconds so far until it is done.
+
+        Nobody else waits for it. Who stops iterating waits no longer; the model is still opened.
+
+        Raises:
+            gr.Error: as `load`.
+        """
+        if name in (*self.classifiers, *self.finer):
+            self.load(name)
+            return
         if not isinstance(name, str) or "/" not in name:
             known = ", ".join(self.classifiers) or "none yet"
-            raise gr.Error(f"model must be one of: {known}; or a Hub id such as user/name.", print_exception=False)
-        return self._get(name, lambda: loading.open_model(name))
+            raise refused(f"model must be one of: {known}; or a Hub id such as user/name.")
+        if name in self._models:
+            return
+        start = time.monotonic()
+        future = self._start_opening(name)
+        while not future.done():
+            yield time.monotonic() - start
+            time.sleep(0.1)
+        try:
+            future.result()
+        except vca.CheckpointError as error:
+            raise refused(str(error)) from error
+
+    def _start_opening(self, name: str) -> Future:
+        def work() -> None:
+            try:
+                self._models.get_or_make(name, lambda: loading.open_model(name))
+                future.set_result(None)
+            except Exception as error:  # raised again where the model was asked for
+                future.set_exception(error)
+            with self._lock:
+                del self._opening[name]
+
+        with self._lock:
+            if name in self._opening:
+                return self._opening[name]
+            if len(self._opening) >= loading.OPENED_AT_ONCE:
+                raise refused("Too many models are being loaded. Please try again in a minute.")
+            future = self._opening[name] = Future()
+        Thread(target=work, daemon=True).start()
+        return future
 
     def load_generator(self, name: str) -> DiffusionTransformer:
         """The generator of a checkpoint, in evaluation mode.
@@ -102,9 +149,8 @@ class Checkpoints:
             gr.Error: as `load`.
         """
         if name not in self.generators:
-            known = ", ".join(self.generators) or "none yet"
-            raise gr.Error(f"model must be one of: {known}.", print_exception=False)
-        return self._get(name, lambda: vca.load(self.folders[name]))
+            raise refused(f"model must be one of: {', '.join(self.generators) or 'none yet'}.")
+        return self._get(name, lambda: loading.open_generator(self.folders[name], name))
 
     def keep(self, model: nn.Module) -> str:
         """Keeps a visitor's own model for a while; `load` finds it by what this returns, which nobody can guess."""
@@ -114,7 +160,7 @@ class Checkpoints:
         try:
             return self._models.get_or_make(name, open_model)
         except vca.CheckpointError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise refused(str(error)) from error
 
 
 def _resized(model: nn.Module, side: int) -> nn.Module:

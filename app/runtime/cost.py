@@ -5,10 +5,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from threading import Lock
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from app.runtime import preprocessing
 from vca.diffusion.sampling import at_time
@@ -16,7 +18,8 @@ from vca.models.dit import DiffusionTransformer
 
 ROUNDS, SECONDS = 21, 2.0  # of the interleaved measurement, whichever ends first; at least three rounds
 Forward = Callable[[], object]
-_measuring = Lock()
+_measuring, _counting = Lock(), Lock()
+_flops: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def forward_of(model: nn.Module) -> Forward:
@@ -29,12 +32,31 @@ def forward_of(model: nn.Module) -> Forward:
 
 def size_facts(model: nn.Module) -> dict[str, str]:
     """Parameters, and the multiply-adds of a forward pass with one image, as the page says them."""
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        forward_of(model)()
+    with _counting:
+        if model not in _flops:
+            with torch.no_grad(), _FlopCounter() as counter:
+                forward_of(model)()
+            _flops[model] = counter.total
     return {
         "Parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        "Multiply-adds, one image": f"{counter.get_total_flops() / 2e9:.3g} G",
+        "Multiply-adds, one image": f"{_flops[model] / 2e9:.3g} G",
     }
+
+
+class _FlopCounter(TorchDispatchMode):
+    """Counts the floating-point operations of its own thread by PyTorch's formulas.
+
+    PyTorch's `FlopCounterMode` names them by module, for which it hooks every module of the process; a gradient that
+    another thread computes meanwhile then fails.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if formula := flop_registry.get(operation._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def measure(models: list[nn.Module]) -> dict:

@@ -2,13 +2,16 @@
 
 import io
 import json
+from collections.abc import Iterable
 
 import numpy as np
 
 from app.runtime import drawing
 from app.runtime.assets import script, text
 from app.runtime.packing import Layer
+from app.runtime.validation import refused
 
+MOST_BYTES = 96 * 2**20  # of the maps in one page
 MODES = ("effective", "stage1", "stage2")
 STREAMS = ("positive", "negative", "differential")
 
@@ -122,23 +125,33 @@ if (matchMedia("(prefers-color-scheme: dark)").matches) document.body.classList.
 """  # noqa: E501
 
 
-def page(run: dict, maps: list[dict], view: dict) -> str:
+def page(run: dict, maps: Iterable[dict], view: dict) -> str:
     """A web page that contains a run, its arrays and the whole explorer. It makes no request to a server.
 
     Args:
         run: what the explorer was given to show.
-        maps: the arrays of each block, as they are sent to the page.
+        maps: the arrays of each block, as they are sent to the page; they are taken one after another.
         view: what to show first.
+
+    Raises:
+        gr.Error: they are larger than `MOST_BYTES`.
     """
     props = dict(value=json.dumps(run), palette=drawing.PALETTE, view=view, offline=True)
     title = " · ".join(filter(None, [run.get("model"), ": ".join(run["caption"])]))
-    return PAGE % dict(
+    before, after = PAGE.split("%(data)s")
+    names = dict(
         title=_escaped(title),
         css=text("page.css", "view.css", "explorer.css"),
         html=text("explorer.html"),
         js=script("explorer.js"),
-        data=json.dumps(dict(props=props, maps=maps)).replace("<", "\\u003c"),
     )
+    parts = [before % names, '{"props": ', json.dumps(props).replace("<", "\\u003c"), ', "maps": [']
+    size = 0
+    for number, arrays in enumerate(maps):
+        parts += ["," if number else "", json.dumps(arrays)]
+        if (size := size + len(parts[-1])) > MOST_BYTES:
+            raise refused("These maps are too large for a page.")
+    return "".join([*parts, "]}", after % names])
 
 
 def _escaped(words: str) -> str:

@@ -3,21 +3,21 @@
 Every parameter of a model that leaves here came from its file.
 """
 
-import json
+import re
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from textwrap import shorten
 
 import timm
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, metadata_load
+import yaml
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HFValidationError, HTTPError
-from safetensors import SafetensorError, safe_open
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import is_model_in_modules, swin_transformer, vision_transformer
 from timm.models.deit import VisionTransformerDistilled
@@ -27,7 +27,10 @@ from torch import nn
 
 import vca
 from app import settings
-from vca.checkpoint import LOADING_ARGS, load_weights, read_config
+from app.runtime.folders import temporary_folder
+from app.runtime.limits import heavy_work
+from vca.checkpoint import load_folder, load_weights, open_weights
+from vca.config import MOST_BYTES, check_arguments, check_config, check_labels, check_preprocessing, read_json
 from vca.hub import REPO_ID, fetch
 from vca.models import BASELINES, list_models, task_of
 
@@ -41,8 +44,14 @@ TIMM_FILTERS = {  # timm's own conversions from the names and layouts of older f
 WHAT_LOADS = "only classifiers of this project and ViT, DeiT and Swin models of timm can be shown"
 UPLOADED = "upload:/"  # how the names of uploaded models begin
 MODEL_BYTES = 2 * 2**30
-MAP_BYTES = 2**30
-LARGEST_ARGUMENT = 4096
+UNPACKED_BYTES = 256 * 2**20
+TABLE_BYTES = 128 * 2**20
+MAP_BYTES = 512 * 2**20
+LARGEST_INPUT = 1024
+OPENED_AT_ONCE = 8  # models of the Hub, for all visitors together
+ARCHIVE_ENTRIES = 1000
+ENTRY = b"PK\x01\x02"  # how an entry of the table of a zip file begins
+FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.{0,50000}?)\n---", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -91,8 +100,7 @@ def open_upload(files: list[Path]) -> tuple[str, nn.Module]:
     Raises:
         vca.CheckpointError: as `open_model`.
     """
-    with TemporaryDirectory(prefix="vca-upload-") as place:
-        folder = Path(place)
+    with temporary_folder("upload") as folder:
         if len(files) == 1 and files[0].suffix.lower() == ".zip":
             _unzip(files[0], folder)
             name = files[0].stem
@@ -113,19 +121,23 @@ def open_upload(files: list[Path]) -> tuple[str, nn.Module]:
 def _unzip(archive: Path, folder: Path) -> None:
     """Puts the files of the one checkpoint in an archive into a folder, whatever folder of the archive they are in."""
     try:
+        if archive.read_bytes().count(ENTRY) > ARCHIVE_ENTRIES:
+            raise vca.CheckpointError(f"{archive.name}: holds more than {ARCHIVE_ENTRIES} files.")
         with zipfile.ZipFile(archive) as stored:
             wanted = [i for i in stored.infolist() if Path(i.filename).name in (CONFIG, WEIGHTS, CARD)]
             home = {str(Path(i.filename).parent) for i in wanted if Path(i.filename).name == CONFIG}
             if len(home) > 1:
                 raise vca.CheckpointError(f"{archive.name}: holds {len(home)} checkpoints; one is needed.")
-            wanted = [i for i in wanted if str(Path(i.filename).parent) in home]
-            if sum(i.file_size for i in wanted) > MODEL_BYTES:
-                raise vca.CheckpointError(f"{archive.name}: unpacked it is larger than {_size(MODEL_BYTES)}.")
-            for item in wanted:
-                with stored.open(item) as source, open(folder / Path(item.filename).name, "wb") as target:
+            for item in (i for i in wanted if str(Path(i.filename).parent) in home):
+                name = Path(item.filename).name
+                if item.file_size > (limit := UNPACKED_BYTES if name == WEIGHTS else MOST_BYTES):
+                    raise vca.CheckpointError(f"{archive.name}: unpacked, {name} is larger than {_size(limit)}.")
+                with stored.open(item) as source, open(folder / name, "wb") as target:
                     shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
-        raise vca.CheckpointError(f"{archive.name}: not a zip file that can be read ({error}).") from error
+    except vca.CheckpointError:
+        raise
+    except Exception as error:  # a damaged archive fails wherever its reader first trusts it
+        raise vca.CheckpointError(f"{archive.name}: not a zip file that can be read ({_line(error)}).") from error
 
 
 def open_folder(folder: Path, shown: str) -> nn.Module:
@@ -135,40 +147,24 @@ def open_folder(folder: Path, shown: str) -> nn.Module:
         vca.CheckpointError: as `open_model`.
     """
     try:
-        config = _config(folder)
+        config = read_json(folder / CONFIG)
+        if not isinstance(config.get("architecture"), str):
+            raise vca.CheckpointError(f"{folder / CONFIG}: names no architecture; {WHAT_LOADS}.")
         load = _load_ours if _is_ours(config) else _load_timm
-        model = load(folder, config)
+        with heavy_work():
+            model = load(folder, config)
     except vca.CheckpointError as error:
-        raise vca.CheckpointError(str(error).replace(str(folder), shown)) from error
+        raise vca.CheckpointError(_line(str(error).replace(str(folder), shown), 400)) from error
     model.card = read_card(folder, getattr(model, "training_history", []))
     return model
 
 
-def _config(folder: Path) -> dict:
-    file = folder / CONFIG
+def open_generator(folder: Path, shown: str) -> nn.Module:
+    """The generator in a checkpoint folder, as `open_folder`."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise vca.CheckpointError(f"{file}: file not found.") from error
-    except (ValueError, RecursionError, OSError) as error:
-        raise vca.CheckpointError(f"{file}: not a readable JSON file ({error}).") from error
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise vca.CheckpointError(f"{file}: names no architecture; {WHAT_LOADS}.")
-    arguments = config.get("model_args", {})
-    if not isinstance(arguments, dict):
-        raise vca.CheckpointError(f"{file}: model_args must be an object.")
-    for name, value in arguments.items():
-        if name != "num_classes" and any(number > LARGEST_ARGUMENT for number in _numbers(value)):
-            raise vca.CheckpointError(f"{file}: model_args.{name} is larger than {LARGEST_ARGUMENT}.")
-    return config
-
-
-def _numbers(value) -> Iterator[float]:
-    if isinstance(value, list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(part)
-    elif isinstance(value, int | float):
-        yield value
+        return load_folder(folder)
+    except vca.CheckpointError as error:
+        raise vca.CheckpointError(_line(str(error).replace(str(folder), shown), 400)) from error
 
 
 def _is_ours(config: dict) -> bool:
@@ -178,20 +174,22 @@ def _is_ours(config: dict) -> bool:
 
 
 def _load_ours(folder: Path, config: dict) -> nn.Module:
-    config = read_config(folder)
-    if task_of(config["architecture"]) == "generation":
-        raise vca.CheckpointError(f"{folder}: {config['architecture']} is a generator, not a classifier.")
-    arguments = dict(num_classes=config["num_classes"], **config["model_args"])
-    _check_size(folder, config["architecture"], lambda: vca.create_model(config["architecture"], **arguments))
-    return vca.load(folder)
+    def check(config: dict) -> None:
+        if task_of(config["architecture"]) == "generation":
+            raise vca.CheckpointError(f"{folder}: {config['architecture']} is a generator, not a classifier.")
+        arguments = dict(num_classes=config["num_classes"], **config["model_args"])
+        _check_size(folder, config["architecture"], lambda: vca.create_model(config["architecture"], **arguments))
+
+    return load_folder(folder, check_config(config, folder / CONFIG), check)
 
 
 def _load_timm(folder: Path, config: dict) -> nn.Module:
     file, architecture = folder / CONFIG, config["architecture"]
     if not is_model_in_modules(architecture, TIMM_MODULES):
-        raise vca.CheckpointError(f"{file}: {architecture} is not known; {WHAT_LOADS}.")
-    if loading := sorted(LOADING_ARGS.intersection(config.get("model_args", {}))):
-        raise vca.CheckpointError(f"{file}: model_args.{loading[0]} would load weights from elsewhere.")
+        raise vca.CheckpointError(f"{file}: {architecture[:100]} is not known; {WHAT_LOADS}.")
+    if not isinstance(arguments := config.get("model_args", {}), dict):
+        raise vca.CheckpointError(f"{file}: model_args must be an object.")
+    check_arguments(arguments, file)
 
     def build() -> nn.Module:
         return timm.create_model(f"local-dir:{folder}")  # untrained: timm's own loading is not always strict
@@ -207,6 +205,7 @@ def _load_timm(folder: Path, config: dict) -> nn.Module:
 def _check_size(folder: Path, architecture: str, build: Callable[[], nn.Module]) -> None:
     """Builds the model and its maps without memory, to learn their sizes and whether they can be shown at all."""
     file = folder / CONFIG
+    stored = _elements(folder / WEIGHTS)
     try:
         with torch.device("meta"):
             model = build()
@@ -218,33 +217,54 @@ def _check_size(folder: Path, architecture: str, build: Callable[[], nn.Module])
         raise vca.CheckpointError(f"{file}: the model is a {type(model).__name__}; {WHAT_LOADS}.")
     if not model.num_classes:
         raise vca.CheckpointError(f"{file}: the model has no classes; only classifiers can be shown.")
+    if not hasattr(model, "model_args"):
+        _check_timm_config(model, file)
     channels, *_ = size = timm.data.resolve_data_config(model=model)["input_size"]
     if channels != 3:
         raise vca.CheckpointError(f"{file}: the model takes {channels} channels, but images here have 3.")
+    if max(size) > LARGEST_INPUT:
+        raise vca.CheckpointError(f"{file}: the model takes {size[1]}x{size[2]} px, the limit is {LARGEST_INPUT}.")
     needed = sum(tensor.numel() for tensor in model.state_dict().values())
-    if 4 * needed > MODEL_BYTES:
-        raise vca.CheckpointError(f"{folder}: the model takes {_size(4 * needed)}, the limit is {_size(MODEL_BYTES)}.")
-    if (stored := _elements(folder / WEIGHTS)) < needed / 2:  # `load_weights` names what is missing, in memory
+    if (held := bytes_of(model)) > MODEL_BYTES:
+        raise vca.CheckpointError(f"{folder}: the model takes {_size(held)}, the limit is {_size(MODEL_BYTES)}.")
+    if stored < needed / 2:  # `load_weights` names what is missing, in memory
         raise vca.CheckpointError(f"{folder}: {WEIGHTS} holds {stored:,} values, but the model has {needed:,}.")
+    if (tables := held - 4 * needed) > TABLE_BYTES:
+        raise vca.CheckpointError(f"{folder}: the model takes {_size(tables)} beside its weights, which is too much.")
     try:
         with torch.device("meta"), torch.no_grad(), vca.record(model.eval()) as maps:
             model(torch.zeros(1, *size))
     except Exception as error:
         raise vca.CheckpointError(f"{file}: the model cannot run at {size[1]}x{size[2]} ({_line(error)}).") from error
+    tokens = [(m.stage1.positive.shape[1], m.stage1.positive.shape[-1]) for m in maps if m.window_size is None]
+    whole = max((4 * heads * count**2 for heads, count in tokens), default=0)  # the effective map of a layer
     streams = [s for m in maps for stage in (m.stage1, m.stage2) if stage for s in (stage.positive, stage.negative)]
-    if (taken := sum(4 * s.numel() for s in streams if s is not None)) > MAP_BYTES:
+    if (taken := max(whole, sum(4 * s.numel() for s in streams if s is not None))) > MAP_BYTES:
         raise vca.CheckpointError(f"{folder}: its maps take {_size(taken)}, the limit is {_size(MAP_BYTES)}.")
+
+
+def _check_timm_config(model: nn.Module, file: Path) -> None:
+    config = model.pretrained_cfg
+    check_preprocessing(config, file)
+    if (names := config.get("label_names")) is not None:
+        if not isinstance(names, list | tuple):
+            raise vca.CheckpointError(f"{file}: label_names must be a list of texts.")
+        check_labels(names, file)
+        if len(names) != model.num_classes:
+            raise vca.CheckpointError(f"{file}: {len(names)} label_names for {model.num_classes} classes.")
+    descriptions = config.get("label_descriptions")
+    check_labels(list(descriptions.values()) if isinstance(descriptions, dict) else [], file)
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes that a model holds, in its weights and in the tables that it computes for itself."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _elements(file: Path) -> int:
     """How many numbers a safetensors file holds, by its header."""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            shapes = [stored.get_slice(key).get_shape() for key in stored.keys()]  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise vca.CheckpointError(f"{file}: file not found; a checkpoint needs safetensors weights.") from error
-    except (SafetensorError, OSError) as error:
-        raise vca.CheckpointError(f"{file}: not a complete safetensors file ({error}).") from error
+    with open_weights(file) as stored:
+        shapes = [stored.get_slice(key).get_shape() for key in stored.keys()]  # noqa: SIM118
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
@@ -252,34 +272,52 @@ def _label_names(model: nn.Module) -> list[str]:
     """A short, distinct name for each class of a timm model: its own, ImageNet's, or its number."""
     count, config = model.num_classes, model.pretrained_cfg
     names, descriptions = config.get("label_names"), config.get("label_descriptions")
-    if not isinstance(names, list | tuple) or len(names) != count:
+    if names is None:
         subset = infer_imagenet_subset(dict(num_classes=count))
         if subset is None:
             return [f"class {i}" for i in range(count)]
         names = ImageNetInfo(subset).label_names()
         descriptions = ImageNetInfo(subset).label_descriptions(as_dict=True)
-    names = list(map(str, names))
-    full = [str(descriptions.get(name, name)) for name in names] if isinstance(descriptions, dict) else names
+    full = [descriptions.get(name, name) for name in names] if isinstance(descriptions, dict) else names
     short = [text.split(",")[0] for text in full]
     count_of = Counter(short)
     return [text if count_of[text] == 1 else f"{text} ({name})" for name, text in zip(names, short, strict=True)]
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, by which a few bytes stand for gigabytes."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read.")
+        return super().compose_node(parent, index)
+
+
+def _front_matter(file: Path) -> dict:
+    """The metadata at the beginning of a card; nothing if there are none, or too many, or they are damaged."""
+    try:
+        with open(file, encoding="utf-8") as stream:
+            found = FRONT_MATTER.match(stream.read(60_000))
+        metadata = yaml.load(found[1], Loader=_PlainLoader) if found else {}
+    except Exception:  # anybody's file
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def read_card(folder: Path, history: list[dict]) -> Card:
     """What the card (`README.md`) and the training history of a checkpoint say; neither has to be there."""
-    try:
-        metadata = metadata_load(folder / CARD) or {}
-    except Exception:  # anybody's file: damaged metadata say nothing
-        metadata = {}
+    metadata = _front_matter(folder / CARD)
     datasets = metadata.get("datasets")
     datasets = [datasets] if isinstance(datasets, str) else datasets if isinstance(datasets, list) else []
     last = history[-1] if history else {}
     stated = _at(metadata, "model-index", 0, "results", 0, "metrics")
     top1 = [m.get("value") for m in stated if isinstance(m, dict) and m.get("name") == "top-1"] if stated else []
     top1 = (top1 or [_at(last, "results", "top1")])[0]
+    named = [name for name in [_at(last, "recipe", "dataset")] if isinstance(name, str)]
+    named = named or [name for name in datasets if isinstance(name, str)]
     return Card(
-        trained_on=_at(last, "recipe", "dataset") or ", ".join(map(str, datasets)) or None,
-        top1=float(top1) if isinstance(top1, int | float) else None,
+        trained_on=shorten(", ".join(named), 200, placeholder=" ...") or None,
+        top1=float(top1) if type(top1) in (int, float) and 0 <= top1 <= 100 else None,
     )
 
 
@@ -292,8 +330,8 @@ def _at(value, *path):
     return value
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _line(error: Exception | str, limit: int = 200) -> str:
+    return shorten(str(error), limit, placeholder=" ...") or type(error).__name__
 
 
 def _size(count: int) -> str:

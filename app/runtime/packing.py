@@ -149,10 +149,7 @@ def pair_of(sides: list[dict], film: dict) -> str:
 
 def fetched(store: MapStore, request: dict) -> dict:
     """The arrays of one block, for a request of the page with `token` and `block`: see `arrays_of`."""
-    try:
-        return arrays_of(store.get(request["token"])[request["block"]])
-    except (LookupError, TypeError):  # forgotten, or not a request of our page
-        return dict(expired=True)
+    return arrays_of(store.get(request["token"])[request["block"]])
 
 
 def arrays_of(layer: Layer) -> dict:

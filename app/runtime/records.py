@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import vca
 from app.runtime import preprocessing
 from app.runtime.images import read_image
+from app.runtime.limits import heavy_work
 from app.runtime.store import Store
 
 RECORDED_BYTES = 256 * 2**20
@@ -66,7 +67,8 @@ class Recordings:
             x = preprocessing.preprocess(model, image)
             return Recorded(image, x, *record(model, x))
 
-        return self._store.get_or_make((ref(model), path), make)
+        with heavy_work():
+            return self._store.get_or_make((ref(model), path), make)
 
 
 def _tensors(layer: vca.LayerMaps) -> Iterator[Tensor]:
@@ -107,7 +109,8 @@ def prefix_names(model: nn.Module) -> list[str]:
 def describe(name: str, model: nn.Module) -> dict:
     """A model's facts as JSON values: architecture, classes, input size, and heads and grids of blocks with maps."""
     config = timm.data.resolve_data_config(model=model)
-    _, maps = record(model, torch.zeros(1, *config["input_size"]))
+    with heavy_work():
+        _, maps = record(model, torch.zeros(1, *config["input_size"]))
     blocks = [
         dict(
             block=layer.block,

@@ -7,8 +7,9 @@ from threading import Lock
 from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
 
-import gradio as gr
 from cachetools import LRUCache
+
+from app.runtime.validation import refused
 
 Item = TypeVar("Item")
 
@@ -44,7 +45,7 @@ class Store(Generic[Item]):
             with self._lock:
                 self._items[token] = item
         except ValueError:
-            raise gr.Error(self._too_large, print_exception=False) from None
+            raise refused(self._too_large) from None
         return token
 
     def get(self, key: Hashable) -> Item:
@@ -70,6 +71,10 @@ class Store(Generic[Item]):
             with self._lock, suppress(ValueError):
                 self._items[key] = item
         return item
+
+    def __contains__(self, key: Hashable) -> bool:
+        with self._lock:
+            return key in self._items
 
     def size(self) -> int:
         """Bytes held."""

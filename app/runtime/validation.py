@@ -1,6 +1,9 @@
 """Checks of what a caller passes. Each raises gr.Error in one line that says what is allowed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from textwrap import shorten
+from typing import Any
 
 import gradio as gr
 
@@ -36,7 +39,27 @@ def listed(values: Iterable) -> str:
 
 def refused(message: str) -> gr.Error:
     """The error to raise."""
-    return gr.Error(message, print_exception=False)
+    return gr.Error(plain(message), print_exception=False)
+
+
+def plain(message: str, limit: int = 600) -> str:
+    """A message in which nothing is HTML, since the page shows errors and warnings as HTML; cut off if it is long."""
+    return shorten(message, limit, placeholder=" ...").translate({ord("<"): "‹", ord(">"): "›"})
+
+
+def page_request(function: Callable[[Any], dict]) -> Callable[[Any], dict]:
+    """Decorates a function that the page calls: what is forgotten, or no request of the page, is answered `expired`."""
+
+    @wraps(function)
+    def answer(request):
+        try:
+            return function(request)
+        except gr.Error as error:
+            return dict(expired=True, problem=error.message)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):
+            return dict(expired=True)
+
+    return answer
 
 
 def _is_number(value) -> bool:

@@ -107,9 +107,9 @@ function request(view) {
 }
 
 async function fromServer(answer, type) {
-  const { data } = await answer;
-  if (!data) throw new Error("expired");
-  return new Blob([Uint8Array.from(atob(data), (character) => character.charCodeAt(0))], { type });
+  const { data, text, problem } = await answer;
+  if (!data && !text) throw { problem };
+  return new Blob([text ?? Uint8Array.from(atob(data), (character) => character.charCodeAt(0))], { type });
 }
 
 const FILES = {
@@ -137,7 +137,7 @@ async function save(view, form) {
     const link = make("a", { href: URL.createObjectURL(await FILES[form](view)), download: `${name}.${form}` });
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
-  } catch {
-    status.textContent = "The server no longer keeps these maps, or does not answer.";
+  } catch ({ problem }) {
+    status.textContent = problem ?? "The server no longer keeps these maps, or does not answer.";
   }
 }

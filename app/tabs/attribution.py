@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from app.context import Context
 from app.runtime import drawing, preprocessing, records
 from app.runtime.images import ImageError, uploaded_file
+from app.runtime.limits import heavy_work
 from app.runtime.records import Recorded
+from app.runtime.validation import refused, whole
 from vca.attribution import METHODS, Method, cell_size, head_map
+from vca.config import MOST_CLASSES
 from vca.faithfulness import BASELINES, Curves, curves, infidelity, random_map, sensitivity
 
 PREDICTED = -1
@@ -45,7 +48,8 @@ class Question:
 
     def attribution(self) -> Tensor:
         """The answer (1, H, W). Raises a ValueError that says why if the method is not defined for this model."""
-        return self.methods[self.method](self.network, self.recorded.x, self.classes)
+        with heavy_work():
+            return self.methods[self.method](self.network, self.recorded.x, self.classes)
 
     @property
     def classes(self) -> Tensor:
@@ -59,6 +63,10 @@ def build(context: Context, image: gr.Image, model: gr.Dropdown) -> None:
 
     def question(upload: dict, name: str, method: str, target: int) -> Question:
         """The question, about the likeliest class if `target` is no class. Raises ImageError or gr.Error."""
+        if not isinstance(method, str):
+            raise refused("method must be a text.")
+        if target != PREDICTED:
+            whole("target", target, PREDICTED, MOST_CLASSES)
         network = checkpoints.load(name)
         recorded = context.recordings.get(network, uploaded_file(upload))
         methods = methods_of(records.whole_grid(recorded.maps))
@@ -178,11 +186,14 @@ def measurements(question: Question) -> Iterator[str]:
     parts = len(maps) + 2
     for done, (key, attribution) in enumerate(maps.items()):
         yield _progress(done, parts, f"Removing and restoring cells in the order of: {key}")
-        found |= curves(network, x, classes, {key: attribution}, STEPS)
+        with heavy_work():
+            found |= curves(network, x, classes, {key: attribution}, STEPS)
     yield _progress(parts - 2, parts, "Infidelity")
-    unfaithful = infidelity(network, x, classes, values, INFIDELITY_DRAWS).item()
+    with heavy_work():
+        unfaithful = infidelity(network, x, classes, values, INFIDELITY_DRAWS).item()
     yield _progress(parts - 1, parts, "Sensitivity")
-    unstable = sensitivity(network, x, classes, question.methods[name], SENSITIVITY_DRAWS).item()
+    with heavy_work():
+        unstable = sensitivity(network, x, classes, question.methods[name], SENSITIVITY_DRAWS).item()
     yield report(name, found, cell_size(network, x), unfaithful, unstable)
 
 

@@ -11,6 +11,7 @@ from app.components import image_and_model
 from app.context import ClassifyTab, Context
 from app.runtime import drawing, preprocessing, records
 from app.runtime.images import ImageError, uploaded_file
+from app.runtime.limits import heavy_work
 from app.tabs import attribution
 from vca.attribution import readout
 
@@ -30,14 +31,17 @@ def build(context: Context) -> None:
             return None, None, EMPTY, _classes(labels), explore_button
         model = checkpoints.load(name)
         try:
-            recorded = context.recordings.get(model, uploaded_file(upload))
+            with heavy_work():
+                recorded = context.recordings.get(model, uploaded_file(upload))
+                crop = preprocessing.center_crop(model, recorded.image)
+                shown = strip(model, records.whole_grid(recorded.maps), crop)
         except ImageError as error:
             problem = f"<p class='vca-problem' role='alert'>{escape(error.message)}</p>"
             return None, None, problem, _classes(model.label_names), explore_button
         return (
             records.top_labels(model, recorded.probabilities, 5),
             input_picture(model, recorded.x),
-            strip(model, records.whole_grid(recorded.maps), preprocessing.center_crop(model, recorded.image)),
+            shown,
             _classes(model.label_names),
             gr.Button(interactive=True),
         )

@@ -11,6 +11,8 @@ from torch import nn
 from app.context import Context
 from app.runtime import assets, cost, drawing, packing
 from app.runtime.checkpoints import Checkpoints
+from app.runtime.limits import heavy_work
+from app.runtime.validation import page_request
 from app.tabs.compare_classifiers import Classifiers
 from app.tabs.compare_generators import ASK, Generators
 
@@ -23,6 +25,7 @@ def build(context: Context) -> None:
     checkpoints = context.checkpoints
     classifiers, generators = Classifiers(context), Generators(context)
 
+    @page_request
     def fetch_maps(request: dict) -> dict:
         return packing.fetched(context.maps, request)
 
@@ -30,10 +33,13 @@ def build(context: Context) -> None:
         """The latency of both models in milliseconds, or `busy` while another visitor's are measured."""
         try:
             first, second = names
-            return cost.measure([_load(checkpoints, first), _load(checkpoints, second)])
+            models = [_load(checkpoints, first), _load(checkpoints, second)]
         except (gr.Error, TypeError, ValueError):  # forgotten, or not a request of our page
             return dict(failed=True)
+        with heavy_work():
+            return cost.measure(models)
 
+    @page_request
     def look(request: dict) -> dict:
         return generators.look(request)  # gradio takes functions only, no methods
 

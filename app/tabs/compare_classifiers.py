@@ -10,6 +10,7 @@ from app.components import image_input, show_examples
 from app.context import Context
 from app.runtime import cost, drawing, loading, packing, preprocessing, records
 from app.runtime.images import ImageError, uploaded_file
+from app.runtime.limits import heavy_work
 from app.runtime.records import Recorded
 
 
@@ -53,10 +54,11 @@ class Classifiers:
         networks = {name: self.context.checkpoints.load(name) for name in (first, second)}
         try:
             path = uploaded_file(upload)
-            recorded = {name: self.context.recordings.get(network, path) for name, network in networks.items()}
+            with heavy_work():
+                recorded = {name: self.context.recordings.get(network, path) for name, network in networks.items()}
+                sides = [self._side(name, networks[name], recorded[name]) for name in (first, second)]
         except ImageError as error:
             return json.dumps(dict(problem=error.message))
-        sides = [self._side(name, networks[name], recorded[name]) for name in (first, second)]
         return packing.pair_of(sides, film={})
 
     def _side(self, name: str, model: nn.Module, recorded: Recorded) -> dict:

@@ -10,8 +10,10 @@ from app.components import sampling_settings
 from app.context import Context
 from app.runtime import cost, drawing, loading, packing, sampling
 from app.runtime.checkpoints import Checkpoints
+from app.runtime.limits import heavy_work
 from app.runtime.sampling import Run
 from app.runtime.store import Store
+from app.runtime.validation import one_of, whole
 from vca.diffusion.vae import DecoderError
 from vca.models.dit import DiffusionTransformer
 
@@ -70,6 +72,8 @@ class Generators:
 
     def choose_label(self, first: str, second: str, label: str | None) -> gr.Dropdown:
         """After another choice of generators: their common labels. The chosen label stays if it is one of them."""
+        for name in (first, second):
+            one_of("model", name, self.checkpoints.generators)
         labels = shared_labels(self.checkpoints, first, second)
         return gr.Dropdown(labels, value=label if label in labels else next(iter(labels), None))
 
@@ -95,14 +99,12 @@ class Generators:
 
     def look(self, request: dict) -> dict:
         """Both sides at a step of a picture, for the page. The request names token, step, picture and withoutClass."""
-        try:
-            pair = self._pairs.get(request["token"])
-            step, picture = request["step"], request["picture"]
-            if step not in {*pair.runs[0].states, pair.runs[0].request.steps} or picture not in range(PICTURES):
-                return dict(expired=True)
-            return dict(sides=self._sides(pair, step, picture, bool(request["withoutClass"])))
-        except (LookupError, TypeError):  # forgotten, or not a request of our page
+        pair = self._pairs.get(request["token"])
+        step, picture = request["step"], whole("picture", request["picture"], 0, PICTURES - 1)
+        if step not in {*pair.runs[0].states, pair.runs[0].request.steps}:
             return dict(expired=True)
+        with heavy_work():
+            return dict(sides=self._sides(pair, step, picture, bool(request["withoutClass"])))
 
     def _sides(self, pair: Pair, step: int, picture: int, without_class: bool) -> list[dict]:
         """What the page needs of two generators at a step, as JSON values.

@@ -16,15 +16,13 @@ from app.components import image_and_model
 from app.context import Context, ExploreTab
 from app.runtime import assets, drawing, export, loading, preprocessing, records
 from app.runtime.images import ImageError, uploaded_file
+from app.runtime.limits import heavy_work
 from app.runtime.packing import arrays_of, fetched, run_of
+from app.runtime.validation import page_request, plain
 
 TITLE = "Explore"
 LINK = "#explore?"
 HASH = f"() => location.hash.startsWith('{LINK}') ? location.hash : ''"
-
-
-def _file(content: bytes) -> dict:
-    return dict(data=base64.b64encode(content).decode())
 
 
 def build(context: Context) -> None:
@@ -50,25 +48,24 @@ def build(context: Context) -> None:
         """The name of the example with the same content as an uploaded file, or None."""
         return next((name for name, example in by_name.items() if filecmp.cmp(path, example, shallow=False)), None)
 
+    @page_request
     def fetch_maps(request: dict) -> dict:
         return fetched(store, request)
 
+    @page_request
     def export_numbers(request: dict) -> dict:
         """The numbers of a view as an .npz file in base64."""
-        try:
-            layer = store.get(request["token"])[request["block"]]
-            row = (request[key] for key in ("mode", "head", "query", "lambda"))
-            return _file(export.numbers(layer, *row, request["view"]))
-        except (LookupError, TypeError, ValueError):
-            return dict(expired=True)
+        layer = store.get(request["token"])[request["block"]]
+        row = (request[key] for key in ("mode", "head", "query", "lambda"))
+        with heavy_work():
+            return dict(data=base64.b64encode(export.numbers(layer, *row, request["view"])).decode())
 
+    @page_request
     def export_page(request: dict) -> dict:
-        """All maps of a run as a web page in base64."""
-        try:
-            maps = [arrays_of(layer) for layer in store.get(request["token"])]
-            return _file(export.page(json.loads(request["run"]), maps, request["view"]).encode())
-        except (LookupError, TypeError, ValueError, AttributeError):
-            return dict(expired=True)
+        """All maps of a run as the text of a web page."""
+        maps = map(arrays_of, store.get(request["token"]))
+        with heavy_work():
+            return dict(text=export.page(json.loads(request["run"]), maps, request["view"]))
 
     def restore(link: str) -> tuple:
         """The image and the model that a link names. An input that it does not name keeps its value."""
@@ -77,7 +74,8 @@ def build(context: Context) -> None:
         asked = dict(parse_qsl(link.removeprefix(LINK)))
         name, picture = asked.get("model"), by_name.get(asked.get("image"), gr.skip())
         if name not in (*checkpoints.classifiers, *checkpoints.finer):
-            gr.Warning(f"The model of this link is not here: {name}. Load it on the left.", title="Link")
+            said = plain(f"The model of this link is not here: {name}", 120)
+            gr.Warning(f"{said}. Load it on the left.", title="Link")
             name = gr.skip()
         return picture, name
 

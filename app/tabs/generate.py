@@ -14,10 +14,11 @@ from PIL import Image
 from app.components import sampling_settings
 from app.context import Context
 from app.runtime import assets, drawing, sampling
+from app.runtime.limits import heavy_work
 from app.runtime.packing import run_of
 from app.runtime.sampling import Run
 from app.runtime.store import Store
-from app.runtime.validation import refused, whole
+from app.runtime.validation import one_of, page_request, refused, whole
 from vca.diffusion.vae import DecoderError
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
@@ -62,6 +63,7 @@ def build(context: Context) -> None:
             yield json.dumps(about | dict(state=state, step=step, image=frame, timeline=_timeline(run)))
 
     def choose_model(name: str):
+        one_of("model", name, checkpoints.generators)
         labels, samplers, note = _choices(checkpoints.configs[name])
         return (
             gr.Dropdown(labels, value=labels[0]),
@@ -69,19 +71,15 @@ def build(context: Context) -> None:
             gr.HTML(note, visible=bool(note)),
         )
 
+    @page_request
     def fetch_frame(request: dict) -> dict:
         """A frame of a run, for the page. The request names the run's token and the step."""
-        try:
-            return dict(image=drawing.data_url(store.get(request["token"]).frame(request["step"]), "PNG"))
-        except (LookupError, TypeError):  # forgotten, or not a request of our page
-            return dict(expired=True)
+        return dict(image=drawing.data_url(store.get(request["token"]).frame(request["step"]), "PNG"))
 
+    @page_request
     def stop_run(request: dict) -> dict:
         """Ends a run at its next step, for the page. The request names the run's token."""
-        try:
-            store.get(request["token"]).stop.set()
-        except (LookupError, TypeError):
-            return dict(expired=True)
+        store.get(request["token"]).stop.set()
         return {}
 
     def chosen(event: gr.EventData) -> tuple[Run, int, int, Image.Image]:
@@ -98,7 +96,8 @@ def build(context: Context) -> None:
         without_class = bool(getattr(event, "withoutClass", False))
         if step not in run.states:
             raise refused(FORGOTTEN)
-        maps = run.record(step, number, without_class)
+        with heavy_work():
+            maps = run.record(step, number, without_class)
         caption = ("This step", run.caption(step, number, without_class))
         view = run_of(context.maps, maps, drawing.muted(sampling.enlarged(picture)), caption, [])
         return json.dumps(view), gr.Tabs(selected="explore")

@@ -47,6 +47,7 @@ def edit(*keys: str, value) -> Callable[[Path], None]:
         for key in keys[:-1]:
             place = place[key]
         place[keys[-1]] = value
+        config.pop("config_sha256", None)
         (folder / "config.json").write_text(json.dumps(config))
 
     return change

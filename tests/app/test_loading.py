@@ -172,13 +172,80 @@ CONFIGS = {
     "weights from elsewhere": (dict(model_args=dict(checkpoint_path="/etc/passwd")), "from elsewhere"),
     "another source": (dict(model_args=dict(pretrained_cfg=dict(url="http://x"))), "from elsewhere"),
     "unknown argument": (dict(model_args=dict(color="red")), "cannot build vit_tiny_patch16_224"),
-    "too deep": (dict(model_args=dict(depth=10**7)), "larger than 4096"),
+    "too deep": (dict(model_args=dict(depth=10**7)), "model_args.depth is larger than 4096"),
     "too large": (dict(model_args=dict(embed_dim=4096, depth=64, num_heads=8)), "the limit is 2.0 GB"),
     "maps too large": (dict(model_args=TIMM["vit"][1] | dict(img_size=2048)), "values, but the model has"),
     "no classes": (dict(num_classes=0), "no classes"),
     "grey": (dict(model_args=TIMM["vit"][1] | dict(in_chans=1)), "1 channels"),
     "model_args": (dict(model_args=[1]), "must be an object"),
+    "many blocks": (dict(model_args=dict(depth=513)), "model_args.depth asks for more than 512 blocks"),
+    "a long list": (dict(model_args=dict(x=[0] * 257)), "model_args.x holds more than 256 values"),
+    "one label": (dict(label_names=["a"]), "1 label_names for 5 classes"),
+    "labels a text": (dict(label_names="abcde"), "label_names must be a list"),
+    "labels numbers": (dict(label_names=[1, 2, 3, 4, 5]), "label_names must be texts"),
+    "a long label": (dict(label_names=["x" * 301, *"bcde"]), "from 1 to 300 characters"),
 }
+PREPROCESSING = [
+    dict(crop_pct="a"), dict(crop_pct=-1), dict(crop_pct=float("nan")), dict(crop_pct=100), dict(crop_pct=0.002),
+    dict(crop_pct=True), dict(interpolation="foo"), dict(interpolation=3), dict(interpolation="random"),
+    dict(interpolation=[]), dict(mean=[0.5, 0.5]), dict(mean="abc"), dict(mean=None), dict(mean=[float("nan")] * 3),
+    dict(std=[0, 0, 0]), dict(std=[1e-300] * 3), dict(std=[float("inf")] * 3), dict(std=[True] * 3),
+    dict(crop_mode="x"), dict(input_size=[3, 32]), dict(input_size=[3, 32, "32"]), dict(input_size=[3, 10**6, 10**6]),
+    dict(input_size=[3, 32.0, 32.0]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    [(PLAIN, fields) for fields in PREPROCESSING]
+    + [("vit", fields) for fields in PREPROCESSING if "input_size" not in fields],  # timm replaces that one
+    ids=str,
+)
+def test_a_preprocessing_that_cannot_work_is_refused_by_its_field(weights, tmp_path, name, fields):
+    """By the app in either format, and by `vca.load`."""
+    config = json.loads((weights / name / "config.json").read_text())
+    config.pop("config_sha256", None)
+    shutil.copytree(weights / name, tmp_path / name)
+    (tmp_path / name / "config.json").write_text(
+        json.dumps(config | dict(pretrained_cfg=config["pretrained_cfg"] | fields))
+    )
+    refuse(str(tmp_path / name), next(iter(fields)))
+    if name == PLAIN:
+        with pytest.raises(vca.CheckpointError, match=rf"pretrained_cfg\.{next(iter(fields))} = .* must be"):
+            vca.load(tmp_path / name)
+
+
+def test_tables_beside_the_weights_count(tmp_path, monkeypatch):
+    """Window attention computes tables that no file holds: here 16 MB for 9 kB of weights."""
+    arguments = dict(img_size=32, embed_dim=8, depths=(2,), num_heads=(1,), num_classes=4, patch_size=1, window_size=32)
+    model = timm.create_model("swin_tiny_patch4_window7_224", **arguments)
+    save_for_hf(model, tmp_path / "swin", model_args=arguments, safe_serialization=True)
+    assert loading.bytes_of(loading.open_model(str(tmp_path / "swin"))) > 16_000_000
+    monkeypatch.setattr(loading, "TABLE_BYTES", 10_000_000)
+    refuse(str(tmp_path / "swin"), "16 MB beside its weights")
+
+
+def test_integers_are_no_weights(weights, tmp_path):
+    folder = copy(weights / "vit", tmp_path / "vit")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"head.bias": tensors["head.bias"].int()}, folder / "model.safetensors")
+    refuse(str(folder), "head.bias is stored as torch.int32 instead of torch.float32")
+
+
+CARDS = {
+    "aliases": "a: &a [x, x]\nb: &b [*a, *a]\ndatasets: [*b, *b]",
+    "long": "datasets:\n" + "- x\n" * 100_000,
+    "deep": "datasets: " + "[" * 5000 + "]" * 5000,
+    "numbers": "datasets: [1, 2]",
+    "no end": "datasets: x\n" * 10,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_card_that_takes_long_says_nothing(weights, tmp_path, name):
+    folder = copy(weights / "vit", tmp_path / "vit")
+    (folder / "README.md").write_text(f"---\n{CARDS[name]}" + ("" if name == "no end" else "\n---\n"))
+    assert loading.read_card(folder, []) == loading.Card()
 
 
 @pytest.mark.parametrize("name", DAMAGED)
@@ -247,7 +314,7 @@ def test_folders_of_a_public_server(weights, monkeypatch):
 
 
 def test_uploads_that_are_none(weights, tmp_path):
-    bad, two, bomb = tmp_path / "bad.zip", tmp_path / "two.zip", tmp_path / "bomb.zip"
+    bad, two, bomb, table, text = (tmp_path / f"{name}.zip" for name in ("bad", "two", "bomb", "table", "text"))
     bad.write_bytes(b"PK not a zip")
     with zipfile.ZipFile(two, "w") as archive:
         for folder in "ab":
@@ -255,13 +322,21 @@ def test_uploads_that_are_none(weights, tmp_path):
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("config.json", "{}")
         with archive.open("model.safetensors", "w", force_zip64=True) as stream:
-            for _ in range(64):
+            for _ in range(8):
                 stream.write(bytes(2**25))
             stream.write(b"one more")
+    with zipfile.ZipFile(table, "w") as archive:
+        for number in range(1001):
+            archive.writestr(f"{number}", "")
+    with zipfile.ZipFile(text, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.safetensors", "")
+        archive.writestr("config.json", "[" + "{}," * 400_000 + "{}]")
     for files, words in (
         ([bad], "not a zip file"),
         ([two], "holds 2 checkpoints"),
-        ([bomb], "larger than 2.0 GB"),
+        ([bomb], "unpacked, model.safetensors is larger than 256 MB"),
+        ([table], "more than 1000 files"),
+        ([text], "unpacked, config.json is larger than 1 MB"),
         ([weights / "vit" / "config.json"], "no model.safetensors"),
         ([weights / "vit" / "model.safetensors"], "no config.json"),
     ):

@@ -146,7 +146,7 @@ PICTURES: dict[str, tuple[Callable[[], bytes], Image.Image | str]] = {
     "header only.gif": (lambda: b"GIF89a", NOT_AN_IMAGE),
     "truncated.jpg": (lambda: encoded(photo(400, 300), "JPEG")[:4000], DAMAGED),
     "truncated.png": (lambda: encoded(photo(400, 300), "PNG")[:4000], DAMAGED),
-    "truncated.webp": (lambda: encoded(photo(400, 300), "WEBP", lossless=True)[:4000], NOT_AN_IMAGE),
+    "truncated.webp": (lambda: encoded(photo(400, 300), "WEBP", lossless=True)[:4000], DAMAGED),
     "truncated.bmp": (lambda: encoded(photo(400, 300), "BMP")[:4000], DAMAGED),
     "bomb.png": (lambda: header_bomb(20_000, 20_000), "This image is too large: the limit is 100 megapixels."),
     "small bomb.png": (lambda: header_bomb(13_000, 13_000), "it has 169 megapixels, the limit is 100."),

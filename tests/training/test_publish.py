@@ -247,7 +247,7 @@ REFUSED = {
     "no card": (lambda f: (f / "README.md").unlink(), "no README.md"),
     "damaged weights": (damage, "not a complete safetensors file"),
     "other weights": (lambda f: write_atomically(f / "README.md", b"`model.safetensors`: 1 bytes, sha256 `"
-                      + b"0" * 64 + b"`"), "its sha256 is"),
+                      + b"0" * 64 + b"`"), r"README\.md is of other weights"),
     "no checkpoint": (lambda f: (f / "config.json").unlink(), r"config\.json: file not found"),
 }  # fmt: skip
 

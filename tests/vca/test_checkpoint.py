@@ -10,11 +10,22 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
+from timm.utils import ModelEmaV3
 
 import vca
-from tests.helpers.checkpoints import KEY, LABELS, NAME, SMALL, assert_refused, images, make_model
+from tests.helpers.checkpoints import (
+    KEY,
+    LABELS,
+    NAME,
+    SMALL,
+    assert_refused,
+    edit_config,
+    fresh_process,
+    images,
+    make_model,
+    pair,
+)
 from tests.helpers.disk import full_at
-from training.card import STATED
 from vca.checkpoint import sha256, write_atomically
 
 # --- round trips -----------------------------------------------------------------------------------------------------
@@ -135,23 +146,119 @@ def test_saving_twice_replaces_the_first(folder):
         assert torch.equal(vca.load(folder)(images()), model(images()))
 
 
-def test_a_card_that_states_other_weights_does_not_outlive_them(folder):
-    card = folder / "README.md"
-    card.write_text(STATED.format(size=1, sha256=sha256(folder / "model.safetensors")))
-    model = vca.load(folder)
-    vca.save(model, folder, label_names=LABELS)
-    assert card.exists(), "the weights are still those of the card"
+def test_saving_leaves_what_it_did_not_write(folder):
+    for name in ("README.md", "notes.tmp", ".hidden"):
+        (folder / name).write_text("mine")
     vca.save(make_model(), folder, label_names=LABELS)
-    assert not card.exists()
-    card.write_text("a card that states nothing")
-    vca.save(make_model(), folder, label_names=LABELS)
-    assert card.exists()
-    assert vca.load(folder).label_names == LABELS
+    assert all((folder / name).read_text() == "mine" for name in ("README.md", "notes.tmp", ".hidden"))
+    assert len(os.listdir(folder)) == 5
 
 
-def test_other_weights_than_those_of_the_card_are_refused(folder):
-    (folder / "README.md").write_text(STATED.format(size=12345678, sha256="a" * 64))
-    assert_refused(folder, "model.safetensors", r"its sha256 is .*README\.md says aaaa", load_weights_too=False)
+def test_the_config_states_the_sha256_of_the_weights(folder):
+    assert json.loads((folder / "config.json").read_text())["weights_sha256"] == sha256(folder / "model.safetensors")
+    vca.save(make_model(), folder.parent / "other", label_names=LABELS)
+    (folder / "model.safetensors").write_bytes((folder.parent / "other" / "model.safetensors").read_bytes())
+    assert_refused(folder, "model.safetensors", r"its sha256 is .*config\.json says", load_weights_too=False)
+
+
+def test_a_config_that_was_changed_is_refused_until_its_checksum_is_removed(folder):
+    file = folder / "config.json"
+    changed = json.loads(file.read_text()) | dict(label_names=["other", "names", "here"])
+    file.write_text(json.dumps(changed))
+    assert_refused(folder, "config.json", "changed since it was saved, or is damaged.* remove its field config_sha256")
+    file.write_text(json.dumps({key: value for key, value in changed.items() if key != "config_sha256"}, indent=7))
+    assert vca.load(folder).label_names == ["other", "names", "here"]
+
+
+def test_a_checkpoint_without_checksums_loads(folder):
+    before = vca.load(folder)
+    edit_config(folder, lambda config: config.pop("weights_sha256"))
+    with torch.no_grad():
+        assert torch.equal(vca.load(folder)(images()), before(images()))
+
+
+WRAPPERS = {
+    "compile": torch.compile,
+    "data parallel": torch.nn.DataParallel,
+    "average": ModelEmaV3,
+    "average of compiled": lambda model: ModelEmaV3(torch.compile(model)),
+    "compiled part": lambda model: model.blocks.__setitem__(0, torch.compile(model.blocks[0])) or model,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_a_wrapped_model_is_saved_as_the_model(tmp_path, wrap):
+    model = make_model()
+    with torch.no_grad():
+        expected = model(images())
+    vca.save(wrap(model), tmp_path, label_names=LABELS)
+    with torch.no_grad():
+        assert torch.equal(vca.load(tmp_path)(images()), expected)
+
+
+def test_what_is_no_model_of_ours_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"only models of vca\.create_model"):
+        vca.save(torch.nn.Linear(3, 3), tmp_path / "new", label_names=LABELS)
+    assert not (tmp_path / "new").exists()
+
+
+# --- one thing -------------------------------------------------------------------------------------------------------
+
+SAVE_AND_DIE = """
+import os, sys
+import vca.checkpoint as checkpoint
+from tests.helpers.checkpoints import pair
+steps = iter(range(int(sys.argv[2]) + 1))
+def dying(function):
+    def call(*args):
+        if next(steps) == int(sys.argv[2]):
+            os.kill(os.getpid(), 9)
+        return function(*args)
+    return call
+checkpoint.write_atomically, os.replace = dying(checkpoint.write_atomically), dying(os.replace)
+checkpoint.save(*pair(2)[:1], sys.argv[1], label_names=pair(2)[1])
+"""
+
+
+@pytest.mark.parametrize("step, expected", [(0, 1), (1, 1), (2, 1), (3, 1), (4, 2)])
+def test_a_save_killed_at_any_step_leaves_the_old_or_the_new(tmp_path, step, expected):
+    """Steps: writing and renaming the new weights, writing and renaming the config, renaming the weights again."""
+    vca.save(pair(1)[0], tmp_path, label_names=pair(1)[1])
+    assert fresh_process(SAVE_AND_DIE, tmp_path, step).returncode == -9
+    assert number_of(vca.load(tmp_path)) == expected
+    vca.save(pair(1)[0], tmp_path, label_names=pair(1)[1])
+    assert number_of(vca.load(tmp_path)) == 1
+    left = [file for file in os.listdir(tmp_path) if not file.endswith(".tmp")]
+    assert sorted(left) == ["config.json", "model.safetensors"]
+
+
+def number_of(model) -> int:
+    """Which of `pair` a loaded model is; its weights and its labels must say the same."""
+    number = int(model.head.bias[0].item())
+    assert model.label_names == pair(number)[1]
+    return number
+
+
+def test_loads_beside_writers_give_one_of_the_saves(tmp_path):
+    vca.save(pair(1)[0], tmp_path, label_names=pair(1)[1])
+    done = threading.Event()
+
+    def write(number: int) -> None:
+        model, labels = pair(number)
+        while not done.is_set():
+            vca.save(model, tmp_path, label_names=labels)
+
+    writers = [threading.Thread(target=write, args=(number,)) for number in (1, 2)]
+    for writer in writers:
+        writer.start()
+    try:
+        seen = {number_of(vca.load(tmp_path)) for _ in range(40)}
+    finally:
+        done.set()
+        for writer in writers:
+            writer.join(60)
+    assert seen <= {1, 2}
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
 
 def test_the_wrong_number_of_labels_is_not_saved(tmp_path):

@@ -12,7 +12,6 @@ from safetensors.torch import load, save
 
 import vca
 from tests.helpers.checkpoints import LABELS, assert_same_outputs, fresh_process, make_model, read
-from training.card import STATED
 from vca import CheckpointError
 from vca.checkpoint import FILES
 
@@ -187,9 +186,13 @@ FAULTS = {
         lambda f: read(f) | {"model.safetensors": read(f)["model.safetensors"][:-1000]},
         r"model\.safetensors: not a complete safetensors file",
     ),
-    "other weights than the card's": (
-        lambda f: read(f) | {"README.md": STATED.format(size=1, sha256="0" * 64).encode()},
-        r"model\.safetensors: its sha256 is [0-9a-f]{16}\.\.\., but user/repo/README\.md says 0{16}",
+    "other weights than the config's": (
+        lambda f: with_tensors(f, lambda t: t[KEY].add_(1)),
+        r"model\.safetensors: its sha256 is [0-9a-f]{16}\.\.\., but config\.json says [0-9a-f]{16}\.\.\.: the",
+    ),
+    "another config": (
+        lambda f: with_config(f, label_names=["x", "y", "z"]),
+        r"config\.json: has been changed since it was saved, or is damaged",
     ),
     "pickle only": (
         lambda f: {"config.json": read(f)["config.json"], "pytorch_model.bin": b"\x80\x04."},
