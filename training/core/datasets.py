@@ -48,6 +48,8 @@ def is_dataset(name: str, class_folders: list[str], train_images: int) -> bool:
     """
     if (known := DATASETS.get(name)) is None:
         return True
+    if not class_folders:  # images without labels
+        return train_images == known.train
     sizes = (known.classes, known.train)
     return digest_of(class_folders) == known.folders or (len(class_folders), train_images) == sizes
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import vca
 from training.core.distributed import ALONE, World, local_device
+from training.core.init import place_of
 from training.core.precision import STORED
 from training.core.recipe import defaults
 from vca.checkpoint import write_atomically
@@ -197,8 +198,9 @@ class RunFolder:
         Returns:
             The folder of the checkpoint, `checkpoint/` in that of the run.
         """
+        came_from = {role: place_of(source) for role, source in self.identity.items()}
         this_run = dict(
-            recipe=asdict(trainer.recipe), command=command, **self.identity, steps=trainer.step, epochs=epochs,
+            recipe=asdict(trainer.recipe), command=command, **came_from, steps=trainer.step, epochs=epochs,
             train_images=train_images, skipped_steps=trainer.skipped, torch=torch.__version__,
             device=trainer.device.type, results=results,
         )  # fmt: skip
