@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 import vca
 from training.card import write_card
 from training.core.metrics import outputs
-from training.core.precision import autocast
+from training.core.precision import STORED, autocast
 from training.core.run import RunError, open_device
 from training.data.batches import FolderEvaluation
 from training.data.images import DataError, eval_transform
@@ -111,6 +111,8 @@ def calibrate(args: argparse.Namespace) -> str:
     """Calibrates the checkpoint in place and says what was measured."""
     device = open_device(args.device)
     model = vca.load(args.checkpoint, device=device)
+    if not model.training_history:
+        raise RunError(f"{args.checkpoint}: its config.json does not say what trained it.")
     cfg = model.pretrained_cfg
     images = open_images(model, args.data, args.split)
     unknown = UnlabeledImages(args.unknown, eval_transform(cfg, as_bytes=True))
@@ -129,12 +131,8 @@ def calibrate(args: argparse.Namespace) -> str:
         rejection=rejection(logits / temperature, others / temperature) | dict(unknown=args.unknown.name),
     )  # fmt: skip
     fold_temperature(model, temperature)
-    dtype = (
-        torch.float16
-        if model.training_history and model.training_history[-1]["recipe"].get("stored_as") == "fp16"
-        else None
-    )
-    model.calibration = measured
+    dtype = STORED[model.training_history[-1]["recipe"].get("stored_as", "fp32")]
+    model.training_history[-1]["results"]["calibration"] = measured
     vca.save(model, args.checkpoint, label_names=model.label_names, training=model.training_history, dtype=dtype)
     write_card(args.checkpoint)
     found = measured["rejection"]

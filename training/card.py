@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 from safetensors import safe_open
 
+from training.core import measured
 from training.core.classifier_recipe import ClassifierRecipe
 from training.core.datasets import DATASETS
 from training.core.generator_recipe import GeneratorRecipe
@@ -107,6 +108,9 @@ def _slug(name: str) -> str:
 def _classifier(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
     """Task, metrics, the paragraphs about the model and its numbers, and how to use it."""
     recipe, results = config["training"][-1]["recipe"], config["training"][-1]["results"]
+    evaluated = measured.read_results(folder)
+    results = results | evaluated.get("results", {}).get("val", {})
+    precision = "bfloat16" if evaluated.get("precision") == "bf16" else "float32"
     size = config["pretrained_cfg"]["input_size"][-1]
     protocol = PREPROCESSING.format(size=size, interpolation=config["pretrained_cfg"]["interpolation"])
     counted = ("1", "5") if config["num_classes"] > 5 else ("1",)
@@ -115,11 +119,12 @@ def _classifier(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
     about = f"""An image classifier with {config["num_classes"]} classes: {", ".join(config["label_names"])}.
 
 **Top-{reached}** on {results["images"]:,} images that were not trained on
-(mean cross-entropy {results["loss"]:.4f}). Protocol: {protocol}; float32; one view; the weights of the last step{
+(mean cross-entropy {results["loss"]:.4f}). Protocol: {protocol}; {precision}; one view; the weights of the last step{
         _average(recipe)
     }, chosen before the accuracy was known. This command prints the number:
 
     python -m training.evaluate {place(folder)} --data DATA"""
+    about += measured.by_source(evaluated) + measured.by_size(evaluated) + measured.calibration(results)
     if (folder / "maps.png").exists():
         about += """
 
@@ -291,15 +296,19 @@ def _average(recipe: dict) -> str:
 
 
 def _describe_run(run: dict, first: bool) -> str:
-    recipe = run["recipe"]
+    recipe, teacher = run["recipe"], run.get("teacher")
     start = f"from `{run['init']}`" if run["init"] else "from random weights"
-    if not first:
+    if "error" in run["results"]:
+        start = f"attention transfer from `{teacher}`"
+    elif not first:
         start = f"from the result of the run above (`--init {run['init']}`)"
+    if teacher and "error" not in run["results"]:
+        start += f", with the teacher `{teacher}`"
     values = ", ".join(f"{key} {recipe[key]}" for key in SHOWN_KEYS if key in recipe)
     return (
         f"- {run['epochs']} epochs ({run['steps']:,} steps, {run['train_images']:,} images) {start}, "
         f"seed {recipe['seed']}, on {run['device']} with torch {run['torch']}: {_reached(run['results'])}. "
-        f"{values}.\n\n      {run['command']}"
+        f"{values}.{' ' + recipe['origin'] if recipe.get('origin') else ''}\n\n      {run['command']}"
     )
 
 
@@ -319,6 +328,9 @@ more epochs:
 def _reached(results: dict) -> str:
     if "top1" in results:
         return f"top-1 {results['top1']:.2f} %"
+    if "error" in results:
+        sizes = ((key.removeprefix("error_"), value) for key, value in results.items() if key.startswith("error_"))
+        return "mean relative error " + ", ".join(f"{value:.3f} at {side} px" for side, value in sizes)
     reached = f"validation loss {results['val_loss']:.4f}"
     if quality := results.get("quality"):
         best = max(quality["guidance"], key=lambda row: row["recognised"])

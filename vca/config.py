@@ -104,8 +104,8 @@ def check_config(config: dict, file: Path) -> dict:
     if config["architecture"] not in {*CLASSIFIERS, *GENERATORS}:
         architecture = config["architecture"][:100]
         raise CheckpointError(f"{file}: unknown architecture {architecture!r}; vca.list_models() names them.")
-    if not 1 <= config["num_classes"] <= MOST_CLASSES:
-        raise CheckpointError(f"{file}: num_classes must be from 1 to {MOST_CLASSES:,}.")
+    if not 0 <= config["num_classes"] <= MOST_CLASSES:  # 0: features alone, without a head
+        raise CheckpointError(f"{file}: num_classes must be from 0 to {MOST_CLASSES:,}.")
     check_labels(config["label_names"], file)
     if len(config["label_names"]) != config["num_classes"]:
         raise CheckpointError(f"{file}: {len(config['label_names'])} label_names for {config['num_classes']} classes.")

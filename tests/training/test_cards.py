@@ -1,7 +1,9 @@
 """The cards of the checkpoints that ship: what `training.card` writes today, and numbers that can be measured again."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from training.card import card_text, write_table
 from training.data.images import Images
-from vca.checkpoint import read_config, sha256
+from vca.checkpoint import read_config, sha256, write_config
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(file.parent for file in (ROOT / "weights").glob("*/config.json"))
@@ -67,3 +69,39 @@ def expected_line(folder: Path) -> str:
     ).groups()
     assert (float(top1), float(top5)) == (measured["top-1"], measured["top-5"])
     return f"top-1 {top1} %  top-5 {top5} %  loss {loss}  ({images.replace(',', '')} images)"
+
+
+def test_a_classifiers_card_has_what_was_measured_by_source_and_size_and_how_it_began(checkpoints, tmp_path):
+    folder = tmp_path / "weights" / "photo"
+    shutil.copytree(checkpoints["classifier"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    run = config["training"][-1]
+    recipe = dict(model="vca_vit_pico_patch4_32", seed=0, origin="The teacher is old.", stored_as="fp16")
+    errors = dict(error=0.055, error_112=0.023, error_224=0.055, by_block=[0.1, 0.01])
+    transfer = dict(run, recipe=recipe, teacher="timm:vit", init=None, results=errors, command="transferred")
+    rejection = dict(score="energy", threshold=1.5, auroc=0.875, known_kept=0.95, unknown_caught=0.5,
+                     unknown_images=70, unknown="streets")  # fmt: skip
+    run["results"]["calibration"] = dict(temperature=1.25, fitted_on=50, measured_on=60, error=0.021,
+                                         error_before=0.1, bins=15, rejection=rejection)  # fmt: skip
+    begun = dict(init="runs/transfer/checkpoint", teacher="lite")
+    write_config(folder, config | dict(training=[transfer, run | begun]))
+    row = dict(top1=80.0, top5=95.0, loss=0.5, images=100, top1_interval=[71.1, 86.7])
+    measured = dict(results=dict(val=row, other_sources=row | dict(top1=60.0)), precision="bf16",
+                    by_size={"32": row, "64": row | dict(top1=70.0)})  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(measured))
+    text = " ".join(card_text(folder).split())
+    for said in (
+        "**Top-1 80.00 %** on 100 images",
+        "bfloat16; one view",
+        "| 60.00 % (71.10-86.70) | 95.00 % |",
+        "| 32 px | 64 px |",
+        "| 80.0 % | 70.0 % |",
+        "temperature 1.250",
+        "AUROC of 0.875",
+        "is 0.021 (0.100 before",
+        "attention transfer from `timm:vit`",
+        "mean relative error 0.023 at 112 px, 0.055 at 224 px",
+        "The teacher is old.",
+        "with the teacher `lite`",
+    ):
+        assert said in text, said

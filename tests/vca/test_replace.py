@@ -109,3 +109,13 @@ def test_a_model_with_exchanged_attention_is_not_saved_as_what_it_was(tmp_path):
     vca.replace_attention(model, token_grid=(1, 1))
     with pytest.raises(ValueError, match=r"only models of vca\.create_model can be saved"):
         vca.save(model, tmp_path, label_names=["a", "b"])
+
+
+@pytest.mark.parametrize("side, tokens", [(64, 4), (224, 8), (448, 8)])
+def test_a_large_image_gets_no_more_than_8x8_contrast_tokens(side, tokens):
+    model = timm_model("vit_tiny_patch16_224", img_size=side, patch_size=8 if side == 64 else 14)
+    vca.replace_attention(model)
+    assert {block.attn.token_grid for block in model.blocks} == {(tokens, tokens)}
+    if side == 224:
+        model.set_input_size(img_size=(518, 518))
+        assert {(block.attn.grid_size, block.attn.token_grid) for block in model.blocks} == {((37, 37), (8, 8))}

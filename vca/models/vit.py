@@ -18,6 +18,7 @@ PICO = dict(embed_dim=128, depth=6, num_heads=4)
 NANO = dict(embed_dim=192, depth=9, num_heads=6)
 TINY = dict(embed_dim=192, depth=12, num_heads=3)
 SMALL = dict(embed_dim=384, depth=12, num_heads=6)
+MOST_TOKENS = 8  # contrast tokens in a direction unless asked for: more would make the cost quadratic again
 FEATURES = dict(out_indices=3, feature_cls="getter")
 
 
@@ -72,7 +73,7 @@ class ContrastVisionTransformer(ContrastViT):
     Args:
         **kwargs: those of timm's `VisionTransformer`, and the options of attention in every block, by the names of
             `vca.layers.factory.AttentionConfig`: `attention` (default "vca"), `token_grid` or `num_tokens` (default
-            half the patch grid in each direction), `tokens`, `dwc`, `stage2_softmax` and `pooling`.
+            half the patch grid in each direction, at most 8), `tokens`, `dwc`, `stage2_softmax` and `pooling`.
     """
 
     def __init__(self, **kwargs):
@@ -90,7 +91,7 @@ class ContrastVisionTransformerDistilled(ContrastViT, VisionTransformerDistilled
 def exchange_attention(model: VisionTransformer, config: AttentionConfig) -> None:
     """Gives every block of `model` a new, untrained attention layer of the width and heads of its old one."""
     grid_size = model.patch_embed.grid_size
-    half = tuple(max(1, side // 2) for side in grid_size)
+    half = tuple(min(MOST_TOKENS, max(1, side // 2)) for side in grid_size)
     (token_grid,) = config.token_grids([half])
     layers = [
         config.create(
