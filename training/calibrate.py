@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from scipy.stats import rankdata
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import vca
 from training.card import write_card
@@ -26,7 +25,9 @@ from training.core.metrics import outputs
 from training.core.precision import STORED, autocast
 from training.core.run import RunError, open_device
 from training.data.batches import FolderEvaluation
-from training.data.images import DataError, eval_transform
+from training.data.errors import DataError
+from training.data.images import eval_transform
+from training.data.loading import open_loader, read_batches
 from training.data.unlabeled import UnlabeledImages
 from training.evaluate import open_images
 
@@ -116,9 +117,8 @@ def calibrate(args: argparse.Namespace) -> str:
     cfg = model.pretrained_cfg
     images = open_images(model, args.data, args.split)
     unknown = UnlabeledImages(args.unknown, eval_transform(cfg, as_bytes=True))
-    strangers = (
-        (x.permute(0, 3, 1, 2), torch.zeros(len(x))) for (x,) in DataLoader(unknown, 250, num_workers=args.workers)
-    )
+    loader = open_loader(unknown, 250, num_workers=args.workers)
+    strangers = ((x.permute(0, 3, 1, 2), torch.zeros(len(x))) for (x,) in read_batches(loader))
     with autocast(device, args.precision):
         known = _gather(model, FolderEvaluation(images, cfg, args.workers))
         others, _ = _gather(model, strangers)

@@ -119,16 +119,17 @@ def train(
     taught_by = open_teacher(teacher, **size).to(device)
     names = getattr(taught_by, "label_names", [f"class{i}" for i in range(taught_by.num_classes)])
     blocks(taught_by)  # refuses a teacher of another kind before anything is made
-    known = describe(*(UnlabeledImages(Path(data) / split) for split in ("train", "val")))
+    cfg = taught_by.pretrained_cfg | dict(input_size=(3, max(recipe.img_sizes), max(recipe.img_sizes)))
+    train_images, val_images = open_images(data, recipe, cfg)
+    known = describe(train_images, val_images)
     run = RunFolder(out, recipe, world, tensorboard=tensorboard, data=known, init=init, teacher=teacher)
+    recipe = fit(recipe, [], len(train_images), world)
     student, history = build_model(recipe, names, init, **size)
     if not init:
         fill_converted(student, taught_by, teacher)
         history = getattr(taught_by, "training_history", [])
     student.to(device)
-    cfg = taught_by.pretrained_cfg | dict(input_size=(3, max(recipe.img_sizes), max(recipe.img_sizes)))
-    train_images, held_out = open_images(data, recipe, cfg)
-    recipe = fit(recipe, [], len(train_images), world)
+    held_out = spread(val_images, recipe)
     rows = world.rows(recipe.batch_size)
     batches = FolderBatches(
         train_images, batch_size=recipe.batch_size, seed=recipe.seed, workers=recipe.workers, device=device, rows=rows
@@ -180,8 +181,8 @@ def drawn_side(recipe: TransferRecipe, step: int) -> int:
     return recipe.img_sizes[derive_seed(recipe.seed, step, 5) % len(recipe.img_sizes)]
 
 
-def open_images(data: str, recipe: TransferRecipe, cfg: dict) -> tuple[Dataset, list[Tensor]]:
-    """The training images, as random crops, and batches of held-out ones, spread over all there are.
+def open_images(data: str, recipe: TransferRecipe, cfg: dict) -> tuple[Dataset, Dataset]:
+    """The training images, as random crops, and the held-out ones.
 
     Raises:
         DataError: one of the two folders holds no images.
@@ -196,13 +197,15 @@ def open_images(data: str, recipe: TransferRecipe, cfg: dict) -> tuple[Dataset, 
         ]
     )
     if data.startswith("synthetic:"):
-        train, held_out = Images(data, "train", crop), Images(data, "val", eval_transform(cfg))
-    else:
-        train = UnlabeledImages(Path(data) / "train", crop)
-        held_out = UnlabeledImages(Path(data) / "val", eval_transform(cfg))
+        return Images(data, "train", crop), Images(data, "val", eval_transform(cfg))
+    return UnlabeledImages(Path(data) / "train", crop), UnlabeledImages(Path(data) / "val", eval_transform(cfg))
+
+
+def spread(held_out: Dataset, recipe: TransferRecipe) -> list[Tensor]:
+    """Batches of held-out images, spread over all there are."""
     chosen = range(0, len(held_out), max(1, len(held_out) // recipe.eval_images))[: recipe.eval_images]
     images = torch.stack([held_out[index][0] for index in chosen])
-    return train, list(images.split(recipe.batch_size))
+    return list(images.split(recipe.batch_size))
 
 
 def report(result: dict) -> str:

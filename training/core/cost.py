@@ -231,7 +231,7 @@ def smoke(recipe: BaseRecipe, train: Callable, device: torch.device, steps: int)
 
     The run folder is temporary. A latent generator draws no sample grids, for which it would need its autoencoder.
     """
-    classes = DATASETS[recipe.dataset].classes if recipe.dataset in DATASETS else 10
+    classes = (DATASETS[recipe.dataset].classes if recipe.dataset in DATASETS else 0) or 10
     short = dict(save_every=steps, log_every=1, dataset="", license="")
     more = {}
     if recipe.task == "generation":
