@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="data folder with a sub-folder for the split")
     parser.add_argument("--split", default="val")
     parser.add_argument("--unknown", required=True, type=Path, help="folder of images of none of the classes")
+    parser.add_argument("--images", type=int, default=0, help="images of the split, spread evenly; 0 for all")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -116,11 +117,12 @@ def calibrate(args: argparse.Namespace) -> str:
         raise RunError(f"{args.checkpoint}: its config.json does not say what trained it.")
     cfg = model.pretrained_cfg
     images = open_images(model, args.data, args.split)
+    every = slice(None, None, max(1, len(images) // (args.images or len(images))))
     unknown = UnlabeledImages(args.unknown, eval_transform(cfg, as_bytes=True))
     loader = open_loader(unknown, 250, num_workers=args.workers)
     strangers = ((x.permute(0, 3, 1, 2), torch.zeros(len(x))) for (x,) in read_batches(loader))
     with autocast(device, args.precision):
-        known = _gather(model, FolderEvaluation(images, cfg, args.workers))
+        known = _gather(model, FolderEvaluation(images, cfg, args.workers, share=every))
         others, _ = _gather(model, strangers)
     (fit_logits, fit_labels), (logits, labels) = ([part[start::2] for part in known] for start in (0, 1))
     temperature = fit_temperature(fit_logits, fit_labels)
