@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
 from training.core import measured
@@ -22,7 +22,7 @@ from training.core.generator_recipe import GeneratorRecipe
 from training.core.recipe import defaults, shipped
 from vca.checkpoint import load_folder, place, sha256, write_atomically
 from vca.config import CheckpointError, read_config
-from vca.models import GENERATORS
+from vca.models import GENERATORS, task_of
 from vca.models.dit import OBJECTIVES
 
 SHOWN_KEYS = (
@@ -41,7 +41,7 @@ def write_card(checkpoint: str | Path) -> None:
     A classifier's card gets a picture, `maps.png`; a generator's shows what `training` left there.
     """
     folder = Path(checkpoint)
-    if json.loads((folder / "config.json").read_text())["architecture"] not in GENERATORS:
+    if task_of(json.loads((folder / "config.json").read_text())["architecture"]) == "classification":
         (folder / "maps.png").unlink(missing_ok=True)
         if picture := _picture(folder):
             write_atomically(folder / "maps.png", picture)
@@ -53,28 +53,14 @@ def card_text(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text())
     weights = folder / "model.safetensors"
     recipe = config["training"][-1]["recipe"]
-    dataset, known = recipe["dataset"] or OWN_DATA, DATASETS.get(recipe["dataset"])
-    describe = _generator if config["architecture"] in GENERATORS else _classifier
+    dataset = recipe["dataset"] or OWN_DATA
+    describe = dict(classification=_classifier, generation=_generator)[task_of(config["architecture"])]
     task, metrics, about, use = describe(config, folder)
-    metadata = dict(
-        library_name="vca",
-        pipeline_tag=task,
-        **(dict(license="apache-2.0") if known else {}),  # of what own data made, its owner decides
-        tags=[task, "visual-contrast-attention"] + (["timm"] if task == "image-classification" else []),
-        metrics=[metric["type"] for metric in metrics[:1]],
-    )
-    tested = dict(task=dict(type=task), dataset=dict(name=dataset, type=_slug(dataset)), metrics=metrics)
-    if known:
-        tested["dataset"] |= dict(split=known.val_split)
-        if known.hub:
-            metadata["datasets"] = [known.hub]
-            tested["dataset"] |= dict(type=known.hub)
-    metadata["model-index"] = [dict(name=config["architecture"], results=[tested])]
     runs = "\n".join(_describe_run(run, first=not index) for index, run in enumerate(config["training"]))
     log = "\n`log.jsonl`: every evaluation of the last run, and the mean training loss before it.\n"
     twins = _twins(folder, config)
     return f"""---
-{yaml.safe_dump(metadata, sort_keys=False).strip()}
+{_metadata(config, dataset, task, metrics).to_yaml()}
 ---
 
 # {config["architecture"]} on {dataset}
@@ -98,6 +84,34 @@ Data: {dataset}{". " + recipe["license"] if recipe["license"] else ""}
 Architecture: Visual-Contrast Attention, *Linear Differential Vision Transformer: Learning Visual Contrasts via Pairwise
 Differentials*, NeurIPS 2025, arXiv 2511.00833.
 """
+
+
+def _metadata(config: dict, dataset: str, task: str, metrics: list[dict]) -> ModelCardData:
+    """The front matter of a card: what the Hub shows of the model, and finds it by."""
+    known = DATASETS.get(dataset)
+    name = (known and known.hub) or _slug(dataset)
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=name,
+            dataset_name=dataset,
+            dataset_split=known and known.val_split,
+            metric_type=metric["type"],
+            metric_name=metric["name"],
+            metric_value=metric["value"],
+        )
+        for metric in metrics
+    ]
+    return ModelCardData(
+        library_name="vca",
+        pipeline_tag=task,
+        license="apache-2.0" if known else None,  # of what own data made, its owner decides
+        datasets=[known.hub] if known and known.hub else None,
+        tags=[task, "visual-contrast-attention"] + (["timm"] if task == "image-classification" else []),
+        metrics=[metric["type"] for metric in metrics[:1]],
+        model_name=config["architecture"],
+        eval_results=results,
+    )
 
 
 def _slug(name: str) -> str:
@@ -278,7 +292,7 @@ def _twins(folder: Path, config: dict) -> str:
 
 def _protocol(config: dict) -> list[dict]:
     """What decides a comparison: every run's recipe but for the model and its file, and how much of it was trained."""
-    kind = GeneratorRecipe if config["architecture"] in GENERATORS else ClassifierRecipe
+    kind = dict(classification=ClassifierRecipe, generation=GeneratorRecipe)[task_of(config["architecture"])]
     return [
         {k: v for k, v in (defaults(kind) | run["recipe"]).items() if k not in ("model", "attention", "stored_as")}
         | {key: run[key] for key in ("init", "steps", "train_images")}
@@ -344,7 +358,7 @@ def write_table(weights: str | Path) -> None:
     for file in sorted(Path(weights).glob("*/config.json")):
         config, tensors = json.loads(file.read_text()), file.with_name("model.safetensors")
         last = config["training"][-1]
-        task = "generation" if config["architecture"] in GENERATORS else "classification"
+        task = task_of(config["architecture"])
         size, digest = tensors.stat().st_size / 1e6, sha256(tensors)[:16]
         name = f"[{file.parent.name}]({file.parent.name}/README.md)"
         row = (
