@@ -61,7 +61,7 @@ def intervene(
         lambda1, lambda2, lambda1_scale, lambda2_scale: of layers with such a lambda; "diff" has the first.
         mute: heads, of any layer.
         off: one or several of "positive" and "negative", of the VCA kinds and "diff", and "stage1" and "stage2", of the
-            VCA kinds and "agent". "vca_stage1" and "vca_stage2" lack "positive": it is all that one of their stages has.
+            VCA kinds and "agent". "vca_stage1" and "vca_stage2" lack "positive": one of their stages has nothing else.
 
     Raises:
         ValueError: a number is not finite; a block or head is out of range; or a chosen layer does not have what is to
