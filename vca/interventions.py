@@ -138,16 +138,13 @@ def replace_patches(
         raise ValueError(f"{type(model).__name__} has no patch_embed, so its patches are not known.")
     cell, size = embedding.proj.stride, images.shape[-2:]
     rows, cols = (math.ceil(side / patch) for side, patch in zip(size, cell, strict=True))
-    if wrong := [patch for patch in patches if not 0 <= patch < rows * cols]:
-        raise ValueError(
-            f"patch {wrong[0]} is out of range: the image has {rows}x{cols} patches, 0 to {rows * cols - 1}."
-        )
+    if wrong := [patch for patch in patches if patch not in range(rows * cols)]:
+        raise ValueError(f"patch {wrong[0]} is out of range: {rows}x{cols} patches are 0 to {rows * cols - 1}.")
     if replacement is None:
         replacement = mean_color(images)
     elif replacement.shape not in (images.shape, (1, *images.shape[1:])):
         raise ValueError(f"replacement has shape {tuple(replacement.shape)}, the images have {tuple(images.shape)}.")
     chosen = torch.zeros(rows * cols, dtype=torch.bool, device=images.device)
     chosen[list(patches)] = True
-    return torch.where(
-        over_pixels(chosen.view(rows, cols), (cell[0], cell[1]), (size[0], size[1])), replacement, images
-    )
+    pixels = over_pixels(chosen.view(rows, cols), (cell[0], cell[1]), (size[0], size[1]))  # (H, W)
+    return torch.where(pixels, replacement, images)
