@@ -145,6 +145,6 @@ def replace_patches(
     elif replacement.shape not in (images.shape, (1, *images.shape[1:])):
         raise ValueError(f"replacement has shape {tuple(replacement.shape)}, the images have {tuple(images.shape)}.")
     chosen = torch.zeros(rows * cols, dtype=torch.bool, device=images.device)
-    chosen[list(patches)] = True
+    chosen[[int(patch) for patch in patches]] = True
     pixels = over_pixels(chosen.view(rows, cols), (cell[0], cell[1]), (size[0], size[1]))  # (H, W)
     return torch.where(pixels, replacement, images)
