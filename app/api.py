@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 import vca
-from app.runtime import drawing, preprocessing, records, sampling
+from app.runtime import drawing, interventions, preprocessing, records, sampling
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.gradio_adapter import kept_file
 from app.runtime.images import read_image, uploaded_file
@@ -29,13 +29,21 @@ patches, row by row. stage1: the query is a contrast token, the maps cover all t
 maps cover the contrast tokens. effective: from token to tokens. Arrays: positive, negative and differential (those that
 the stage has), or effective; grid_size, token_grid, num_prefix_tokens, lambdas."""
 
+INTERVENE = """What a classifier answers before and after a part of its attention is changed or patches are painted out:
+{"before": {label: probability}, "after": {label: probability}}, both of the labels that are among the top_k of either,
+likeliest first. All counts start at 0. block: a number, or "all". head: one to mute; its effective map is then zero.
+lambda1, lambda2: numbers in the place of the learned lambdas. off: a list of "positive" and "negative", streams whose
+maps are then zero, and of "stage1" and "stage2", stages that then look everywhere alike. patches: a list of patches to
+paint with the mean color, counted row by row. What is left out or null stays as it is; what a block does not have is
+refused."""
+
 GENERATE = f"""Pictures of a class as PNG files. A picture depends on its number and all arguments but count. count is
 from 1 to {MAX_COUNT}, steps from 1 to {MAX_STEPS}, guidance from 1 (none) to {MAX_GUIDANCE}, seed from 0; sampler is
 one of those in /models, by default the first. One request is served at a time."""
 
 
 def build(checkpoints: Checkpoints) -> None:
-    """Registers /models, /classify, /attention and /generate."""
+    """Registers /models, /classify, /attention, /intervene and /generate."""
 
     def list_models() -> list[dict]:
         tasks = (
@@ -88,6 +96,28 @@ def build(checkpoints: Checkpoints) -> None:
         np.savez(content, **arrays, **geometry)
         return gr.FileData(path=kept_file(content.getvalue(), f"{stage}.npz"))
 
+    def intervene(
+        image: gr.FileData,
+        model: str,
+        block: int | str = "all",
+        head: int | None = None,
+        lambda1: float | None = None,
+        lambda2: float | None = None,
+        off: list[str] | None = None,
+        patches: list[int] | None = None,
+        top_k: int = 5,
+    ) -> dict[str, dict[str, float]]:
+        network = checkpoints.load(model)
+        count = whole("top_k", top_k, 1, network.num_classes)
+        x = preprocessing.preprocess(network, read_image(uploaded_file(image)))
+        after = interventions.answer(network, x, block, head, lambda1, lambda2, off, patches)
+        before = records.classify(network, x)
+        shown = records.top_labels(network, before, count) | records.top_labels(network, after, count)
+        return {
+            name: {label: p for label, p in records.top_labels(network, found, len(found)).items() if label in shown}
+            for name, found in (("before", before), ("after", after))
+        }
+
     def generate(
         label: str,
         model: str,
@@ -109,6 +139,7 @@ def build(checkpoints: Checkpoints) -> None:
     gr.api(list_models, api_name="models", api_description=MODELS)
     gr.api(classify, api_name="classify", api_description=CLASSIFY)
     gr.api(attention, api_name="attention", api_description=ATTENTION)
+    gr.api(intervene, api_name="intervene", api_description=INTERVENE)
     gr.api(generate, api_name="generate", api_description=GENERATE, **sampling.QUEUE)
 
 

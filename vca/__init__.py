@@ -3,9 +3,11 @@
 from vca import attribution, faithfulness
 from vca.checkpoint import CheckpointError, save
 from vca.hub import PushError, load, push
+from vca.interventions import intervene, replace_patches
 from vca.layers.factory import create_attention
 from vca.layers.layer_maps import LayerMaps, StageMaps
 from vca.layers.visual_contrast import VisualContrastAttention
+from vca.lens import logit_lens
 from vca.maps import record
 from vca.models import create_model, list_models
 from vca.replace import replace_attention
@@ -22,10 +24,13 @@ __all__ = [
     "create_attention",
     "create_model",
     "faithfulness",
+    "intervene",
     "list_models",
     "load",
+    "logit_lens",
     "push",
     "record",
     "replace_attention",
+    "replace_patches",
     "save",
 ]

@@ -1,35 +1,21 @@
 """Recording attention maps: `with vca.record(model) as maps: model(x)`, then `maps[i].effective` and its parts."""
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from types import MethodType
 
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from vca.layers.grid import GridBlock
 from vca.layers.layer_maps import LayerMaps, StageMaps, WindowMaps
-from vca.timm_internals import FORWARD_OF_ATTENTION, TIMM_MAPS
+from vca.taps import Tap, Watcher, attention_layers, chosen_layers, run_layer, tapped
+from vca.timm_internals import FORWARD_OF_ATTENTION
+
+__all__ = ["attention_layers", "record"]
 
 
-def attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of all layers of `model` whose maps can be recorded, in order. `model` may be one itself."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if type(module) in TIMM_MAPS or hasattr(module, "forward_with_maps")
-    ]
-
-
-def _forward_with_maps(layer: nn.Module, *args, **kwargs) -> tuple[Tensor, LayerMaps]:
-    if type(layer) in TIMM_MAPS:
-        return TIMM_MAPS[type(layer)](layer, *args, **kwargs)
-    return layer.forward_with_maps(*args, **kwargs)
-
-
-class _Recording:
+class _Recording(Watcher):
     """One `record` block: which layers it wants, where they stand, and what they gave in the newest forward pass.
 
     Args:
@@ -38,10 +24,12 @@ class _Recording:
         watched: all modules that this recording taps.
     """
 
+    keeps_maps = True
+
     def __init__(self, layers: dict[nn.Module, dict], model: dict, watched: set[nn.Module]):
+        super().__init__(watched)
         self.layers = layers
         self.model = model
-        self.watched = watched
         self.located: dict[nn.Module | None, dict] = {}
         self.maps: list[LayerMaps] = []
 
@@ -59,13 +47,6 @@ class _Recording:
         self.maps[:] = sorted([m for m in self.maps if m.block != new.block] + [new], key=lambda m: m.block)
 
 
-def _record_layer(recordings: list[_Recording], layer: nn.Module, *args, **kwargs) -> Tensor:
-    y, maps = _forward_with_maps(layer, *args, **kwargs)
-    for recording in recordings:
-        recording.add(layer, maps)
-    return y
-
-
 def _note_block(recordings: list[_Recording], block: nn.Module, x: Tensor) -> Tensor:
     """A block over a grid (B, Hg, Wg, C) knows where its attention stands."""
     for recording in recordings:
@@ -80,32 +61,6 @@ def _note_image(recordings: list[_Recording], patch_embed: nn.Module, x: Tensor)
     for recording in recordings:
         recording.located[None] = dict(grid_size=tuple(patch_embed.dynamic_feat_size(x.shape[-2:])))
     return type(patch_embed).forward(patch_embed, x)
-
-
-_in_this_thread = threading.local()
-_taps: dict[tuple[nn.Module, str], int] = {}
-_taps_lock = threading.Lock()
-
-
-def _tap(module: nn.Module, method: str, watch: Callable) -> None:
-    """Puts `method` on the instance: `watch` for threads that record the module, the class's own for all others."""
-    fast = getattr(type(module), method)
-
-    def watched(module, *args, **kwargs):
-        recordings = [r for r in getattr(_in_this_thread, "recordings", ()) if module in r.watched]
-        return watch(recordings, module, *args, **kwargs) if recordings else fast(module, *args, **kwargs)
-
-    with _taps_lock:
-        _taps[module, method] = _taps.get((module, method), 0) + 1
-        setattr(module, method, MethodType(watched, module))  # a bound method, so that a deep copy runs its own weights
-
-
-def _untap(module: nn.Module, method: str) -> None:
-    with _taps_lock:
-        _taps[module, method] -= 1
-        if not _taps[module, method]:
-            del _taps[module, method]
-            delattr(module, method)
 
 
 @contextmanager
@@ -125,19 +80,14 @@ def record(model: nn.Module, blocks: Sequence[int] | None = None) -> Iterator[li
     Raises:
         ValueError: `model` has no attention layer that can be recorded, or a block index is out of range.
     """
-    found = attention_layers(model)
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no attention layer that can be recorded.")
-    chosen = range(len(found)) if blocks is None else sorted({b + len(found) if b < 0 else b for b in blocks})
-    if any(not 0 <= b < len(found) for b in chosen):
-        raise ValueError(f"blocks={list(blocks or ())} is out of range: the model has {len(found)} attention layers.")
+    chosen = chosen_layers(model, blocks)
     owner = next((m for m in model.modules() if hasattr(m, "patch_embed")), None)
     patch_embed = getattr(owner, "patch_embed", None)
     whole = dict(
         grid_size=getattr(patch_embed, "grid_size", None), num_prefix_tokens=getattr(owner, "num_prefix_tokens", 0)
     )
-    layers = {found[b][1]: dict(block=b, name=found[b][0]) for b in chosen}
-    taps: list[tuple[nn.Module, str, Callable]] = [(layer, "forward", _record_layer) for layer in layers]
+    layers = {layer: dict(block=block, name=name) for block, name, layer in chosen}
+    taps: list[Tap] = [(layer, "forward", run_layer) for layer in layers]
     taps += [
         (m, FORWARD_OF_ATTENTION, _note_block)
         for m in model.modules()
@@ -146,13 +96,5 @@ def record(model: nn.Module, blocks: Sequence[int] | None = None) -> Iterator[li
     if patch_embed is not None and hasattr(patch_embed, "dynamic_feat_size"):
         taps.append((patch_embed, "forward", _note_image))
     recording = _Recording(layers, whole, {module for module, _, _ in taps})
-    active = _in_this_thread.__dict__.setdefault("recordings", [])
-    for tap in taps:
-        _tap(*tap)
-    active.append(recording)
-    try:
+    with tapped(recording, taps):
         yield recording.maps
-    finally:
-        active.remove(recording)
-        for module, method, _ in taps:
-            _untap(module, method)

@@ -1,6 +1,7 @@
 """What this library uses of timm beyond its public API, in one place: a new version of timm is checked here.
 
-The maps of timm's own layers are here too, since they restate the forward passes of these layers.
+The maps of timm's own layers are here too, since they restate the forward passes of these layers, under a change if
+one is given.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from torch import Tensor, nn
 
 from vca import functional as VF
+from vca.layers.change import UNCHANGED, Change
 from vca.layers.layer_maps import DifferentialMaps, GlobalMaps, LayerMaps, StageMaps, WindowMaps
 
 __all__ = [
@@ -32,15 +34,15 @@ def window_sizes(model: SwinTransformer) -> list[tuple[int, int]]:
     return model._ref_window_sizes
 
 
-def _mhsa_maps(layer: Attention, x: Tensor, attn_mask=None, is_causal=False) -> tuple[Tensor, LayerMaps]:
+def _mhsa_maps(layer: Attention, x: Tensor, attn_mask=None, is_causal=False, change: Change = UNCHANGED):
     """timm's `Attention.forward` with an explicit softmax. Its map leaves out attention dropout."""
     if attn_mask is not None or is_causal:
-        raise ValueError("maps of masked self-attention cannot be recorded.")
+        raise ValueError("masked self-attention can be neither recorded nor changed.")
     batch, length, _ = x.shape
     qkv = layer.qkv(x).view(batch, length, 3, layer.num_heads, layer.head_dim).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)  # (B, H, T, d)
     q, k = layer.q_norm(q) * layer.scale, layer.k_norm(k)
-    attention = VF.softmax(q @ k.transpose(-2, -1), -1, in_place=False)  # (B, H, T, T)
+    attention = change.heads(VF.softmax(q @ k.transpose(-2, -1), -1, in_place=False))  # (B, H, T, T)
     gathered = layer.attn_drop(attention).to(v.dtype) @ v
     out = layer.norm(gathered.transpose(1, 2).reshape(batch, length, layer.attn_dim))
     if layer.gate is not None:
@@ -49,16 +51,17 @@ def _mhsa_maps(layer: Attention, x: Tensor, attn_mask=None, is_causal=False) -> 
     return layer.proj_drop(layer.proj(out)), maps
 
 
-def _diff_maps(layer: DiffAttention, x: Tensor, attn_mask=None, is_causal=False) -> tuple[Tensor, LayerMaps]:
+def _diff_maps(layer: DiffAttention, x: Tensor, attn_mask=None, is_causal=False, change: Change = UNCHANGED):
     """timm's `DiffAttention.forward` with explicit softmaxes. Its maps leave out attention dropout."""
     if attn_mask is not None or is_causal:
-        raise ValueError("maps of masked self-attention cannot be recorded.")
+        raise ValueError("masked self-attention can be neither recorded nor changed.")
     q, k, v = layer.qkv(x).chunk(3, dim=-1)
     q, k = (norm(p.unflatten(-1, (layer.num_heads, 2, -1))) for norm, p in ((layer.q_norm, q), (layer.k_norm, k)))
     v = v.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)  # (B, H, T, d)
     streams = VF.softmax_map(q.permute(0, 2, 3, 1, 4), k.permute(0, 2, 3, 1, 4))  # (B, H, 2, T, T)
-    lam = layer._compute_lambda()
-    difference = VF.subtract_streams(streams, lam)
+    streams = change.streams(streams, dim=2)
+    lam = change.contrast_lambda(1, layer._compute_lambda())
+    difference = change.heads(VF.subtract_streams(streams, lam))
     out = layer.attn_drop(difference).to(v.dtype) @ v
     row_scale = VF.rms_scale(out, 1 - layer.lambda_init, layer.sub_norm.eps)
     gathered = out * row_scale
@@ -69,7 +72,7 @@ def _diff_maps(layer: DiffAttention, x: Tensor, attn_mask=None, is_causal=False)
     return y, maps
 
 
-def _window_maps(layer: WindowAttention, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, LayerMaps]:
+def _window_maps(layer: WindowAttention, x: Tensor, mask: Tensor | None = None, change: Change = UNCHANGED):
     """timm's `WindowAttention.forward` with an explicit softmax.
 
     The layer does not know how many windows an image has: its map is (1, B * windows, H, M, M), image after image.
@@ -79,7 +82,7 @@ def _window_maps(layer: WindowAttention, x: Tensor, mask: Tensor | None = None) 
     scores = q * layer.scale @ k.transpose(-2, -1) + layer._get_rel_pos_bias()
     if mask is not None:
         scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
-    attention = VF.softmax(scores, -1, in_place=False)
+    attention = change.heads(VF.softmax(scores, -1, in_place=False))
     out = (layer.attn_drop(attention).to(v.dtype) @ v).transpose(1, 2).flatten(2)
     maps = WindowMaps(kind="window", window_size=layer.window_size, stage1=StageMaps(attention[None]))
     return layer.proj_drop(layer.proj(out)), maps

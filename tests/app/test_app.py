@@ -39,6 +39,7 @@ def test_endpoints_are_exactly_the_documented_ones(client):
         "/models",
         "/classify",
         "/attention",
+        "/intervene",
         "/generate",
     }
 

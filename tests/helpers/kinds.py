@@ -97,8 +97,12 @@ def rebuilt(record: vca.LayerMaps, layer: nn.Module, x: torch.Tensor) -> torch.T
     return layer.proj(out)
 
 
+def tapped(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if {"forward", "_attn"} & set(vars(module))]
+
+
 def assert_records_are_exact(model: nn.Module, x: torch.Tensor) -> list[vca.LayerMaps]:
-    seen, hooks = {}, []
+    seen, hooks, before = {}, [], tapped(model)
     for name, layer in vca.maps.attention_layers(model):
 
         def note(layer, args, output, name=name):
@@ -117,5 +121,5 @@ def assert_records_are_exact(model: nn.Module, x: torch.Tensor) -> list[vca.Laye
             assert (rebuilt(record, layer, layer_input) - output).abs().max() < 1e-9, record.name
             if record.window_size is None:
                 assert (record.effective @ record.values - record.gathered).abs().max() < 1e-9, record.name
-        assert not any({"forward", "_attn"} & set(vars(module)) for module in model.modules())
+        assert tapped(model) == before
     return maps

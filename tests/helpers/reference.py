@@ -90,13 +90,24 @@ def visual_contrast_attention(
     depth: int = 0,
     tokens: str = "pool+emb",
     stage2_softmax: str = "separate",
+    lambdas: tuple[float | None, float | None] = (None, None),
+    scales: tuple[float, float] = (1.0, 1.0),
+    off: tuple[str, ...] = (),
+    muted: tuple[int, ...] = (),
 ) -> Reference:
-    """Runs the equations on `x` (B, P + N, C) with the parameters `p` of a layer."""
+    """Runs the equations on `x` (B, P + N, C) with the parameters `p` of a layer.
+
+    The last four change them: lambdas that are not learned, their multiples, streams without maps and stages without
+    scores, and heads whose last map is zero.
+    """
     x = x.detach().to(torch.float64).numpy()
     dim = x.shape[-1]
     d = dim // num_heads
     init = lambda_init(depth)
-    lambda1, lambda2 = contrast_lambda(p, "stage1", init), contrast_lambda(p, "stage2", init)
+    lambda1, lambda2 = (
+        scale * (contrast_lambda(p, stage, init) if given is None else given)
+        for stage, given, scale in zip(("stage1", "stage2"), lambdas, scales, strict=True)
+    )
     gain1, gain2 = p["stage1.norm.weight"], p["stage2.norm.weight"]
     names = ("positive1", "negative1", "d1", "positive2", "negative2", "d2", "effective", "v")
     batch = {name: [] for name in names}
@@ -123,6 +134,13 @@ def visual_contrast_attention(
 
             positive1 = softmax(t_pos @ k.T / math.sqrt(d))
             negative1 = softmax(t_neg @ k.T / math.sqrt(d))
+            if "stage1" in off:
+                positive1 = np.full_like(positive1, 1 / len(k))
+                negative1 = np.full_like(negative1, 1 / len(k))
+            if "positive" in off:
+                positive1 = np.zeros_like(positive1)
+            if "negative" in off:
+                negative1 = np.zeros_like(negative1)
             d1 = positive1 - lambda1 * negative1
             gathered = d1 @ v
             r1 = row_factors(gathered, 1 - init)
@@ -134,7 +152,16 @@ def visual_contrast_attention(
                 positive2, negative2 = both[:, : len(t_pos)], both[:, len(t_pos) :]
             else:
                 positive2, negative2 = softmax(scores_pos), softmax(scores_neg)
+            if "stage2" in off:
+                count = len(t_pos) * (2 if stage2_softmax == "joint" else 1)
+                positive2, negative2 = np.full_like(positive2, 1 / count), np.full_like(negative2, 1 / count)
+            if "positive" in off:
+                positive2 = np.zeros_like(positive2)
+            if "negative" in off:
+                negative2 = np.zeros_like(negative2)
             d2 = positive2 - lambda2 * negative2
+            if head in muted:
+                d2 = np.zeros_like(d2)
             spread = d2 @ v_hat
             r2 = row_factors(spread, 1 - init)
             mixed[:, own] = r2 * spread * gain2

@@ -5,6 +5,7 @@ from timm.layers import register_notrace_module, to_2tuple
 from torch import Tensor, nn
 
 from vca import functional as VF
+from vca.layers.change import UNCHANGED, Change
 from vca.layers.depthwise import add_local, depthwise_conv3x3
 from vca.layers.grid import OnGrid, check_token_grid, refuse_mask
 from vca.layers.layer_maps import LayerMaps, StageMaps, TwoStageMaps
@@ -59,24 +60,30 @@ class AgentAttention(OnGrid, nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False, grid_size=None) -> Tensor:
-        """Attends over (B, P + N, C) and returns the same shape."""
-        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=False)[0]
+    def forward(
+        self, x: Tensor, attn_mask: None = None, is_causal: bool = False, grid_size=None, change: Change = UNCHANGED
+    ) -> Tensor:
+        """Attends over (B, P + N, C) and returns the same shape; `change` is that of `vca.intervene`."""
+        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=False, change=change)[0]
 
-    def forward_with_maps(self, x: Tensor, attn_mask: None = None, is_causal: bool = False, grid_size=None):
+    def forward_with_maps(
+        self, x: Tensor, attn_mask: None = None, is_causal: bool = False, grid_size=None, change: Change = UNCHANGED
+    ):
         """Like `forward`, and also returns the maps: `stage1` (B, H, n, T), `stage2` (B, H, T, n)."""
-        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True)
+        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True, change=change)
 
-    def _attend(self, x: Tensor, attn_mask: None, is_causal: bool, grid_size, keep_maps: bool):
+    def _attend(self, x: Tensor, attn_mask: None, is_causal: bool, grid_size, keep_maps: bool, change: Change):
         refuse_mask(attn_mask, is_causal)
         grid_size, prefix = self.checked_grid(x.shape[1], grid_size), self.num_prefix_tokens
         qkv = self.qkv(x)  # (B, T, 3C)
         pooled = VF.pool_queries(qkv[:, prefix:, : x.shape[2]], grid_size, self.token_grid)  # (B, n, C)
         agents = pooled.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, n, d)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
+        q, k = change.scored(2, q), change.scored(1, k)
         maps: LayerMaps | None = None
         if keep_maps:
-            first, second = VF.softmax_map(agents, k), VF.softmax_map(q, agents)  # (B, H, n, T), (B, H, T, n)
+            first = VF.softmax_map(agents, k)  # (B, H, n, T)
+            second = change.heads(VF.softmax_map(q, agents))  # (B, H, T, n)
             out = second.to(v.dtype) @ (first.to(v.dtype) @ v)
             maps = TwoStageMaps(
                 kind="agent",
@@ -89,6 +96,6 @@ class AgentAttention(OnGrid, nn.Module):
                 gathered=out,
             )
         else:
-            out = F.scaled_dot_product_attention(q, agents, F.scaled_dot_product_attention(agents, k, v))
+            out = change.heads(F.scaled_dot_product_attention(q, agents, F.scaled_dot_product_attention(agents, k, v)))
         out = add_local(out.transpose(1, 2).flatten(2), self.dwc, v, grid_size, prefix)  # (B, T, C)
         return self.proj_drop(self.proj(out)), maps

@@ -5,6 +5,7 @@ from timm.layers import Attention, register_notrace_module, to_2tuple
 from torch import Tensor, nn
 
 from vca import functional as VF
+from vca.layers.change import UNCHANGED, Change
 from vca.layers.grid import OnGrid, refuse_mask
 from vca.layers.layer_maps import GlobalMaps, LayerMaps, StageMaps
 
@@ -47,21 +48,25 @@ class DepthwiseConvAttention(OnGrid, Attention):
         self.num_prefix_tokens = num_prefix_tokens
         self.dwc = depthwise_conv3x3(dim)
 
-    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False, grid_size=None) -> Tensor:
-        """Attends over (B, P + N, C) and returns the same shape."""
-        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=False)[0]
+    def forward(
+        self, x: Tensor, attn_mask: None = None, is_causal: bool = False, grid_size=None, change: Change = UNCHANGED
+    ) -> Tensor:
+        """Attends over (B, P + N, C) and returns the same shape; `change` is that of `vca.intervene`."""
+        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=False, change=change)[0]
 
-    def forward_with_maps(self, x: Tensor, attn_mask: None = None, is_causal: bool = False, grid_size=None):
+    def forward_with_maps(
+        self, x: Tensor, attn_mask: None = None, is_causal: bool = False, grid_size=None, change: Change = UNCHANGED
+    ):
         """Like `forward`, and also returns the maps: `stage1` has one, (B, H, T, T)."""
-        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True)
+        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True, change=change)
 
-    def _attend(self, x: Tensor, attn_mask: None, is_causal: bool, grid_size, keep_maps: bool):
+    def _attend(self, x: Tensor, attn_mask: None, is_causal: bool, grid_size, keep_maps: bool, change: Change):
         refuse_mask(attn_mask, is_causal)
         grid_size, prefix = self.checked_grid(x.shape[1], grid_size), self.num_prefix_tokens
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
         maps: LayerMaps | None = None
         if keep_maps:
-            attention = VF.softmax_map(q, k)  # (B, H, T, T)
+            attention = change.heads(VF.softmax_map(q, k))  # (B, H, T, T)
             out = attention.to(v.dtype) @ v
             maps = GlobalMaps(
                 kind="mhsa_dwc",
@@ -72,7 +77,7 @@ class DepthwiseConvAttention(OnGrid, Attention):
                 gathered=out,
             )
         else:
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = change.heads(F.scaled_dot_product_attention(q, k, v))
         out = add_local(out.transpose(1, 2).flatten(2), self.dwc, v, grid_size, prefix)  # (B, T, C)
         return self.proj_drop(self.proj(out)), maps
 

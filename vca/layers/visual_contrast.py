@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vca import functional as VF
 from vca.kernels import ops
+from vca.layers.change import UNCHANGED, Change
 from vca.layers.depthwise import depthwise_conv3x3, local_term
 from vca.layers.grid import OnGrid, check_token_grid
 from vca.layers.layer_maps import ContrastMaps, StageMaps
@@ -173,13 +174,16 @@ class VisualContrastAttention(OnGrid, nn.Module):
         attn_mask: None = None,
         is_causal: bool = False,
         grid_size: tuple[int, int] | None = None,
+        change: Change = UNCHANGED,
     ) -> Tensor:
-        """Attends over (B, P + N, C) and returns the same shape. `grid_size` is that of this call, if not the layer's.
+        """Attends over (B, P + N, C) and returns the same shape.
+
+        `grid_size` is that of this call, if not the layer's; `change` is that of `vca.intervene`.
 
         Raises:
             ValueError: the number of tokens is not P + Hg * Wg, or a mask is given: VCA has no masked form.
         """
-        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=False)[0]
+        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=False, change=change)[0]
 
     def forward_with_maps(
         self,
@@ -187,15 +191,19 @@ class VisualContrastAttention(OnGrid, nn.Module):
         attn_mask: None = None,
         is_causal: bool = False,
         grid_size: tuple[int, int] | None = None,
+        change: Change = UNCHANGED,
     ) -> tuple[Tensor, ContrastMaps]:
         """Like `forward`, and also returns the maps of both stages; `vca.record` is the comfortable way to them.
 
         Returns:
             The output (B, P + N, C), and the maps: `stage1` has (B, H, n, P + N), `stage2` has (B, H, P + N, n).
         """
-        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True)
+        return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True, change=change)
 
-    def _attend(self, x: Tensor, attn_mask: None, is_causal: bool, grid_size: tuple[int, int] | None, keep_maps: bool):
+    def _attend(
+        self, x: Tensor, attn_mask: None, is_causal: bool, grid_size: tuple[int, int] | None, keep_maps: bool,
+        change: Change,
+    ):  # fmt: skip
         """The layer on x (B, T, C); H heads of d channels, n contrast tokens, BH = B * H."""
         if attn_mask is not None or is_causal:
             raise ValueError("Visual-Contrast Attention has no masked form: attn_mask and is_causal are not supported.")
@@ -205,18 +213,18 @@ class VisualContrastAttention(OnGrid, nn.Module):
         q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).unbind(2)  # (B, T, H, d)
         q_patches, v_patches = ((y[:, prefix:] if prefix else y).flatten(2) for y in (q, v))  # (B, N, C)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, d), as the fused operators take them
-        fused = not keep_maps and self._is_fused(q)
+        explicit = keep_maps or change.needs_maps
+        fused = not explicit and self._is_fused(q)
         if not fused:
             q, k, v = (y.flatten(0, 1) for y in (q, k, v))  # (BH, T, d)
-        kernel = None if keep_maps else ops.contrast if fused else VF.contrast
+        kernel = None if explicit else ops.contrast if fused else VF.contrast
 
         tokens = self._contrast_tokens(q_patches, grid_size).to(q.dtype)  # (BH, 2n, d)
-        v_hat, recorded1 = self._stage(kernel, self.stage1, tokens, k, v, VF.STAGE1)
+        v_hat, recorded1 = self._stage(kernel, 1, tokens, k, v, change)
         v_hat = (v_hat * self.stage1.norm.weight).to(v.dtype)  # (BH, n, d)
-        axes = VF.STAGE2_JOINT if self.stage2_softmax == "joint" else VF.STAGE2
-        out, recorded2 = self._stage(kernel, self.stage2, tokens, q, v_hat, axes)  # (B, H, T, d) or (BH, T, d)
+        out, recorded2 = self._stage(kernel, 2, tokens, q, v_hat, change)  # (B, H, T, d) or (BH, T, d)
 
-        gathered = out.view(batch, self.num_heads, length, -1)  # (B, H, T, d)
+        gathered = change.heads(out.view(batch, self.num_heads, length, -1))  # (B, H, T, d)
         out, gain = gathered.transpose(1, 2), self.stage2.norm.weight.to(out.dtype)  # (B, T, H, d), (d)
         if self.dwc is None:
             out = out * gain
@@ -260,33 +268,41 @@ class VisualContrastAttention(OnGrid, nn.Module):
         return VF.contrast_tokens(pooled, embeds, self.num_heads, len(q))
 
     def _stage(
-        self, kernel: Kernel | None, stage: ContrastStage, tokens: Tensor, x: Tensor, values: Tensor,
-        axes: tuple[int, ...],
+        self, kernel: Kernel | None, number: int, tokens: Tensor, x: Tensor, values: Tensor, change: Change
     ) -> tuple[Tensor, _Recorded | None]:  # fmt: skip
         """One stage without its learned gains, by a kernel or through its maps.
 
         Args:
             kernel: `VF.contrast` for sequences (BH, T, d), `ops.contrast` for (B, H, T, d); None to materialize the
                 maps of sequences (BH, T, d), which are then returned too.
-            stage: the learned parts.
+            number: 1 or 2.
             tokens: both streams of contrast tokens (BH, 2n, d).
-            x, values, axes: see `VF.contrast`.
+            x, values: see `VF.contrast`.
+            change: what is done differently.
 
         Returns:
             The output, (BH, n, d) in Stage I; and what was recorded, without a kernel.
         """
+        stage = self.stage1 if number == 1 else self.stage2
+        axes: tuple[int, ...] = VF.STAGE1
+        if number == 2:
+            axes = VF.STAGE2_JOINT if self.stage2_softmax == "joint" else VF.STAGE2
         lam, gain = stage.contrast_lambda(self.lambda_init), 1 - self.lambda_init
+        lam, x = change.contrast_lambda(number, lam), change.scored(number, x)
         if kernel is not None:
             return kernel(tokens, x, values, lam, gain, axes), None
 
         def with_rows_of_queries(maps: Tensor) -> Tensor:
             """(BH, ..., n, T) as (B, H, ..., n, T) in Stage I, (B, H, ..., T, n) in Stage II."""
             maps = maps.unflatten(0, (-1, self.num_heads))
-            return maps if axes == VF.STAGE1 else maps.transpose(-2, -1)
+            return maps if number == 1 else maps.transpose(-2, -1)
 
         in_place = not torch.is_grad_enabled()
         streams = VF.stream_maps(tokens, x, axes, lam is not None, in_place)  # (BH, S, n, T)
+        streams = change.streams(streams, dim=1)
         applied = with_rows_of_queries(VF.subtract_streams(streams, lam))
+        if number == 2:
+            applied = change.heads(applied)
         out = torch.bmm(applied.flatten(0, 1).to(values.dtype), values)  # (BH, rows, d)
         scale = VF.rms_scale(out, gain)  # (BH, rows, 1)
         maps = StageMaps(applied)

@@ -14,6 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vca import functional as VF
+from vca.layers.change import UNCHANGED, Change
 from vca.layers.depthwise import depthwise_conv3x3, local_term
 from vca.layers.factory import AttentionConfig
 from vca.layers.grid import OnGrid
@@ -58,15 +59,15 @@ class StripeAttention(OnGrid, nn.Module):
             )
         return (rows, self.width) if self.vertical else (self.width, cols)
 
-    def forward(self, qkv: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        """Attends with queries, keys and values (B, N, 3, C) and returns (B, N, C)."""
-        return self._attend(qkv, grid_size, keep_maps=False)[0]
+    def forward(self, qkv: Tensor, grid_size: tuple[int, int] | None = None, change: Change = UNCHANGED) -> Tensor:
+        """Attends with queries, keys and values (B, N, 3, C), and returns (B, N, C); `change`: see `vca.intervene`."""
+        return self._attend(qkv, grid_size, keep_maps=False, change=change)[0]
 
-    def forward_with_maps(self, qkv: Tensor, grid_size: tuple[int, int] | None = None):
+    def forward_with_maps(self, qkv: Tensor, grid_size: tuple[int, int] | None = None, change: Change = UNCHANGED):
         """Like `forward`, and also returns the maps: `stage1` has one, (B, stripes, H, M, M)."""
-        return self._attend(qkv, grid_size, keep_maps=True)
+        return self._attend(qkv, grid_size, keep_maps=True, change=change)
 
-    def _attend(self, qkv: Tensor, grid_size: tuple[int, int] | None, keep_maps: bool):
+    def _attend(self, qkv: Tensor, grid_size: tuple[int, int] | None, keep_maps: bool, change: Change):
         grid_size = self.checked_grid(qkv.shape[1], grid_size)
         window = self.window_size(grid_size)
         batch, dim = len(qkv), qkv.shape[-1]
@@ -75,12 +76,12 @@ class StripeAttention(OnGrid, nn.Module):
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B * stripes, H, M, d)
         maps: LayerMaps | None = None
         if keep_maps:
-            attention = VF.softmax_map(q, k)  # (B * stripes, H, M, M)
+            attention = change.heads(VF.softmax_map(q, k))  # (B * stripes, H, M, M)
             out = attention.to(v.dtype) @ v
             stage1 = StageMaps(attention.unflatten(0, (batch, -1)))
             maps = WindowMaps(kind="stripes", grid_size=grid_size, window_size=window, stage1=stage1)
         else:
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = change.heads(F.scaled_dot_product_attention(q, k, v))
         out = out.transpose(1, 2).flatten(2) + local_term(self.lepe, stripes.flatten(0, 1)[..., 2 * dim :], window)
         return VF.join_windows(out.unflatten(0, (batch, -1)), window, grid_size).flatten(1, 2), maps
 

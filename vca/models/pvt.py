@@ -13,6 +13,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vca import functional as VF
+from vca.layers.change import UNCHANGED, Change
 from vca.layers.factory import AttentionConfig
 from vca.layers.grid import OnGrid
 from vca.layers.layer_maps import LayerMaps, ReducedMaps, StageMaps
@@ -46,15 +47,15 @@ class SpatialReductionAttention(OnGrid, nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        """Attends over (B, N, C) and returns the same shape."""
-        return self._attend(x, grid_size, keep_maps=False)[0]
+    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None, change: Change = UNCHANGED) -> Tensor:
+        """Attends over (B, N, C) and returns the same shape; `change` is that of `vca.intervene`."""
+        return self._attend(x, grid_size, keep_maps=False, change=change)[0]
 
-    def forward_with_maps(self, x: Tensor, grid_size: tuple[int, int] | None = None):
+    def forward_with_maps(self, x: Tensor, grid_size: tuple[int, int] | None = None, change: Change = UNCHANGED):
         """Like `forward`, and also returns the maps: `stage1` has one, (B, H, N, N / ratio^2)."""
-        return self._attend(x, grid_size, keep_maps=True)
+        return self._attend(x, grid_size, keep_maps=True, change=change)
 
-    def _attend(self, x: Tensor, grid_size: tuple[int, int] | None, keep_maps: bool):
+    def _attend(self, x: Tensor, grid_size: tuple[int, int] | None, keep_maps: bool, change: Change):
         grid_size = self.checked_grid(x.shape[1], grid_size)
         key_grid = grid_size[0] // self.ratio, grid_size[1] // self.ratio
         reduced = x
@@ -64,12 +65,12 @@ class SpatialReductionAttention(OnGrid, nn.Module):
         k, v = self.kv(reduced).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, keys, d)
         maps: LayerMaps | None = None
         if keep_maps:
-            attention = VF.softmax_map(q, k)  # (B, H, N, keys)
+            attention = change.heads(VF.softmax_map(q, k))  # (B, H, N, keys)
             out = attention.to(v.dtype) @ v
             stage1 = StageMaps(attention)
             maps = ReducedMaps(kind="sr", grid_size=grid_size, key_grid=key_grid, stage1=stage1, values=v, gathered=out)
         else:
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = change.heads(F.scaled_dot_product_attention(q, k, v))
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2))), maps
 
 
