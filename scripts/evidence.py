@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from training.compare import draw_curves, table
+from training.core.comparison import draw_curves, table
 from vca.checkpoint import write_atomically
 
 ROOT = Path(__file__).parents[1]

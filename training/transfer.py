@@ -68,13 +68,14 @@ def stream_errors(student: nn.Module, teacher: nn.Module, images: Tensor) -> Ten
 
 @torch.no_grad()
 def held_out_errors(student: nn.Module, teacher: nn.Module, images: list[Tensor], sides: list[int]) -> dict:
-    """Mean relative error at each image size, and by block at the largest."""
+    """Mean relative error at each image size, and by block at the largest; and on how many images."""
     student.eval()
     measured = {}
     for side in sorted(set(sides)):
         errors = torch.stack([layer_errors(student, teacher, resize(x, side)) for x in images]).mean(0)
         measured[f"error_{side}"] = round(errors.mean().item(), 4)
-    return dict(error=measured[f"error_{side}"], **measured, by_block=[round(e, 4) for e in errors.tolist()])
+    by_block, count = [round(e, 4) for e in errors.tolist()], sum(map(len, images))
+    return dict(error=measured[f"error_{side}"], **measured, by_block=by_block, images=count)
 
 
 def param_groups(student: nn.Module, recipe: TransferRecipe) -> list[dict]:

@@ -11,6 +11,7 @@ from scipy.stats import ttest_rel
 
 import vca
 from tests.helpers.runs import CLASSES, PATIENCE, environment, write_images
+from tests.helpers.transfers import random_teacher, transfer_recipe
 from training import compare
 from training.core import recipe as recipes
 from training.core.classifier_recipe import ClassifierRecipe
@@ -49,12 +50,13 @@ def test_the_table_is_made_from_the_logs_alone(tmp_path, monkeypatch, capsys):
     count = {kind: sum(p.numel() for p in model.parameters()) for kind, model in models.items()}
     p = ttest_rel([64, 66, 65], [60, 61, 62.5]).pvalue
     per_epoch = 60 / 5 * 0.25  # the median of 0.2 and 0.3 s a step
-    assert f"| mhsa | {count['mhsa']:,} | 61.17 ± 1.26 | 60.00 61.00 62.50 |  | {per_epoch:.0f} |" in printed
-    assert f"| vca | {count['vca']:,} | 65.00 ± 1.00 | 64.00 66.00 65.00 | +3.83 ± 1.26 ({p:.3f}) | 3 |" in printed
-    assert "CIFAR-10, 5 epochs, seeds 0, 1, 2: top-1 in percent on 30 images" in printed
+    mhsa = f"| mhsa | 61.17 ± 1.26 | 60.00 61.00 62.50 |  | {count['mhsa']:,} | {per_epoch:.0f} |"
+    ours = f"| vca | 65.00 ± 1.00 | 64.00 66.00 65.00 | +3.83 ± 1.26 ({p:.3f}) | {count['vca']:,} | 3 |"
+    assert f"{ours}\n{mhsa}\n" in printed
+    assert "CIFAR-10, 5 epochs: top-1 in percent on 30 images" in printed and "the seeds 0, 1, 2; best first" in printed
     (tmp_path / "vca-seed1" / "checkpoint" / "config.json").unlink()
     command(monkeypatch, tmp_path, "--report")
-    assert "seeds 0, 2:" in capsys.readouterr().out
+    assert "seeds 0, 2;" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="mhsa-seed0 holds a run with another epochs"):
         command(monkeypatch, tmp_path, "--report", "--epochs", "6")
 
@@ -79,9 +81,18 @@ def test_kinds_take_options_and_are_compared_with_the_convolution_too(tmp_path, 
         parameters = sum(p.numel() for p in model.parameters())
         first = "" if kind == "mhsa" else f"{value - 60:+.2f}"
         control = "" if kind == "mhsa_dwc" else f"{value - 66:+.2f}"
-        assert f"| {kind} | {parameters:,} | {value:.2f} | {value:.2f} | {first} | {control} | 3 |" in printed
+        assert f"| {kind} | {value:.2f} | {value:.2f} | {first} | {control} | {parameters:,} | 3 |" in printed
     layer = models[3].blocks[0].attn
     assert layer.tokens == "emb" and layer.dwc is None and models[4].blocks[0].attn.pool_query is not None
+
+
+def test_runs_that_were_not_trained_alike_are_not_compared(tmp_path, monkeypatch):
+    for (kind, seed), top1 in TOP1.items():
+        trained(tmp_path, kind, seed, top1)
+    log = tmp_path / "vca-seed2" / "log.jsonl"
+    log.write_text(log.read_text().replace('"images": 30', '"images": 31'))
+    with pytest.raises(SystemExit, match=r"vca-seed2 and .*mhsa-seed0 differ in images"):
+        command(monkeypatch, tmp_path, "--report")
 
 
 def test_only_what_is_unfinished_is_trained_each_with_its_kind_and_seed(tmp_path, monkeypatch, capsys):
@@ -124,6 +135,7 @@ def test_only_what_is_unfinished_is_trained_each_with_its_kind_and_seed(tmp_path
         (("--seeds", "one", "--report"), "--seeds one: must be numbers"),
         (("--report",), "no seed has been trained with all kinds yet"),
         (("--lr", "fast", "--report"), "--lr fast: not a float"),
+        (("--lr-kept", "1", "--report"), "--lr-kept is of another sort of recipe than cifar10_compare"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_words(tmp_path, monkeypatch, extra, message):
@@ -131,14 +143,29 @@ def test_what_cannot_be_compared_is_refused_in_words(tmp_path, monkeypatch, extr
         command(monkeypatch, tmp_path, *extra)
 
 
+@pytest.mark.parametrize(
+    "recipe, message", [("cifar10_sit_vca", "trains a generator"), ("none.toml", "no recipe 'none'")]
+)
+def test_a_recipe_that_cannot_be_compared_is_refused_in_words(monkeypatch, recipe, message):
+    monkeypatch.setattr(sys, "argv", ["compare", recipe, "--report"])
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        compare.main()
+
+
 @pytest.mark.long
-def test_a_comparison_is_interrupted_and_goes_on(tmp_path):
+@pytest.mark.parametrize("task", ["classify", "transfer"])
+def test_a_comparison_is_interrupted_and_goes_on(tmp_path, task):
     write_images(tmp_path / "data", "train", 20, seed=0)
     write_images(tmp_path / "data", "val", 5, seed=1)
+    if task == "classify":
+        of_task = ["cifar10_compare", "--epochs", "2", "--compile", "false"]
+    else:
+        vca.save(random_teacher(), tmp_path / "teacher", label_names=list(CLASSES))
+        of_task = [str(transfer_recipe(tmp_path)), "--teacher", str(tmp_path / "teacher")]
     arguments = [
-        sys.executable, "-m", "training.compare", "cifar10_compare", "--data", str(tmp_path / "data"), "--out",
+        sys.executable, "-m", "training.compare", *of_task, "--data", str(tmp_path / "data"), "--out",
         str(tmp_path / "out"), "--kinds", "mhsa,vca", "--seeds", "0,1", "--jobs", "2", "--device", "cpu",
-        "--epochs", "2", "--batch-size", "16", "--compile", "false", "--workers", "0",
+        "--batch-size", "16", "--workers", "0",
     ]  # fmt: skip
     first = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, text=True)
     assert "done" in first.stdout.readline()

@@ -9,24 +9,9 @@ from safetensors.torch import save_file
 
 import vca
 from tests.helpers.runs import run, start_and_signal_command, write_images
+from tests.helpers.transfers import random_teacher, transfer_recipe
 from training.core.teacher import attention_pairs, blocks, hidden_states, open_teacher, relative_error
 from training.transfer import layer_errors
-
-RECIPE = """
-model = "vca_vit_pico_patch4_32"
-img_sizes = [32]
-steps = {steps}
-batch_size = 8
-lr = 5e-3
-lr_kept = 1e-3
-warmup_steps = 5
-eval_images = 16
-eval_every = 20
-log_every = 1
-save_every = 5
-precision = "fp32"
-workers = 0
-"""
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +20,9 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("transfer")
     write_images(root / "data", "train", 20, seed=0)
     write_images(root / "data", "val", 8, seed=1)
-    torch.manual_seed(0)
-    teacher = vca.create_model("mhsa_vit_pico_patch4_32", num_classes=3)
-    with torch.no_grad():
-        for block in teacher.blocks:  # attention that looks somewhere: random weights give near uniform maps
-            block.attn.qkv.weight.mul_(4)
-    vca.save(teacher, root / "teacher", label_names=["bird", "cat", "dog"])
+    vca.save(random_teacher(), root / "teacher", label_names=["bird", "cat", "dog"])
     for steps in (12, 60):
-        (root / f"steps{steps}.toml").write_text(RECIPE.format(steps=steps))
+        transfer_recipe(root, steps)
     return root
 
 
@@ -66,6 +46,7 @@ def test_the_error_falls_below_a_bound(undisturbed):
     held_out = [line for line in lines if "by_block" in line]
     assert len(held_out[-1]["by_block"]) == 6
     assert held_out[-1]["error"] == pytest.approx(sum(held_out[-1]["by_block"]) / 6, abs=1e-4)
+    assert held_out[-1]["images"] == 16
     assert held_out[-1]["error"] < 0.1 < 0.5 < lines[0]["loss"]
 
 

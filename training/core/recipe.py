@@ -113,11 +113,14 @@ def check_ranges(recipe, positive: tuple = (), not_negative: tuple = (), shares:
                 raise ValueError(f"{name} = {value} must {rule}.")
 
 
-def add_arguments(parser: argparse.ArgumentParser, kind: type) -> None:
-    """Adds one option per recipe key, so that `--batch-size 64` overrides `batch_size`."""
+def add_arguments(parser: argparse.ArgumentParser, *kinds: type) -> None:
+    """Adds one option per recipe key of these kinds, so that `--batch-size 64` overrides `batch_size`."""
     group = parser.add_argument_group("recipe overrides")
-    for field in dataclasses.fields(kind):
-        group.add_argument(f"--{field.name.replace('_', '-')}", metavar="VALUE", help=field.metadata.get("help"))
+    meanings = {}
+    for field in (field for kind in kinds for field in dataclasses.fields(kind)):
+        meanings.setdefault(field.name, {})[field.metadata.get("help") or ""] = None
+    for name, texts in meanings.items():
+        group.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help="; or ".join(texts))
 
 
 def read(name: str, kind: type, overrides: dict[str, str | None]):
@@ -131,7 +134,7 @@ def read(name: str, kind: type, overrides: dict[str, str | None]):
     Raises:
         RecipeError: the file does not exist or is not TOML, a key is unknown, or a value has the wrong type or range.
     """
-    path = Path(name) if name.endswith(".toml") else shipped(name)
+    path = _file(name)
     values = _values(path, kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key, text in overrides.items():
@@ -148,8 +151,12 @@ def read(name: str, kind: type, overrides: dict[str, str | None]):
         raise RecipeError(f"{path}: {error}") from None
 
 
-def _values(path: Path, kind: type, above: tuple[Path, ...] = ()) -> dict:
-    """The keys of a file on top of those of its base."""
+def _file(name: str) -> Path:
+    return Path(name) if name.endswith(".toml") else shipped(name)
+
+
+def _values(path: Path, kind: type | None = None, above: tuple[Path, ...] = ()) -> dict:
+    """The keys of a file on top of those of its base; checked against those of `kind`, if it is given."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError:
@@ -158,7 +165,7 @@ def _values(path: Path, kind: type, above: tuple[Path, ...] = ()) -> dict:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}.") from None
     base = values.pop("base", None)
-    fields = [field.name for field in dataclasses.fields(kind)]
+    fields = [field.name for field in dataclasses.fields(kind)] if kind else list(values)
     for key in values:
         if key not in fields:
             similar = difflib.get_close_matches(key, fields, n=1)
@@ -187,12 +194,17 @@ def shipped(name: str) -> Path:
 
 
 def task(name: str) -> str:
-    """The command of a recipe that ships: "classify", "transfer" or "generate"."""
-    values = tomllib.loads(shipped(name).read_text(encoding="utf-8"))
-    while "base" in values and "model" not in values:
-        values = tomllib.loads(shipped(values["base"]).read_text(encoding="utf-8"))
-    if task_of(values["model"]) == "generation":
-        return "generate"
+    """The command of a recipe, called as by `read`: "classify", "transfer" or "generate".
+
+    Raises:
+        RecipeError: the file does not exist, is not TOML or names no model.
+    """
+    values = _values(_file(name))
+    try:
+        if task_of(values.get("model")) == "generation":
+            return "generate"
+    except (TypeError, ValueError):  # also of what is no name at all
+        raise RecipeError(f"{_file(name)}: model = {values.get('model')!r} is no model of vca.list_models().") from None
     return "transfer" if "img_sizes" in values and "steps" in values else "classify"
 
 
