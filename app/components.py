@@ -97,7 +97,7 @@ class ModelChoice:
 
         def by_files(tab: int, files: list[str], known: list):
             try:
-                if not isinstance(files, list):
+                if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
                     raise vca.CheckpointError("The upload has no files.")
                 name, model = loading.open_upload(list(map(Path, files)))
             except vca.CheckpointError as error:

@@ -219,8 +219,6 @@ WRONG = [None, True, -7, 1e300, "", "x", [], {}, [[]], "[" * 100_000]
         ("compare", "fetch_maps"),
         ("compare", "measure"),
         ("compare", "look"),
-        ("generated", "fetch_frame"),
-        ("generated", "stop_run"),
     ],
 )
 def test_wrong_types_to_a_page_function(url, element, function):

@@ -174,10 +174,11 @@ CONFIGS = {
     "unknown argument": (dict(model_args=dict(color="red")), "cannot build vit_tiny_patch16_224"),
     "too deep": (dict(model_args=dict(depth=10**7)), "model_args.depth is larger than 4096"),
     "too large": (dict(model_args=dict(embed_dim=4096, depth=64, num_heads=8)), "the limit is 2.0 GB"),
-    "maps too large": (dict(model_args=TIMM["vit"][1] | dict(img_size=2048)), "values, but the model has"),
+    "maps too large": (dict(model_args=TIMM["vit"][1] | dict(img_size=1024)), "values, but the model has"),
     "no classes": (dict(num_classes=0), "no classes"),
     "grey": (dict(model_args=TIMM["vit"][1] | dict(in_chans=1)), "1 channels"),
     "model_args": (dict(model_args=[1]), "must be an object"),
+    "a large input": (dict(model_args=TIMM["vit"][1] | dict(img_size=2048)), "2048x2048 px, the limit is 1024"),
     "many blocks": (dict(model_args=dict(depth=513)), "model_args.depth asks for more than 512 blocks"),
     "a long list": (dict(model_args=dict(x=[0] * 257)), "model_args.x holds more than 256 values"),
     "one label": (dict(label_names=["a"]), "1 label_names for 5 classes"),
@@ -279,7 +280,7 @@ def test_maps_that_no_server_should_hold(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", img_size=1024, patch_size=8, embed_dim=12, depth=1, num_heads=3)
     arguments = dict(img_size=1024, patch_size=8, embed_dim=12, depth=1, num_heads=3)
     save_for_hf(model, tmp_path / "vit", model_args=arguments, safe_serialization=True)
-    refuse(str(tmp_path / "vit"), "its maps take 3.0 GB, the limit is 1.0 GB")
+    refuse(str(tmp_path / "vit"), "its maps take 3.0 GB, the limit is 512 MB")
 
 
 @pytest.mark.parametrize(
@@ -355,7 +356,7 @@ def test_the_cache_is_bounded_and_forgets_the_longest_unused():
         made.append(name)
         return torch.nn.Linear(10, 10, bias=False)  # 400 bytes
 
-    cache = Store(1000, checkpoints.model_bytes)
+    cache = Store(1000, loading.bytes_of)
     for name in "abacab":
         cache.get_or_make(name, lambda name=name: model(name))
         assert cache.size() <= 1000
