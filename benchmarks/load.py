@@ -225,10 +225,9 @@ def main() -> None:
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(PATIENCE)
-        log.seek(0)
-        tracebacks = own_tracebacks(log.read())
-    for traceback in tracebacks[:5]:
-        print(traceback)
+            log.seek(0)
+            tracebacks = own_tracebacks(log.read())
+            print("\n".join(tracebacks[:5]))
     sys.exit(wrong > 0 or peak > MOST_MEGABYTES or bool(tracebacks))
 
 
