@@ -12,17 +12,16 @@ import skimage.data
 from PIL import Image
 
 from app.runtime.folders import new_folder
+from app.runtime.gradio_adapter import bundled_image
 
 IMPORT = re.compile(r'^import .* from "\./([\w.]+)";$', re.MULTILINE)
 STATIC = Path(__file__).parents[1] / "static"
-PHOTOS = {
-    "cat": skimage.data.cat,
-    "motorcycle": lambda: skimage.data.stereo_motorcycle()[0],
-    "rocket": skimage.data.rocket,
-    "coffee": skimage.data.coffee,
-    "astronaut": skimage.data.astronaut,
+PHOTOS = {  # of classes that the photo model knows
+    "cat": lambda: Image.fromarray(skimage.data.cat()),
+    "lion": lambda: Image.open(bundled_image("lion.jpg")),
+    "motorcycle": lambda: Image.fromarray(skimage.data.stereo_motorcycle()[0]),
+    "coffee": lambda: Image.fromarray(skimage.data.coffee()),
 }
-
 
 # The first picture of each class by `python -m training.sample weights/vca_sit_xs_4_cifar10 --count 10 --guidance 3`.
 GENERATED = sorted(map(str, (STATIC / "examples").glob("*.png")))
@@ -35,12 +34,12 @@ def example_files() -> list[str]:
 
 @cache
 def _write_photos() -> tuple[str, ...]:
-    """Writes scikit-image's bundled pictures as small JPEG files into a temporary folder; returns their paths."""
+    """Writes pictures that come with scikit-image and gradio as small JPEG files into a temporary folder."""
     folder = new_folder("examples")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     paths = []
     for name, load in PHOTOS.items():
-        image = Image.fromarray(load())
+        image = load().convert("RGB")
         image.thumbnail((640, 640))
         paths.append(str(folder / f"{name}.jpg"))
         image.save(paths[-1], quality=92)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import gradio
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
@@ -14,3 +15,8 @@ def upload_folder() -> Path:
 def kept_file(content: bytes, name: str) -> str:
     """Writes a file for a visitor where gradio may serve it; returns its path."""
     return save_bytes_to_cache(content, name, str(upload_folder()))
+
+
+def bundled_image(name: str) -> Path:
+    """A picture that comes with gradio."""
+    return Path(gradio.__file__).parent / "media_assets" / "images" / name
