@@ -46,7 +46,10 @@ COMPILED = ("vca_compiled", "vca_fused_compiled", "mhsa_compiled")
 FUSED = ("vca_fused", "vca_fused_compiled")
 CUDNN = "mhsa_cudnn"  # SDPA by cuDNN, where PyTorch's own choice is another
 SCOPES = ("core", "layer", "model")
-MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "sit_s_2", "sit_b_2", "sit_xl_2")
+MODELS = (
+    "deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "vit_small_patch14_224", "sit_s_2",
+    "sit_b_2", "sit_xl_2",
+)  # fmt: skip
 HEAD_DIM = 64
 # Tensors of a sequence (B, N, C) that a core reads or writes at least, in a forward pass and in a training step: VCA
 # reads q twice, the gradients once more.
@@ -99,7 +102,8 @@ def make_layer(variant: str, dim: int, side: int, token_side: int, dwc: bool = T
 def make_model(name: str, variant: str, side: int, token_side: int, dwc: bool = True) -> nn.Module:
     name = f"vca_{name}"
     generator = GENERATORS.get(name)
-    size = dict(input_size=generator["patch_size"] * side) if generator else dict(img_size=16 * side)
+    patch = generator["patch_size"] if generator else int(re.search(r"patch(\d+)", name)[1])
+    size = {"input_size" if generator else "img_size": patch * side}
     return vca.create_model(name, attention=kind_of(variant), token_grid=(token_side, token_side), dwc=dwc, **size)
 
 
