@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from math import floor
 from pathlib import Path
+from typing import Any
 
 from vca.models import CLASSIFIERS, GENERATORS
 
@@ -120,19 +121,19 @@ def check_labels(names: list, file: Path) -> None:
         raise CheckpointError(f"{file}: label_names must have from 1 to {LONGEST_LABEL} characters each.")
 
 
-def check_preprocessing(fields: dict, file: Path) -> None:
+def check_preprocessing(fields: dict[str, Any], file: Path) -> None:
     """Refuses a preprocessing that fails, or takes much memory, for some image."""
 
     def refuse(field: str, wanted: str) -> None:
         shown = repr(fields.get(field))
         raise CheckpointError(f"{file}: pretrained_cfg.{field} = {shown[:100]} must be {wanted}.")
 
-    size = fields.get("input_size")
+    size: Any = fields.get("input_size")
     whole = isinstance(size, list | tuple) and len(size) == 3 and all(type(side) is int for side in size)
     if not whole or not all(1 <= side <= LARGEST_SIDE for side in size):
         refuse("input_size", f"a list of fitting numbers: channels, height and width, from 1 to {LARGEST_SIDE}")
     for field, low, high in (("mean", -LARGEST_MEAN, LARGEST_MEAN), ("std", SMALLEST_STD, LARGEST_STD)):
-        values = fields.get(field)
+        values: Any = fields.get(field)
         listed = isinstance(values, list | tuple) and len(values) in (3, size[0])
         if not listed or not all(_is_number(value) and low <= value <= high for value in values):
             refuse(field, f"a list of fitting numbers: one for each channel, from {low:g} to {high:g}")

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -98,13 +98,14 @@ def _bands(source: Image.Image, reduce: int) -> Iterator[Image.Image]:
 
 def _reduced(source: Image.Image, prepare: Callable[[Image.Image], Image.Image], reduce: int) -> Image.Image:
     size = (-(-source.width // reduce), -(-source.height // reduce))
-    whole, top = None, 0
-    for band in _bands(source, reduce):
-        part = prepare(band)
-        part = part.reduce(reduce) if reduce > 1 else part
-        if part.size == size:
-            return part
-        whole = whole or Image.new(part.mode, size)
+    parts = (prepare(band) for band in _bands(source, reduce))
+    parts = (part.reduce(reduce) if reduce > 1 else part for part in parts)
+    whole = next(parts)
+    if whole.size == size:
+        return whole
+    top = whole.height
+    whole = whole.crop((0, 0, *size))
+    for part in parts:
         whole.paste(part, (0, top))
         top += part.height
     return whole
@@ -151,7 +152,7 @@ def _flattened(image: Image.Image) -> Image.Image:
 # ---- TIFF of which Pillow reads some wrongly and others not at all: deep or signed samples, floats, YCbCr
 
 
-def _deep_tiff(file: Image.Image) -> Image.Image:
+def _deep_tiff(file: Any) -> Image.Image:
     """A TIFF file's image with 8 bits, if Pillow does not read it as 8-bit samples that mean what they say."""
     tags = file.tag_v2
     bits, formats = (max(np.atleast_1d(tags.get(tag, 1))) for tag in (BITS, SAMPLE_FORMAT))
@@ -173,7 +174,7 @@ def _deep_tiff(file: Image.Image) -> Image.Image:
     return file
 
 
-def read_tiff(file: str | Path | io.IOBase, most_bytes: int) -> Image.Image:
+def read_tiff(file: Any, most_bytes: int) -> Image.Image:
     """The first page of an uncompressed TIFF file with 8 bits, whatever samples it has.
 
     Raises:
@@ -182,7 +183,7 @@ def read_tiff(file: str | Path | io.IOBase, most_bytes: int) -> Image.Image:
     from tifffile import TiffFile
 
     with TiffFile(file) as tiff:
-        page = tiff.pages[0]
+        page: Any = tiff.pages[0]
         kind, channels = page.photometric, page.samplesperpixel
         known = {WHITE_IS_ZERO: (1, 2), BLACK_IS_ZERO: (1, 2), RGB: (3, 4), CMYK: (4,), YCBCR: (3,)}
         if page.compression != UNCOMPRESSED or channels not in known.get(kind, ()) or page.nbytes > 4 * most_bytes:
@@ -205,8 +206,8 @@ def _toned(samples: np.ndarray, kind: int) -> np.ndarray:
         if samples.ndim == 3 and low >= 0 and high <= 1:  # colours are from 0 to 1
             low, high = 0, 1
         levels = [_stretched(band, float(low), float(high)) for band in bands]
-    levels = np.concatenate(levels)
-    return 255 - levels if kind == WHITE_IS_ZERO else levels
+    toned = np.concatenate(levels)
+    return 255 - toned if kind == WHITE_IS_ZERO else toned
 
 
 def _scaled(samples: np.ndarray) -> np.ndarray:
