@@ -29,7 +29,7 @@ from training.data.errors import DataError
 from training.data.images import eval_transform
 from training.data.loading import open_loader, read_batches
 from training.data.unlabeled import UnlabeledImages
-from training.evaluate import open_images
+from training.evaluate import evenly, open_images
 
 BINS = 15
 KEPT = 0.95
@@ -117,12 +117,11 @@ def calibrate(args: argparse.Namespace) -> str:
         raise RunError(f"{args.checkpoint}: its config.json does not say what trained it.")
     cfg = model.pretrained_cfg
     images = open_images(model, args.data, args.split)
-    every = slice(None, None, max(1, len(images) // (args.images or len(images))))
     unknown = UnlabeledImages(args.unknown, eval_transform(cfg, as_bytes=True))
     loader = open_loader(unknown, 250, num_workers=args.workers)
     strangers = ((x.permute(0, 3, 1, 2), torch.zeros(len(x))) for (x,) in read_batches(loader))
     with autocast(device, args.precision):
-        known = _gather(model, FolderEvaluation(images, cfg, args.workers, share=every))
+        known = _gather(model, FolderEvaluation(images, cfg, args.workers, share=evenly(len(images), args.images)))
         others, _ = _gather(model, strangers)
     (fit_logits, fit_labels), (logits, labels) = ([part[start::2] for part in known] for start in (0, 1))
     temperature = fit_temperature(fit_logits, fit_labels)

@@ -10,7 +10,7 @@ The first two print the numbers and write them, with protocol and 95 % intervals
 of such files for the README. --real counts against ImageNet-Real's labels; --v2, --a and --r are the folders of
 ImageNet-V2, -A and -R, whose class folders are ImageNet's (or, in V2, their numbers); of A and R only the classes that
 they have compete. --splits names more folders of --data, whose classes are some of the model's; all of the model's
-compete. --sizes measures the split at other image sizes, too, in pixels.
+compete. --sizes measures the split at other image sizes, too, in pixels. --images measures these on a part.
 """
 
 import argparse
@@ -60,13 +60,14 @@ def real_accuracy(model: nn.Module, images: Images, batches: Iterable[tuple[Tens
 
 
 def variant_accuracy(
-    model: nn.Module, folder: str, class_folders: list[str], workers: int, all_compete: bool = False
+    model: nn.Module, folder: str, class_folders: list[str], workers: int, all_compete: bool = False, count: int = 0
 ) -> dict:
     """Accuracy on a folder CLASS/IMAGE whose classes are some of the model's.
 
     Args:
         class_folders: what the model's data calls its classes, in order.
         all_compete: whether the model may also answer with a class that the folder does not have.
+        count: images to measure, spread evenly; 0 for all.
     """
     path = Path(folder).resolve()
     images = Images(path.parent, path.name)
@@ -77,7 +78,8 @@ def variant_accuracy(
     if max(lookup) >= len(class_folders):
         raise DataError(f"{folder}: class {max(lookup)} is none of the model's {len(class_folders)}.")
     table = torch.tensor(lookup)
-    batches = ((x, table[y]) for x, y in FolderEvaluation(images, model.pretrained_cfg, workers))
+    share = evenly(len(images), count)
+    batches = ((x, table[y]) for x, y in FolderEvaluation(images, model.pretrained_cfg, workers, share=share))
     theirs = None if all_compete or len(lookup) == len(class_folders) else lookup
     return accuracy(model, batches, classes=theirs)
 
@@ -86,8 +88,13 @@ def accuracy_at(model: nn.Module, images: Images, side: int, workers: int, count
     """Accuracy on `count` of the images, spread evenly, each resized and cropped to `side` pixels."""
     resized = copy.deepcopy(model)
     resized.set_input_size(img_size=(side, side))
-    every = slice(None, None, max(1, len(images) // count))
-    return accuracy(resized, FolderEvaluation(images, resized.pretrained_cfg, workers, batch_size=50, share=every))
+    share = evenly(len(images), count)
+    return accuracy(resized, FolderEvaluation(images, resized.pretrained_cfg, workers, batch_size=50, share=share))
+
+
+def evenly(total: int, count: int) -> slice:
+    """About `count` of `total` images, spread evenly; 0 for all."""
+    return slice(None, None, max(1, total // count) if count else 1)
 
 
 @torch.inference_mode()
@@ -134,8 +141,8 @@ def evaluate(model: nn.Module, images: Images, args: argparse.Namespace) -> dict
             results[name] = variant_accuracy(model, folder, images.class_folders, workers)
     for split in args.splits:
         folder = f"{args.data}/{split}"
-        results[split] = variant_accuracy(model, folder, images.class_folders, workers, all_compete=True)
-    by_size = {str(side): accuracy_at(model, images, side, workers, args.images or len(images)) for side in args.sizes}
+        results[split] = variant_accuracy(model, folder, images.class_folders, workers, True, args.images)
+    by_size = {str(side): accuracy_at(model, images, side, workers, args.images) for side in args.sizes}
     for result in [*results.values(), *by_size.values()]:
         for key in [key for key in ("top1", "top5") if key in result]:
             result[f"{key}_interval"] = interval(result[key], result["images"])
@@ -203,7 +210,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", metavar="FOLDER", help=NAMES[name])
     parser.add_argument("--splits", nargs="*", default=[], metavar="NAME", help="more folders of --data")
     parser.add_argument("--sizes", nargs="*", type=int, default=[], metavar="PIXELS", help="other image sizes")
-    parser.add_argument("--images", type=int, default=0, help="images for each of --sizes; 0 for all of the split")
+    parser.add_argument(
+        "--images", type=int, default=0, help="images of each of --splits and --sizes, spread evenly; 0: all"
+    )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
     parser.add_argument("--out", metavar="FILE", help="default results.json, as above")
     parser.add_argument("--table", nargs="+", metavar="FILE", help="print the table of results files instead")
