@@ -18,7 +18,6 @@ import vca
 from scripts import evidence
 from tests.helpers.runs import CLASSES, write_images
 from tests.helpers.transfers import discerning_teacher, transfer_recipe
-from tests.training.test_compare import TOP1
 from training import compare, transfer
 from training.core import comparison
 from training.core.trainer import Trainer
@@ -193,17 +192,8 @@ def test_the_table_of_a_log_has_differences_to_the_first_kind_and_the_control():
 def test_the_page_is_filled_from_logs_of_both_sorts(tmp_path, monkeypatch):
     folder = tmp_path / "docs" / "evidence"
     folder.mkdir(parents=True)
-    runs = [
-        dict(
-            kind=kind,
-            seed=seed,
-            parameters=9,
-            seconds_per_step=1.0,
-            top1=[[1, 50.0], [5, top1]],
-            loss=[[1, 2.0], [2, 1.0]],
-        )
-        for (kind, seed), top1 in TOP1.items()
-    ]
+    made = dict(seed=0, parameters=9, seconds_per_step=1.0, loss=[[1, 2.0], [2, 1.0]])
+    runs = [dict(made, kind=kind, top1=[[1, 50.0], [5, top1]]) for kind, top1 in (("mhsa", 60.0), ("vca", 64.0))]
     accuracies = dict(task="classify", model="m", dataset="d", epochs=5, steps=60, images=30, runs=runs)
     logs = dict(accuracy=accuracies, error=made_log(dict(vca=[0.2, 0.3], mhsa=[0.0, 0.0])))
     for name, log in logs.items():
