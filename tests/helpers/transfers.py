@@ -36,3 +36,13 @@ def random_teacher():
         for block in teacher.blocks:
             block.attn.qkv.weight.mul_(4)
     return teacher
+
+
+def discerning_teacher():
+    """A `random_teacher` that looks somewhere else from every position, for which one contrast token is too few."""
+    teacher = random_teacher()
+    with torch.no_grad():
+        teacher.pos_embed.mul_(50)
+        for block in teacher.blocks:
+            block.attn.qkv.weight[: 2 * teacher.embed_dim].mul_(2)  # queries and keys
+    return teacher

@@ -130,7 +130,7 @@ def test_only_what_is_unfinished_is_trained_each_with_its_kind_and_seed(tmp_path
     "extra, message",
     [
         (("--kinds", "mhsa,hydra", "--report"), "'hydra' is none of vca, mhsa"),
-        (("--kinds", "vca:heads=3", "--report"), "'heads=3' in 'vca:heads=3' is not tokens=..., num_tokens=..., dwc="),
+        (("--kinds", "vca:heads=3", "--report"), "'heads=3' in 'vca:heads=3' is not num_tokens=..., tokens=..., dwc="),
         (("--kinds", "vca:dwc=maybe", "--report"), "--dwc maybe: not a bool"),
         (("--seeds", "one", "--report"), "--seeds one: must be numbers"),
         (("--report",), "no seed has been trained with all kinds yet"),

@@ -218,8 +218,9 @@ def table(log: dict) -> str:
             row[f"against {other} (p)"] = "" if kind == other else difference
         rows.append(row | task.columns(log, by_kind[kind], _pace(by_kind[kind])))
     seeds = ", ".join(str(run["seed"]) for run in by_kind[first])
+    over = f"mean and standard deviation over the seeds {seeds}" if "," in seeds else f"seed {seeds}"
     lines = [
-        f"{task.title(log)}, mean and standard deviation over the seeds {seeds}; best first.",
+        f"{task.title(log)}, {over}; best first.",
         "",
         f"| {' | '.join(rows[0])} |",
         "|---" * len(rows[0]) + "|",
@@ -264,7 +265,7 @@ def draw_curves(log: dict, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     task, by_kind = TASKS[log["task"]], _by_kind(log)
-    figure, axes = plt.subplots(1, len(task.panels), figsize=(13, 4), layout="constrained")
+    figure, axes = plt.subplots(1, len(task.panels), figsize=(13, 4.5), layout="constrained")
     colors = plt.get_cmap("tab20" if len(by_kind) > 10 else "tab10").colors
     for axis, (x, y, scale, points) in zip(axes, task.panels, strict=True):
         axis.set(xlabel=x, ylabel=y, yscale=scale)
@@ -274,8 +275,8 @@ def draw_curves(log: dict, file: Path) -> None:
                 curve = points(run, minutes)
                 marker = "." if len(curve) < 20 else ""
                 axis.plot(*zip(*curve, strict=True), color=color, marker=marker, linewidth=1, label=kind)
-    handles = dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
-    axes[1].legend(handles.values(), handles.keys())
+    of_kind = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(of_kind.values(), of_kind.keys(), loc="outside upper center", ncols=min(len(of_kind), 4))
     temporary = file.with_suffix(".tmp")
     figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)
