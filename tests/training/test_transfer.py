@@ -122,6 +122,11 @@ def test_a_student_that_is_its_teacher_has_no_error(place):
     assert len(hidden_states(teacher, images)) == len(teacher.blocks) + 1
 
 
+def test_a_checkpoint_teaches_at_another_image_size(place):
+    teacher = open_teacher(str(place / "teacher"), img_size=16)
+    assert teacher.pos_embed.shape == (1, 16, 128) and len(attention_pairs(teacher, torch.randn(1, 3, 16, 16))) == 6
+
+
 def test_smoke_needs_no_teacher_and_no_images(place):
     from sys import executable
 

@@ -31,6 +31,8 @@ def open_teacher(name: str, **args) -> nn.Module:
         model = open_timm(name, **args)
     else:
         stored = vca.load(name)
+        if "img_size" in args:  # resamples the position table, as timm does for its own
+            stored.set_input_size(img_size=args["img_size"])
         config = stored.model_args | args
         model = vca.create_model(stored.pretrained_cfg["architecture"], num_classes=stored.num_classes, **config)
         model.load_state_dict(stored.state_dict())
