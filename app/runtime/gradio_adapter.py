@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-import gradio
+import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
+
+PATIENCE = 30  # messages
 
 
 def upload_folder() -> Path:
@@ -19,4 +21,10 @@ def kept_file(content: bytes, name: str) -> str:
 
 def bundled_image(name: str) -> Path:
     """A picture that comes with gradio."""
-    return Path(gradio.__file__).parent / "media_assets" / "images" / name
+    return Path(gr.__file__).parent / "media_assets" / "images" / name
+
+
+def nobody_listens(page: gr.Blocks, request: gr.Request, sent: int) -> bool:
+    """Whether a visitor whose event has sent so many messages has taken none of them, after `PATIENCE` messages."""
+    waiting = page._queue.pending_messages_per_session.get(request.session_hash)
+    return sent >= PATIENCE and waiting is not None and waiting.qsize() >= sent

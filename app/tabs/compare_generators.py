@@ -10,6 +10,7 @@ from app.components import sampling_settings
 from app.context import Context
 from app.runtime import cost, drawing, loading, packing, sampling
 from app.runtime.checkpoints import Checkpoints
+from app.runtime.gradio_adapter import nobody_listens
 from app.runtime.limits import heavy_work
 from app.runtime.sampling import Run
 from app.runtime.store import Store
@@ -77,14 +78,20 @@ class Generators:
         labels = shared_labels(self.checkpoints, first, second)
         return gr.Dropdown(labels, value=label if label in labels else next(iter(labels), None))
 
-    def generate(self, first: str, second: str, label: str, steps, guidance, seed) -> Iterator[str]:
+    def generate(
+        self, request: gr.Request, first: str, second: str, label: str, steps, guidance, seed
+    ) -> Iterator[str]:
         """Runs both models, one after the other. Yields the progress, and at the end the answer, as JSON."""
         names = (first, second)
         try:
             runs = [_run(self.checkpoints.load_generator(name), label, steps, guidance, seed) for name in names]
             token = self._pairs.put(pair := Pair(names, tuple(runs)))
+            sent = 0
             for name, run in zip(names, runs, strict=True):
                 for step, _ in run.progress():
+                    sent += 1
+                    if nobody_listens(self.context.page, request, sent):
+                        return
                     yield json.dumps(dict(working=name, step=step, steps=run.request.steps))
         except gr.Error as error:
             yield json.dumps(dict(problem=error.message))

@@ -14,6 +14,7 @@ from PIL import Image
 from app.components import sampling_settings
 from app.context import Context
 from app.runtime import assets, drawing, sampling
+from app.runtime.gradio_adapter import nobody_listens
 from app.runtime.limits import heavy_work
 from app.runtime.packing import run_of
 from app.runtime.sampling import Run
@@ -44,12 +45,14 @@ def build(context: Context) -> None:
         return
     store = Store(STORE_BYTES, lambda run: run.size, sampling.TOO_LARGE)
 
-    def generate(name, *arguments) -> Iterator[str]:
+    def generate(request: gr.Request, name, *arguments) -> Iterator[str]:
         try:
             model = checkpoints.load_generator(name)
             run = Run(model, sampling.check_request(model, *arguments))
             about = _facts(run) | dict(token=store.put(run))
-            for step, x in run.progress():
+            for frames, (step, x) in enumerate(run.progress()):
+                if nobody_listens(context.page, request, frames):
+                    return
                 frame = sampling.strip(sampling.preview(model, x))
                 yield json.dumps(about | dict(state="running", step=step, image=drawing.data_url(frame, "PNG")))
         except gr.Error as error:

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
 import httpx
@@ -20,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vca
 from app import settings
 from app.runtime import checkpoints, cost, export, folders, images, limits, loading
+from app.runtime.gradio_adapter import nobody_listens
 from app.runtime.images import ImageError, read_image
 from app.runtime.validation import page_request, plain, refused
 from tests.helpers.app import LABELS, PLAIN, photo, save_checkpoints
@@ -122,6 +125,16 @@ def test_few_models_are_opened_at_once(served, monkeypatch):
     with pytest.raises(gr.Error, match="Too many models"):
         next(served.opening("a/d"))
     answer.set()
+
+
+def test_who_takes_no_message_does_not_listen():
+    waiting = SimpleNamespace(qsize=lambda: 40)
+    page = SimpleNamespace(_queue=SimpleNamespace(pending_messages_per_session=dict(here=waiting)))
+    gone = partial(nobody_listens, page, SimpleNamespace(session_hash="here"))
+    assert gone(30) and gone(40)
+    assert not gone(29), "it may be about to"
+    assert not gone(41), "it has taken one"
+    assert not nobody_listens(page, SimpleNamespace(session_hash="other"), 100)
 
 
 # ---- Images
