@@ -23,6 +23,7 @@ from training.core.init import build_model
 from training.core.metrics import interval
 from training.data.images import DataError, Images, decode, generator_cfg
 from training.evaluate import table, variant_accuracy
+from vca.checkpoint import write_config
 
 RECIPE = ClassifierRecipe("vca_vit_pico_patch4_32", 1, 8, 1e-3)
 
@@ -250,7 +251,7 @@ def test_results_are_written_and_make_the_table(data, tmp_path, monkeypatch, cap
     checkpoint = saved(model, tmp_path / "mine", list(CLASSES))
     config = json.loads((tmp_path / "mine" / "config.json").read_text())
     config["training"] = [dict(recipe=dict(dataset="Mine"))]
-    (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+    write_config(tmp_path / "mine", config)
     monkeypatch.setattr(sys, "argv", ["evaluate", checkpoint, "--data", str(data), "--device", "cpu"])
     monkeypatch.setattr("os.cpu_count", lambda: 0)
     evaluate.main()
