@@ -140,7 +140,7 @@ class MemoryEvaluation:
 class FolderEvaluation:
     """As `MemoryEvaluation`, read from disk each time."""
 
-    def __init__(self, images: Images, cfg: dict, workers: int, batch_size: int = 250, share: slice = slice(None)):
+    def __init__(self, images: Images, cfg: dict, workers: int, batch_size: int = 50, share: slice = slice(None)):
         images.transform = eval_transform(cfg, as_bytes=True)
         self.images = Subset(images, range(len(images))[share])
         self.workers, self.batch_size = workers, batch_size
