@@ -1,6 +1,7 @@
 """The models that the app serves."""
 
 import copy
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from vca.models.dit import DiffusionTransformer
 CACHE_BYTES = 2 * 2**30
 PATIENCE = 60  # seconds that a visitor waits for a model of the Hub, before it is opened without them
 FINER = (336, 518)  # image sizes, in pixels, at which a model for 224 px shows finer maps
+MOST_LOST = 10  # points of accuracy, measured, that a larger image size may cost
 AT_SIZE = re.compile(r"(.+) @ (\d+) px")
 
 
@@ -71,11 +73,19 @@ class Checkpoints:
         return sorted(names, key=rank)
 
     def _finer_sizes(self, name: str) -> list[int]:
-        """The sizes of FINER that a ViT for 224 px takes, in whole patches."""
+        """The sizes of FINER at which this ViT for 224 px was measured to be nearly as accurate."""
         config = self.configs[name]
         patch = re.search(r"(?:vit|deit).*_patch(\d+)_224$", config["architecture"])
-        fits = patch and config["pretrained_cfg"]["input_size"][-1] == 224
-        return [side // int(patch[1]) * int(patch[1]) for side in FINER] if fits else []
+        if not patch or config["pretrained_cfg"]["input_size"][-1] != 224:
+            return []
+        try:
+            measured = json.loads((self.folders[name] / "results.json").read_text(encoding="utf-8"))
+            least = measured["results"]["val"]["top1"] - MOST_LOST
+            reached = {int(side): result["top1"] for side, result in measured["by_size"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return []  # not measured
+        sizes = (side // int(patch[1]) * int(patch[1]) for side in FINER)
+        return [side for side in sizes if reached.get(side, 0) >= least]
 
     def load(self, name: str) -> nn.Module:
         """A classifier in evaluation mode: by its name here, by a folder or Hub id, or by what `keep` returned.

@@ -1,5 +1,8 @@
 """The models served: a ViT for 224 px is also served at larger sizes, where its maps are finer."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -7,23 +10,30 @@ import vca
 from app.runtime import records
 from app.runtime.checkpoints import Checkpoints
 
+MEASURED = dict(results=dict(val=dict(top1=80.0)), by_size={"336": dict(top1=71.0), "518": dict(top1=69.0)})
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     weights = tmp_path_factory.mktemp("weights")
     for name in ("vca_vit_small_patch14_224", "vca_deit_tiny_patch16_224", "vca_vit_pico_patch4_32"):
         vca.save(vca.create_model(name, num_classes=2), weights / name, label_names=["cat", "dog"])
+    for name in ("vca_vit_small_patch14_224", "vca_vit_pico_patch4_32"):
+        (weights / name / "results.json").write_text(json.dumps(MEASURED))
     return Checkpoints(weights)
 
 
-def test_sizes_are_whole_patches_and_only_of_models_for_224_px(served):
-    assert served.finer == [
-        "vca_deit_tiny_patch16_224 @ 336 px",
-        "vca_deit_tiny_patch16_224 @ 512 px",
-        "vca_vit_small_patch14_224 @ 336 px",
-        "vca_vit_small_patch14_224 @ 518 px",
-    ]
+def test_a_larger_size_is_offered_where_it_was_measured_to_keep_the_accuracy(served):
+    assert served.finer == ["vca_vit_small_patch14_224 @ 336 px"]
     assert not {*served.finer} & {*served.classifiers}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"results": {"val": {}}, "by_size": {}}', '{"by_size": {"336": 3}}'])
+def test_results_that_cannot_be_read_offer_no_size(served, text, tmp_path):
+    name = "vca_vit_small_patch14_224"
+    shutil.copytree(served.folders[name], tmp_path / name)
+    (tmp_path / name / "results.json").write_text(text)
+    assert Checkpoints(tmp_path).finer == []
 
 
 def test_a_finer_model_has_finer_maps_and_as_many_contrast_tokens(served):
