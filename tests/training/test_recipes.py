@@ -286,6 +286,7 @@ def test_a_run_folder_of_a_recipe_with_fewer_keys_is_gone_on_with(tmp_path):
     RunFolder(tmp_path, recipe, init=None)._lock.close()
     assert json.loads(file.read_text())["repeats"] == 1
     file.write_text(json.dumps(old))
+    (tmp_path / "state-00000001.pt").touch()
     with pytest.raises(RunError, match="another memory, repeats"):
         RunFolder(tmp_path, replace(recipe, memory=False, repeats=3), init=None)
 

@@ -302,7 +302,8 @@ def test_checkpoints_come_back_and_damaged_ones_do_not(tmp_path):
 
     file = tmp_path / "c" / "config.json"
     config = json.loads(file.read_text())
-    assert set(config) == {"architecture", "num_classes", "label_names", "model_args", "training"}
+    checksums = {"weights_sha256", "config_sha256"}
+    assert set(config) == {"architecture", "num_classes", "label_names", "model_args", "training"} | checksums
     for change, message in (
         (dict(pretrained_cfg={}), "unknown field pretrained_cfg"),
         (dict(model_args={**config["model_args"], "speed": 2}), "cannot build vca_dit_xs_2.*speed"),
