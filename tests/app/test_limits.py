@@ -1,6 +1,7 @@
 """One stranger exhausts nothing, and one visitor waits for no other."""
 
 import base64
+import inspect
 import os
 import subprocess
 import sys
@@ -252,9 +253,14 @@ def test_wrong_types_to_an_event(url, weights, capfd):
         function = getattr(event.fn, "func", event.fn)  # some are partial
         if function is None or not function.__module__.startswith("app.") or event.api_name in ("models", "generate"):
             continue
+        given_by_gradio = [
+            gr.Request(session_hash="test")
+            for parameter in inspect.signature(event.fn).parameters.values()
+            if parameter.annotation is gr.Request
+        ]
         for value in WRONG:
             try:
-                answer = event.fn(*[value] * len(event.inputs))
+                answer = event.fn(*given_by_gradio, *[value] * len(event.inputs))
                 list(answer) if hasattr(answer, "__next__") else None
             except gr.Error as error:
                 assert "<" not in error.message and len(error.message) < 700
