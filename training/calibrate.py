@@ -24,12 +24,12 @@ from training.card import write_card
 from training.core.metrics import outputs
 from training.core.precision import STORED, autocast
 from training.core.run import RunError, open_device
-from training.data.batches import FolderEvaluation
+from training.data.batches import FolderEvaluation, evenly
 from training.data.errors import DataError
 from training.data.images import eval_transform
 from training.data.loading import open_loader, read_batches
 from training.data.unlabeled import UnlabeledImages
-from training.evaluate import evenly, open_images
+from training.evaluate import open_images
 
 BINS = 15
 KEPT = 0.95

@@ -14,7 +14,6 @@ compete. --sizes measures the split at other image sizes, too, in pixels. --imag
 """
 
 import argparse
-import copy
 import json
 import os
 import sys
@@ -32,10 +31,11 @@ from training.card import OWN_DATA
 from training.core.metrics import accuracy, interval, outputs, validation_data, validation_loss
 from training.core.precision import autocast
 from training.core.run import RunError, open_device
-from training.data.batches import FolderEvaluation
+from training.data.batches import FolderEvaluation, evenly
 from training.data.images import DataError, Images
 from training.data.latents import Latents
 from vca.checkpoint import write_atomically
+from vca.models.common import resized
 
 NAMES = dict(val="", real="ImageNet-Real", v2="ImageNet-V2", a="ImageNet-A", r="ImageNet-R")
 
@@ -86,15 +86,9 @@ def variant_accuracy(
 
 def accuracy_at(model: nn.Module, images: Images, side: int, workers: int, count: int) -> dict:
     """Accuracy on `count` of the images, spread evenly, each resized and cropped to `side` pixels."""
-    resized = copy.deepcopy(model)
-    resized.set_input_size(img_size=(side, side))
+    at_side = resized(model, side)
     share = evenly(len(images), count)
-    return accuracy(resized, FolderEvaluation(images, resized.pretrained_cfg, workers, batch_size=50, share=share))
-
-
-def evenly(total: int, count: int) -> slice:
-    """About `count` of `total` images, spread evenly; 0 for all."""
-    return slice(None, None, max(1, total // count) if count else 1)
+    return accuracy(at_side, FolderEvaluation(images, at_side.pretrained_cfg, workers, share=share))
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ from training.core.run import RunFolder, progress
 from training.core.teacher import attention_pairs, blocks, hidden_states, open_teacher, relative_error, resize
 from training.core.trainer import Trainer
 from training.core.transfer_recipe import TransferRecipe
-from training.data.batches import FolderBatches
+from training.data.batches import FolderBatches, evenly
 from training.data.images import Images, describe, eval_transform
 from training.data.seeding import derive_seed
 from training.data.unlabeled import UnlabeledImages
@@ -39,9 +39,9 @@ KEPT = ("qkv", "proj")
 
 def layer_errors(student: nn.Module, teacher: nn.Module, images: Tensor) -> Tensor:
     """Relative errors (L,) of the student's attention layers on the teacher's stream."""
-    errors = []
+    errors, grid_size = [], teacher.patch_embed.dynamic_feat_size(images.shape[-2:])
     for block, (z, target) in zip(blocks(student), attention_pairs(teacher, images), strict=True):
-        errors.append(relative_error(attend(block, z, grid_of(teacher, images)), target))
+        errors.append(relative_error(attend(block, z, grid_size), target))
     return torch.stack(errors)
 
 
@@ -50,12 +50,6 @@ def attend(block: nn.Module, z: Tensor, grid_size: tuple[int, int]) -> Tensor:
     if hasattr(block, "_attn"):
         return block._attn(z)
     return block.attn(z, grid_size=grid_size) if isinstance(block.attn, OnGrid) else block.attn(z)
-
-
-def grid_of(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """Rows and columns of the patches of these images."""
-    patch = model.patch_embed.patch_size
-    return images.shape[-2] // patch[0], images.shape[-1] // patch[1]
 
 
 def stream_errors(student: nn.Module, teacher: nn.Module, images: Tensor) -> Tensor:
@@ -204,7 +198,7 @@ def open_images(data: str, recipe: TransferRecipe, cfg: dict) -> tuple[Dataset, 
 
 def spread(held_out: Dataset, recipe: TransferRecipe) -> list[Tensor]:
     """Batches of held-out images, spread over all there are."""
-    chosen = range(0, len(held_out), max(1, len(held_out) // recipe.eval_images))[: recipe.eval_images]
+    chosen = range(len(held_out))[evenly(len(held_out), recipe.eval_images)][: recipe.eval_images]
     images = torch.stack([held_out[index][0] for index in chosen])
     return list(images.split(recipe.batch_size))
 

@@ -1,6 +1,5 @@
 """The models that the app serves."""
 
-import copy
 import json
 import re
 import time
@@ -18,6 +17,7 @@ from app.runtime.validation import refused
 from vca.checkpoint import read_config
 from vca.hub import fetch
 from vca.models import task_of
+from vca.models.common import resized
 from vca.models.dit import DiffusionTransformer
 
 CACHE_BYTES = 2 * 2**30
@@ -101,7 +101,7 @@ class Checkpoints:
             return self._get(name, lambda: loading.open_folder(folder, name))
         if name in self.finer:
             own_size, side = AT_SIZE.fullmatch(name).groups()
-            return self._get(name, lambda: _resized(self.load(own_size), int(side)))
+            return self._get(name, lambda: resized(self.load(own_size), int(side)))
         for waited in self.opening(name):
             if waited > PATIENCE:
                 raise refused(f"{name}: the Hub takes long. It is still being loaded; please ask again in a minute.")
@@ -171,11 +171,3 @@ class Checkpoints:
             return self._models.get_or_make(name, open_model)
         except vca.CheckpointError as error:
             raise refused(str(error)) from error
-
-
-def _resized(model: nn.Module, side: int) -> nn.Module:
-    """A copy of a ViT for square images of that side."""
-    resized = copy.deepcopy(model)
-    resized.set_input_size(img_size=(side, side))
-    resized.pretrained_cfg = resized.pretrained_cfg | dict(input_size=(3, side, side))
-    return resized

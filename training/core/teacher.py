@@ -59,10 +59,9 @@ def open_timm(name: str, **args) -> nn.Module:
         heads = [head] if isinstance(head, str) else list(head or [])
         with safe_open(file, framework="pt") as stored:
             classes = [stored.get_slice(f"{h}.weight").get_shape()[0] for h in heads if f"{h}.weight" in stored.keys()]  # noqa: SIM118
-        overlay = dict(file=file, num_classes=(classes or [0])[0])
-        return timm.create_model(
-            architecture, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=(classes or [0])[0], **args
-        )
+        count = dict(num_classes=classes[0] if classes else 0)
+        overlay = dict(file=file) | count
+        return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **count, **args)
     except Exception as error:  # timm and safetensors raise what they meet
         reason = " ".join(str(error).split())[:300]
         raise vca.CheckpointError(f"{file} does not hold the weights of {architecture}: {reason}") from None

@@ -137,6 +137,11 @@ class MemoryEvaluation:
             yield self.pixels[rows], self.labels[rows]
 
 
+def evenly(total: int, count: int) -> slice:
+    """About `count` of `total` images, spread evenly; 0 for all."""
+    return slice(None, None, max(1, total // count) if count else 1)
+
+
 class FolderEvaluation:
     """As `MemoryEvaluation`, read from disk each time."""
 

@@ -1,5 +1,7 @@
 """What the model families share: building with timm, the arguments that rebuild a model, parameters not to decay."""
 
+import copy
+
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import nn
@@ -46,6 +48,14 @@ def note_input_size(model: nn.Module, **arguments) -> None:
     if hasattr(model, "model_args"):
         model.model_args |= dict(img_size=tuple(model.patch_embed.img_size)) | arguments
         model.pretrained_cfg["input_size"] = input_size(model)
+
+
+def resized(model: nn.Module, side: int) -> nn.Module:
+    """A copy of a ViT for square images of that side, in pixels; its preprocessing follows."""
+    copied = copy.deepcopy(model)
+    copied.set_input_size(img_size=(side, side))
+    follow_input_size(copied)
+    return copied
 
 
 def follow_input_size(model: nn.Module) -> None:
