@@ -80,9 +80,8 @@ def estimate(recipe: BaseRecipe, gpu: GPU, data: str | None = None) -> Cost:
         DataError: the recipe's data set is not one of `DATASETS`, and no `data` is given.
     """
     generates = recipe.task == "generation"
-    labeled = hasattr(recipe, "epochs") or generates
     train = val = classes = 0
-    if labeled:
+    if recipe.labeled:
         recipe, train, val, classes = _sizes(recipe, data)
     args = dict(input_size=recipe.input_size) if generates else {}
     model = _trace_once(recipe, classes, args)
@@ -236,12 +235,12 @@ def smoke(recipe: BaseRecipe, train: Callable, device: torch.device, steps: int)
     more = {}
     if recipe.task == "generation":
         short |= dict(steps=steps, val_every=steps, sample_every=0 if recipe.latent else steps, sample_steps=2)
-    elif hasattr(recipe, "epochs"):
+    elif recipe.labeled:
         short |= dict(epochs=1, cooldown_epochs=0)
     else:
         short |= dict(steps=steps, eval_every=steps, eval_images=8)
     with tempfile.TemporaryDirectory() as folder:
-        if "eval_images" in short:
+        if not recipe.labeled:
             more = dict(teacher=str(_random_teacher(recipe, Path(folder) / "teacher")))
         out = Path(folder) / "run"
         data = f"synthetic:{steps * recipe.batch_size}x{classes}"

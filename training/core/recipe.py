@@ -11,6 +11,7 @@ import difflib
 import tomllib
 from dataclasses import MISSING
 from pathlib import Path
+from typing import ClassVar
 
 from vca.layers.factory import AttentionConfig
 from vca.models import GENERATORS, task_of
@@ -32,6 +33,8 @@ def key(default, text: str):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseRecipe:
     """The keys that classification and generation recipes have in common."""
+
+    labeled: ClassVar[bool] = True  # whether its images have classes
 
     dataset: str = key("", "name of the data set, for the card")
     license: str = key("", "licence of the data set, for the card")

@@ -1,6 +1,7 @@
 """The keys of a transfer recipe."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from training.core.recipe import BaseRecipe, check_ranges, key
 from vca.models import CLASSIFIERS
@@ -11,6 +12,8 @@ STREAMS = ("teacher", "student")
 @dataclass(frozen=True)
 class TransferRecipe(BaseRecipe):
     """Every key that a transfer recipe may set."""
+
+    labeled: ClassVar[bool] = False
 
     model: str
     steps: int
