@@ -18,7 +18,7 @@ test-all: .venv/installed-dev lint
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/oxlint --deny-warnings app/static
+	.venv/bin/oxlint --deny-warnings app/static vca/explorer/static
 	.venv/bin/mypy vca
 
 screenshots: .venv/installed-dev

@@ -9,13 +9,14 @@ import numpy as np
 from torch import Tensor
 
 import vca
-from app.runtime import drawing, interventions, preprocessing, records, sampling
+from app.runtime import interventions, records, sampling
 from app.runtime.checkpoints import Checkpoints
-from app.runtime.gradio_adapter import kept_file
+from app.runtime.gradio_adapter import kept_file, png_file
 from app.runtime.images import read_image, uploaded_file
 from app.runtime.limits import heavy_work
 from app.runtime.sampling import MAX_COUNT, MAX_GUIDANCE, MAX_STEPS, Run, check_request, one_line
 from app.runtime.validation import listed, one_of, refused, whole
+from vca import preprocessing
 from vca.diffusion.sampling import silent
 from vca.diffusion.vae import DecoderError
 
@@ -134,7 +135,7 @@ def build(checkpoints: Checkpoints) -> None:
         except DecoderError as error:
             raise refused(one_line(error)) from None
         pictures = [run.picture(run.request.steps, index) for index in range(run.request.count)]
-        return [gr.FileData(path=drawing.png_file(image, f"{i:02d}.png")) for i, image in enumerate(pictures)]
+        return [gr.FileData(path=png_file(image, f"{i:02d}.png")) for i, image in enumerate(pictures)]
 
     gr.api(list_models, api_name="models", api_description=MODELS)
     gr.api(classify, api_name="classify", api_description=CLASSIFY)

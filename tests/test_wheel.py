@@ -36,7 +36,7 @@ def test_the_wheel_holds_vca_alone_and_imports_from_any_folder(tmp_path):
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert {name.split("/")[0] for name in names} == {"vca", f"vca-{vca.__version__}.dist-info"}
-    suffixes = (".py", ".cpp", ".typed")
+    suffixes = (".py", ".cpp", ".typed", ".js", ".css", ".html")
     code = {str(file.relative_to(ROOT)) for file in (ROOT / "vca").rglob("*.*") if file.suffix in suffixes}
     assert {name for name in names if name.startswith("vca/")} == code
     elsewhere = tmp_path / "elsewhere"

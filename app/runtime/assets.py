@@ -1,11 +1,8 @@
-"""Files that come with the app: scripts, styles and templates of the page, and example images."""
+"""Files that come with the app: scripts, styles and templates of its tabs, and example images."""
 
 import atexit
-import json
-import re
 import shutil
-from functools import cache
-from graphlib import TopologicalSorter
+from functools import cache, partial
 from pathlib import Path
 
 import skimage.data
@@ -13,9 +10,10 @@ from PIL import Image
 
 from app.runtime.folders import new_folder
 from app.runtime.gradio_adapter import bundled_image
+from vca.explorer import assets
 
-IMPORT = re.compile(r'^import .* from "\./([\w.]+)";$', re.MULTILINE)
 STATIC = Path(__file__).parents[1] / "static"
+FOLDERS = (STATIC, assets.STATIC)
 PHOTOS = {  # of classes that the photo model knows
     "cat": lambda: Image.fromarray(skimage.data.cat()),
     "lion": lambda: Image.open(bundled_image("lion.jpg")),
@@ -46,28 +44,5 @@ def _write_photos() -> tuple[str, ...]:
     return tuple(paths)
 
 
-def text(*names: str) -> str:
-    """The text of files of `app/static/`, one after another."""
-    return "\n".join((STATIC / name).read_text(encoding="utf-8") for name in names)
-
-
-def modules(entry: str) -> list[tuple[str, str]]:
-    """Name and source of an ES module of `app/static/` and of all that it imports; imported ones come first.
-
-    Raises:
-        graphlib.CycleError: modules import each other in a circle.
-    """
-    sources: dict[str, str] = {}
-    waiting = [entry]
-    while waiting:
-        if (name := waiting.pop()) not in sources:
-            sources[name] = text(name)
-            waiting += IMPORT.findall(sources[name])
-    order = TopologicalSorter({name: IMPORT.findall(source) for name, source in sources.items()}).static_order()
-    return [(name, sources[name]) for name in order]
-
-
-def script(entry: str) -> str:
-    """JavaScript that mounts an ES module of `app/static/`: the body of a function of gr.HTML's `js_on_load`."""
-    sources = json.dumps(modules(entry)).replace("<", "\\u003c")  # it may stand in a <script> of a page
-    return f"const MODULES = {sources};\n{text('load.js')}"
+text = partial(assets.text, folders=FOLDERS)
+script = partial(assets.script, folders=FOLDERS)

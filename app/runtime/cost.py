@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from app.runtime import preprocessing
+from vca import preprocessing
 from vca.diffusion.sampling import at_time
 from vca.models.dit import DiffusionTransformer
 

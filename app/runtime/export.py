@@ -6,12 +6,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from app.runtime import drawing
-from app.runtime.assets import script, text
-from app.runtime.packing import Layer
 from app.runtime.validation import refused
+from vca.explorer import page as offline
+from vca.explorer.packing import Layer
 
-MOST_BYTES = 96 * 2**20  # of the maps in one page
 MODES = ("effective", "stage1", "stage2")
 STREAMS = ("positive", "negative", "differential")
 
@@ -101,58 +99,9 @@ def numbers(layer: Layer, mode: str, head: int, query: int, lam: float | None, v
     return content.getvalue()
 
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' blob:; img-src data: blob:">
-<title>%(title)s</title>
-<style>
-%(css)s
-</style>
-<body>
-<header><h1>Visual-Contrast Attention</h1><p>%(title)s</p></header>
-<main>%(html)s</main>
-<script>
-const saved = %(data)s;
-if (matchMedia("(prefers-color-scheme: dark)").matches) document.body.classList.add("dark");
-(function (element, props, server, trigger, watch) {
-%(js)s
-})(document.querySelector("main"), saved.props, { fetch_maps: async ({ block }) => saved.maps[block] }, () => {}, () => {});
-</script>
-</body>
-</html>
-"""  # noqa: E501
-
-
 def page(run: dict, maps: Iterable[dict], view: dict) -> str:
-    """A web page that contains a run, its arrays and the whole explorer. It makes no request to a server.
-
-    Args:
-        run: what the explorer was given to show.
-        maps: the arrays of each block, as they are sent to the page; they are taken one after another.
-        view: what to show first.
-
-    Raises:
-        gr.Error: they are larger than `MOST_BYTES`.
-    """
-    props = dict(value=json.dumps(run), palette=drawing.PALETTE, view=view, offline=True)
-    title = " · ".join(filter(None, [run.get("model"), ": ".join(run["caption"])]))
-    before, after = PAGE.split("%(data)s")
-    names = dict(
-        title=_escaped(title),
-        css=text("page.css", "view.css", "explorer.css"),
-        html=text("explorer.html"),
-        js=script("explorer.js"),
-    )
-    parts = [before % names, '{"props": ', json.dumps(props).replace("<", "\\u003c"), ', "maps": [']
-    size = 0
-    for number, arrays in enumerate(maps):
-        parts += ["," if number else "", json.dumps(arrays)]
-        if (size := size + len(parts[-1])) > MOST_BYTES:
-            raise refused("These maps are too large for a page.")
-    return "".join([*parts, "]}", after % names])
-
-
-def _escaped(words: str) -> str:
-    return words.replace("&", "&amp;").replace("<", "&lt;")
+    """`vca.explorer.page.page`; that it would be too large is answered to the visitor."""
+    try:
+        return offline.page(run, maps, view)
+    except offline.TooLarge as error:
+        raise refused(str(error)) from None

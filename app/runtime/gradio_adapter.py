@@ -1,10 +1,12 @@
 """What the app uses of gradio beyond its documented interface: all of it is here, so that an update has one place."""
 
+import io
 from pathlib import Path
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
+from PIL import Image
 
 PATIENCE = 30  # messages
 
@@ -17,6 +19,13 @@ def upload_folder() -> Path:
 def kept_file(content: bytes, name: str) -> str:
     """Writes a file for a visitor where gradio may serve it; returns its path."""
     return save_bytes_to_cache(content, name, str(upload_folder()))
+
+
+def png_file(image: Image.Image, name: str) -> str:
+    """Writes an image as a PNG file for a visitor; returns its path."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return kept_file(stream.getvalue(), name)
 
 
 def bundled_image(name: str) -> Path:

@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import vca
-from app.runtime import preprocessing
 from app.runtime.images import read_image
 from app.runtime.limits import heavy_work
 from app.runtime.store import Store
+from vca import preprocessing
+from vca.explorer.packing import prefix_names
 
 RECORDED_BYTES = 256 * 2**20
-TOKEN_PARAMETERS = {"class": "cls_token", "distillation": "dist_token"}
 NO_MAPS = "The attention of this model cannot be drawn: none of it spans the whole image."
 
 
@@ -98,12 +98,6 @@ def whole_grid(maps: list[vca.LayerMaps]) -> list[vca.LayerMaps]:
 def top_labels(model: nn.Module, probabilities: np.ndarray, count: int) -> dict[str, float]:
     """The `count` likeliest labels and their probabilities, likeliest first."""
     return {model.label_names[i]: float(probabilities[i]) for i in np.argsort(-probabilities)[:count]}
-
-
-def prefix_names(model: nn.Module) -> list[str]:
-    """What each prefix token is: the class token first, then the distillation token, then the registers."""
-    names = [name for name in ("class", "distillation") if getattr(model, TOKEN_PARAMETERS[name], None) is not None]
-    return names + [f"register {i + 1}" for i in range(getattr(model, "num_prefix_tokens", 0) - len(names))]
 
 
 def describe(name: str, model: nn.Module) -> dict:

@@ -4,9 +4,9 @@ import gradio as gr
 from PIL import Image
 
 from app.context import Context
-from app.runtime import drawing
 from app.runtime.assets import STATIC
 from app.runtime.checkpoints import Checkpoints
+from vca import drawing
 from vca.diffusion.vae import STRIDE
 from vca.models import GENERATORS
 

@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from app.context import Context
-from app.runtime import drawing, preprocessing, records
+from app.runtime import records
 from app.runtime.images import ImageError, uploaded_file
 from app.runtime.limits import heavy_work
 from app.runtime.records import Recorded
 from app.runtime.validation import refused, whole
+from vca import drawing, preprocessing
 from vca.attribution import METHODS, Method, cell_size, head_map
 from vca.config import MOST_CLASSES
 from vca.faithfulness import BASELINES, Curves, curves, infidelity, random_map, sensitivity

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 import vca
 from app.components import image_and_model
 from app.context import ClassifyTab, Context
-from app.runtime import drawing, preprocessing, records
+from app.runtime import records
 from app.runtime.images import ImageError, uploaded_file
 from app.runtime.limits import heavy_work
 from app.tabs import attribution
+from vca import drawing, preprocessing
 from vca.attribution import readout
 
 TITLE = "Classify"

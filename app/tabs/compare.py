@@ -9,12 +9,13 @@ import gradio as gr
 from torch import nn
 
 from app.context import Context
-from app.runtime import assets, cost, drawing, packing
+from app.runtime import assets, cost, packing
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.limits import heavy_work
 from app.runtime.validation import page_request
 from app.tabs.compare_classifiers import Classifiers
 from app.tabs.compare_generators import ASK, Generators
+from vca import drawing
 
 TITLE = "Compare"
 CLASSIFIERS, GENERATORS = "Classifiers", "Generators"

@@ -8,10 +8,11 @@ from torch import nn
 
 from app.components import image_input, show_examples
 from app.context import Context
-from app.runtime import cost, drawing, loading, packing, preprocessing, records
+from app.runtime import cost, loading, packing, records
 from app.runtime.images import ImageError, uploaded_file
 from app.runtime.limits import heavy_work
 from app.runtime.records import Recorded
+from vca import drawing, preprocessing
 
 
 class Classifiers:

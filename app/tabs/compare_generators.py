@@ -8,13 +8,14 @@ import gradio as gr
 
 from app.components import sampling_settings
 from app.context import Context
-from app.runtime import cost, drawing, loading, packing, sampling
+from app.runtime import cost, loading, packing, sampling
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.gradio_adapter import nobody_listens
 from app.runtime.limits import heavy_work
 from app.runtime.sampling import Run
 from app.runtime.store import Store
 from app.runtime.validation import one_of, whole
+from vca import drawing
 from vca.diffusion.vae import DecoderError
 from vca.models.dit import DiffusionTransformer
 

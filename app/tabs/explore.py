@@ -14,11 +14,13 @@ import gradio as gr
 
 from app.components import image_and_model
 from app.context import Context, ExploreTab
-from app.runtime import assets, drawing, export, loading, preprocessing, records
+from app.runtime import assets, export, loading, records
 from app.runtime.images import ImageError, uploaded_file
 from app.runtime.limits import heavy_work
-from app.runtime.packing import arrays_of, fetched, run_of
+from app.runtime.packing import fetched, run_of
 from app.runtime.validation import page_request, plain
+from vca import drawing, preprocessing
+from vca.explorer.packing import arrays_of
 
 TITLE = "Explore"
 LINK = "#explore?"

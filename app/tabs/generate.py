@@ -13,13 +13,14 @@ from PIL import Image
 
 from app.components import sampling_settings
 from app.context import Context
-from app.runtime import assets, drawing, sampling
-from app.runtime.gradio_adapter import nobody_listens
+from app.runtime import assets, sampling
+from app.runtime.gradio_adapter import nobody_listens, png_file
 from app.runtime.limits import heavy_work
 from app.runtime.packing import run_of
 from app.runtime.sampling import Run
 from app.runtime.store import Store
 from app.runtime.validation import one_of, page_request, refused, whole
+from vca import drawing
 from vca.diffusion.vae import DecoderError
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
@@ -106,7 +107,7 @@ def build(context: Context) -> None:
         return json.dumps(view), gr.Tabs(selected="explore")
 
     def classify_picture(event: gr.EventData):
-        return drawing.png_file(chosen(event)[-1], "generated.png"), gr.Tabs(selected="classify")
+        return png_file(chosen(event)[-1], "generated.png"), gr.Tabs(selected="classify")
 
     labels, samplers, about_first = _choices(checkpoints.configs[checkpoints.generators[0]])
     with gr.Row():

@@ -14,7 +14,7 @@ from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 
 import vca
-from app.runtime import packing, preprocessing, records
+from app.runtime import packing, records
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.images import MAX_PIXELS, WORKING_SIDE, read_image
 from app.runtime.packing import MapStore
@@ -22,6 +22,7 @@ from app.tabs import about
 from app.tabs.classify import strip
 from app.ui import build
 from tests.helpers.app import LABELS, MHSA, PLAIN, PREFIXED, SMALL_PYRAMID, photo, recorded
+from vca import preprocessing
 
 
 @pytest.fixture

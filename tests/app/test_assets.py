@@ -4,14 +4,15 @@ from graphlib import CycleError
 
 import pytest
 
-from app.runtime import assets
+from app.runtime.assets import FOLDERS
+from vca.explorer import assets
 
 ENTRIES = ("explorer.js", "compare.js", "generate.js")
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_module_comes_after_those_that_it_imports(entry):
-    modules = assets.modules(entry)
+    modules = assets.modules(entry, FOLDERS)
     names = [name for name, _ in modules]
     assert names[-1] == entry and "panel.js" in names and len(names) == len(set(names))
     for at, (_, source) in enumerate(modules):
@@ -21,8 +22,13 @@ def test_a_module_comes_after_those_that_it_imports(entry):
 
 
 def test_every_script_is_of_a_page():
-    used = {name for entry in ENTRIES for name, _ in assets.modules(entry)}
-    assert {file.name for file in assets.STATIC.glob("*.js")} - used == {"load.js"}
+    used = {name for entry in ENTRIES for name, _ in assets.modules(entry, FOLDERS)}
+    assert {file.name for folder in FOLDERS for file in folder.glob("*.js")} - used == {"load.js"}
+
+
+def test_a_file_of_the_app_has_a_name_of_its_own():
+    names = [file.name for folder in FOLDERS for file in folder.iterdir()]
+    assert len(names) == len(set(names))
 
 
 def test_a_script_may_stand_in_a_page():
@@ -30,9 +36,8 @@ def test_a_script_may_stand_in_a_page():
     assert "<" not in script.splitlines()[0] and script.startswith("const MODULES = [[")
 
 
-def test_modules_in_a_circle_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(assets, "STATIC", tmp_path)
+def test_modules_in_a_circle_are_refused(tmp_path):
     for name, other in (("a", "b"), ("b", "a")):
         (tmp_path / f"{name}.js").write_text(f'import {{ x }} from "./{other}.js";\n')
     with pytest.raises(CycleError):
-        assets.modules("a.js")
+        assets.modules("a.js", [tmp_path])

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from app.runtime import preprocessing
 from app.runtime.images import read_image
 from app.tabs.attribution import BOTTOM, HEIGHT, STEPS
 from tests.helpers.app import MHSA, PLAIN, PREFIXED, recorded
 from tests.helpers.browser import needs_browser
 from tests.helpers.page import PIXELS, READ, cell, expected_rows, our_faults, points_in_cells, signed_colors
+from vca import preprocessing
 from vca.attribution import METHODS, head_map
 from vca.faithfulness import curves
 

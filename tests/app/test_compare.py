@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from app.runtime import cost, loading, preprocessing, records
+from app.runtime import cost, loading, records
 from app.runtime.images import read_image
 from tests.helpers.app import MHSA, PLAIN, PREFIXED, recorded, save_timm
 from tests.helpers.browser import needs_browser
 from tests.helpers.compare_page import READ, facts_of, pair, panel_of
 from tests.helpers.page import cell, expected_rows, our_faults, points_in_cells, signed_colors
+from vca import preprocessing
 
 PIXELS = """([side, stream, points, aspect]) => {
     const canvas = document.querySelector(`.vc-side[data-side="${side}"] figure[data-stream=${stream}] canvas`);

@@ -16,11 +16,12 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 import vca
-from app.runtime import checkpoints, preprocessing, records
+from app.runtime import checkpoints, records
 from app.runtime.images import ImageError, read_image
 from tests.helpers.app import LABELS, MHSA, PLAIN, PREFIXED, save_checkpoints
 from tests.helpers.hostile import PHOTO, PICTURES, assert_one_line
 from training import evaluate
+from vca import preprocessing
 
 # ---- Pictures: name -> the file and what it shows, or the sentence that refuses it
 

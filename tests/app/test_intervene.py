@@ -7,9 +7,9 @@ from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 
 import vca
-from app.runtime import preprocessing
 from app.runtime.images import read_image
 from tests.helpers.app import LABELS, MHSA, PLAIN, PREFIXED, photo
+from vca import preprocessing
 
 
 @pytest.fixture

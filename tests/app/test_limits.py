@@ -216,7 +216,7 @@ def test_a_page_that_would_be_too_large_is_refused(monkeypatch):
     arrays = dict(x=dict(shape=[1], type="float16", data=base64.b64encode(bytes(600)).decode()))
     run = dict(caption=("a", "b"))
     assert export.page(run, [arrays] * 3, {}).count('"float16"') == 3
-    monkeypatch.setattr(export, "MOST_BYTES", 2000)
+    monkeypatch.setattr("vca.explorer.page.MOST_BYTES", 2000)
     with pytest.raises(gr.Error, match="too large for a page"):
         export.page(run, [arrays] * 3, {})
 

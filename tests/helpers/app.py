@@ -9,8 +9,9 @@ from PIL import Image
 from timm.models import save_for_hf
 
 import vca
-from app.runtime import preprocessing, records
+from app.runtime import records
 from app.runtime.images import read_image
+from vca import preprocessing
 
 LABELS = ["left", "right", "up", "down"]
 

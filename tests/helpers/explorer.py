@@ -7,12 +7,13 @@ import numpy as np
 import torch
 
 import vca
-from app.runtime import preprocessing, records
+from app.runtime import records
 from app.runtime.images import read_image
 from app.ui import WEIGHTS
 from tests.helpers.app import SMALL_PYRAMID
 from tests.helpers.browser import PATIENCE, note_faults
 from tests.helpers.page import READ
+from vca import preprocessing
 
 SHIPPED = "vca_vit_pico_patch4_32_cifar10"
 

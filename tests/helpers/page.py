@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 from axe_playwright_python.sync_playwright import Axe
 
-from app.runtime import drawing
+from vca import drawing
 
 READ = """() => {
     const root = document.querySelector(".vx");

@@ -317,7 +317,7 @@ def test_a_space_says_how_it_is_built(owner, checkpoints, monkeypatch):
     for name, content in files.items():
         if name.endswith(".py"):
             compile(content, name, "exec")
-    assert {"vca/hub.py", "app/ui.py", "app/static/explorer.js", "LICENSE"} <= set(files)
+    assert {"vca/hub.py", "app/ui.py", "vca/explorer/static/explorer.js", "LICENSE"} <= set(files)
     assert not any(name.startswith(("weights/", "tests/", "training/")) or "pycache" in name for name in files)
 
 

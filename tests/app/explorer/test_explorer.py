@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from app.runtime import drawing, export, packing
+from app.runtime import export
 from tests.helpers.app import PREFIXED
 from tests.helpers.browser import needs_browser
 from tests.helpers.explorer import SHIPPED, choose, point_at, recorded, rows_shown, show
 from tests.helpers.page import PIXELS, points_in_cells, signed_colors
+from vca import drawing
+from vca.explorer.packing import pack
 
 pytestmark = needs_browser
 
@@ -202,7 +204,7 @@ def test_what_is_drawn_follows_the_parameters(page, weights, cat):
 def test_rows_are_the_record(weights, cat):
     for name in (SHIPPED, PREFIXED):
         layer = recorded(weights, name, cat)[2]
-        packed = packing.pack(layer)
+        packed = pack(layer)
         head = export.rows(packed, "effective", 1, 7)["differential"]
         np.testing.assert_allclose(head, layer.effective[0, 1, 7], atol=3e-3 * np.abs(head).max())
         mean = export.rows(packed, "stage1", -1, 3)["differential"]
@@ -212,4 +214,4 @@ def test_rows_are_the_record(weights, cat):
 @pytest.mark.parametrize("place", [("stage3", 0, 0), ("effective", 9, 0), ("effective", 0, -1), ("stage1", 0, 999)])
 def test_rows_refuse_what_is_not_there(weights, cat, place):
     with pytest.raises(LookupError):
-        export.rows(packing.pack(recorded(weights, SHIPPED, cat)[0]), *place)
+        export.rows(pack(recorded(weights, SHIPPED, cat)[0]), *place)

@@ -29,7 +29,8 @@ def center_crop(model: nn.Module, image: Image.Image) -> Image.Image:
     shrink = min(1, CROP_SIDE / (max(rows, cols) * scale))
     size = (max(1, round(cols * scale * shrink)), max(1, round(rows * scale * shrink)))
     if left < -1 or top < -1:  # padded
-        return image.crop(tuple(map(round, (left, top, right, bottom)))).resize(size, Image.Resampling.BICUBIC)
+        padded = round(left), round(top), round(right), round(bottom)
+        return image.crop(padded).resize(size, Image.Resampling.BICUBIC)
     box = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
     return image.resize(size, Image.Resampling.BICUBIC, box)
 

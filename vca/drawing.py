@@ -1,4 +1,4 @@
-"""Turns arrays into pictures. Positive values are orange and negative ones blue, everywhere in the app."""
+"""Arrays as pictures. Positive values are orange and negative ones blue, everywhere."""
 
 import base64
 import io
@@ -6,10 +6,9 @@ import io
 import numpy as np
 from PIL import Image
 
-from app.runtime.gradio_adapter import kept_file
-
 # Five colours from zero to the maximum, for each theme; ColorBrewer's Oranges and Blues. A signed map joins the two at
 # zero. `overlay` is the colour laid over an image, with an opacity that grows with the value.
+OVERLAY = {"positive": "#ff6a00", "negative": "#0a63ff"}
 PALETTE = {
     "light": {
         "positive": ["#f7f7f8", "#fdd0a2", "#fd8d3c", "#d94801", "#7f2704"],
@@ -19,7 +18,7 @@ PALETTE = {
         "positive": ["#212126", "#6b2c08", "#c2500a", "#fd8d3c", "#fee6ce"],
         "negative": ["#212126", "#123a66", "#2171b5", "#6baed6", "#deebf7"],
     },
-    "overlay": {"positive": "#ff6a00", "negative": "#0a63ff"},
+    "overlay": OVERLAY,
 }
 
 
@@ -34,7 +33,7 @@ def overlay(values: np.ndarray) -> Image.Image:
     Each cell is one pixel. Its opacity grows with its magnitude, up to 90 % at the largest value of the map.
     """
     limit = np.abs(values).max() or 1
-    colors = np.where((values >= 0)[..., None], *(rgb(PALETTE["overlay"][side]) for side in ("positive", "negative")))
+    colors = np.where((values >= 0)[..., None], *(rgb(OVERLAY[side]) for side in ("positive", "negative")))
     alpha = 230 * np.abs(values) / limit
     return Image.fromarray(np.concatenate([colors, alpha[..., None]], -1).round().astype(np.uint8), "RGBA")
 
@@ -49,10 +48,3 @@ def data_url(image: Image.Image, format: str) -> str:
     stream = io.BytesIO()
     image.save(stream, format, quality=88)
     return f"data:image/{format.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def png_file(image: Image.Image, name: str) -> str:
-    """Writes the image as a PNG file for a visitor; returns its path."""
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return kept_file(stream.getvalue(), name)
