@@ -59,7 +59,8 @@ def open_batches(recipe: ClassifierRecipe, images: Images, cfg: dict, device: to
         )  # fmt: skip
     except (AssertionError, ValueError) as error:  # what timm says to a text that it does not know
         raise recipes.RecipeError(f"auto_augment = {recipe.auto_augment!r} is not known to timm: {error}.") from None
-    images.transform = Compose([RandomDownscale(recipe.downscale), transform]) if recipe.downscale else transform
+    reduce = [RandomDownscale(recipe.downscale, recipe.downscale_prob)] if recipe.downscale else []
+    images.transform = Compose([*reduce, transform])
     groups = recipe.batch_size // recipe.mix_group if recipe.mix_group else 1
     return FolderBatches(images, workers=recipe.workers, repeats=recipe.repeats, groups=groups, **shared)
 
@@ -85,7 +86,10 @@ def create_scheduler(recipe: ClassifierRecipe, optimizer: torch.optim.Optimizer,
 def create_optimizer(recipe: ClassifierRecipe, model: nn.Module, trained: nn.Module) -> torch.optim.Optimizer:
     """AdamW over `model`, with layer decay if the recipe has it, and over what `trained` has beside it."""
     options = dict(lr=recipe.lr * recipe.lr_scale, weight_decay=recipe.weight_decay)
-    optimizer = create_optimizer_v2(model, "adamw", layer_decay=recipe.layer_decay or None, **options)
+    optimizer = create_optimizer_v2(
+        model, "adamw", layer_decay=recipe.layer_decay or None,
+        layer_decay_no_opt_scale=recipe.layer_decay_no_opt_scale or None, **options,
+    )  # fmt: skip
     if trained is not model:
         own = {id(parameter) for parameter in model.parameters()}
         more = [parameter for parameter in trained.parameters() if id(parameter) not in own]

@@ -96,7 +96,7 @@ class Trainer:
 
     def clock(self) -> dict:
         """Seconds since the start of the run in steps, and in waiting for data; for the log."""
-        return dict(seconds=round(self.seconds, 1), seconds_waiting=round(self.waited, 1))
+        return dict(seconds=round(self.seconds, 3), seconds_waiting=round(self.waited, 3))
 
     def log(self, bar: tqdm, metrics: dict, *, epoch: int, last: bool) -> None:
         """Logs a step when it is due, and shows loss, learning rate and speed in the progress bar.

@@ -3,6 +3,7 @@
 Images are float (B, 3, H, W) in [0, 1], draws uniform numbers in [0, 1), a row for each image.
 """
 
+import io
 import math
 import random
 
@@ -97,17 +98,25 @@ def pad_crop_flip(pixels: Tensor, draws: Tensor, padding: int) -> Tensor:
 
 
 class RandomDownscale:
-    """Reduces half of the images (Pillow's) to a shorter side, so that sharpness does not tell where they come from.
+    """Reduces images (Pillow's) and saves them as JPEG, so that sharpness does not tell where they come from.
 
     Args:
-        side: the shorter side in pixels; smaller images stay as they are.
+        sides: smallest and largest shorter side in pixels; each image draws one, and a smaller one stays as it is.
+        probability: share of the images that are reduced.
     """
 
-    def __init__(self, side: int):
-        self.side = side
+    QUALITY = (70, 95)
+
+    def __init__(self, sides: tuple[int, int], probability: float):
+        self.sides = sides
+        self.probability = probability
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        if min(image.size) <= self.side or random.random() < 0.5:
+        side, chosen = random.randint(*self.sides), random.random() < self.probability
+        if not chosen or min(image.size) <= side:
             return image
-        scale = self.side / min(image.size)
-        return image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
+        scale = side / min(image.size)
+        reduced = image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
+        file = io.BytesIO()
+        reduced.save(file, "JPEG", quality=random.randint(*self.QUALITY))
+        return Image.open(file)
