@@ -1,5 +1,8 @@
 """Visual-Contrast Attention: the layer, its maps, its models and their checkpoints."""
 
+from importlib import import_module
+from typing import Any
+
 from vca import attribution, faithfulness
 from vca.checkpoint import CheckpointError, save
 from vca.hub import PushError, load, push
@@ -10,13 +13,24 @@ from vca.layers.visual_contrast import VisualContrastAttention
 from vca.lens import logit_lens
 from vca.maps import record
 from vca.models import create_model, list_models
+from vca.preprocessing import preprocess
+from vca.recorded import Maps
 from vca.replace import replace_attention
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str) -> Any:
+    """`vca.plot`, which needs matplotlib, is imported when it is first used."""
+    if name == "plot":
+        return import_module("vca.plot")
+    raise AttributeError(f"module 'vca' has no attribute {name!r}")
+
+
 __all__ = [
     "CheckpointError",
     "LayerMaps",
+    "Maps",
     "PushError",
     "StageMaps",
     "VisualContrastAttention",
@@ -28,6 +42,7 @@ __all__ = [
     "list_models",
     "load",
     "logit_lens",
+    "preprocess",
     "push",
     "record",
     "replace_attention",

@@ -16,66 +16,20 @@ raises a ValueError that says why. Three methods are Captum's, of the extra [exp
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vca.extras import import_extra
-from vca.layers.layer_maps import GlobalMaps, LayerMaps
+from vca.layers.layer_maps import GlobalMaps, LayerMaps, readout
 from vca.maps import record
 
 CELLS = 16
 BATCH = 64
 IG_STEPS = 32
-
-
-@dataclass(frozen=True)
-class Readout:
-    """What a classifier reads of the tokens of a layer.
-
-    Attributes:
-        name: what it reads, in words, such as "the class token".
-        tokens: which of the T tokens are read, and averaged if they are several.
-        num_prefix_tokens: P, the tokens before the patches.
-        grid_size: rows and columns (Hg, Wg) of the patches.
-    """
-
-    name: str
-    tokens: slice
-    num_prefix_tokens: int
-    grid_size: tuple[int, int]
-
-    def rows(self, maps: Tensor) -> Tensor:
-        """The row of maps (..., T, T) that is read, over the patches: (..., Hg, Wg)."""
-        return maps[..., self.tokens, self.num_prefix_tokens :].mean(-2).unflatten(-1, self.grid_size)
-
-
-def readout(model: nn.Module, layer: LayerMaps) -> Readout:
-    """What a classifier reads of the tokens of a layer: the class token, or the average of the patches.
-
-    timm's distilled models average what a class and a distillation token say.
-
-    Raises:
-        ValueError: it reads something else, such as the maximum over the patches.
-    """
-    prefix, pool = layer.num_prefix_tokens, getattr(model, "global_pool", None)
-    if pool == "token":
-        if getattr(model, "head_dist", None) is not None:
-            name, tokens = "the average of the class token and the distillation token", slice(0, 2)
-        else:
-            name, tokens = "the class token", slice(0, 1)
-    elif pool == "avg" and getattr(model, "pool_include_prefix", False):
-        name, tokens = "the average token", slice(0, None)
-    elif pool == "avg":
-        name, tokens = "the average patch", slice(prefix, None)
-    else:
-        raise ValueError(f"what this model's classifier reads is no row of a map: it pools with {pool!r}.")
-    if layer.grid_size is None:
-        raise ValueError("this layer works on no grid of patches.")
-    return Readout(name, tokens, prefix, layer.grid_size)
 
 
 def cell_size(model: nn.Module, images: Tensor) -> tuple[int, int]:
@@ -212,3 +166,25 @@ def _without_windows(maps: list[LayerMaps]) -> list[GlobalMaps]:
     if len(layers) < len(maps):
         raise ValueError("this model attends within windows: it has no effective map over the whole image.")
     return layers
+
+
+def plot(
+    values: Tensor, image: Any = None, *, sample: int = 0, title: str = "", smooth: bool = False, figure: Any = None
+) -> Any:
+    """Draws an attribution over the image: orange speaks for the class, blue against it. Needs matplotlib.
+
+    Args:
+        values: (H, W) or (B, H, W), as a method gives them.
+        image, smooth, figure: as in `vca.LayerMaps.plot`.
+        sample: index of the image in a batch.
+        title: above the picture.
+
+    Returns:
+        The figure.
+    """
+    from vca import drawing, plot
+
+    shown = (values[sample] if values.ndim == 3 else values).detach().float().cpu().numpy()
+    limit = float(abs(shown).max())
+    photo = drawing.backdrop(image, shown.shape, sample) if image is not None else None
+    return plot.panels([plot.Panel("", shown, -limit, limit)], photo, title=title, smooth=smooth, figure=figure)

@@ -2,9 +2,18 @@
 
 import base64
 import io
+import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
+
+from vca.images import upright_rgb
+
+TILE, GAP = 72, 4  # pixels: the width of a small picture, and the space between two
+LARGEST = 640  # pixels, the longer side of an image below a map
 
 # Five colours from zero to the maximum, for each theme; ColorBrewer's Oranges and Blues. A signed map joins the two at
 # zero. `overlay` is the colour laid over an image, with an opacity that grows with the value.
@@ -27,15 +36,74 @@ def rgb(color: str) -> np.ndarray:
     return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.float64)
 
 
-def overlay(values: np.ndarray) -> Image.Image:
-    """A signed map (rows, cols) as an RGBA picture to lay over an image.
+def overlay(values: np.ndarray, limit: float | None = None) -> Image.Image:
+    """A signed map (rows, cols) as an RGBA picture to lay over an image; NaN is clear.
 
-    Each cell is one pixel. Its opacity grows with its magnitude, up to 90 % at the largest value of the map.
+    Each cell is one pixel. Its opacity grows with its magnitude, up to 90 % at `limit`, by default the largest value.
     """
-    limit = np.abs(values).max() or 1
+    values = np.nan_to_num(values)
+    limit = np.abs(values).max() if limit is None else limit
     colors = np.where((values >= 0)[..., None], *(rgb(OVERLAY[side]) for side in ("positive", "negative")))
-    alpha = 230 * np.abs(values) / limit
+    alpha = 230 * np.minimum(np.abs(values) / (limit or 1), 1)
     return Image.fromarray(np.concatenate([colors, alpha[..., None]], -1).round().astype(np.uint8), "RGBA")
+
+
+def laid_over(photo: Image.Image, values: np.ndarray, limit: float | None = None, smooth: bool = False) -> Image.Image:
+    """A photo, in grey, with a signed map (rows, cols) laid over it; `limit` as in `overlay`."""
+    if smooth:
+        values = np.asarray(Image.fromarray(values.astype(np.float32)).resize(photo.size, Image.Resampling.BICUBIC))
+    veil = overlay(values, limit).resize(photo.size, Image.Resampling.NEAREST)
+    return Image.alpha_composite(muted(photo).convert("RGBA"), veil).convert("RGB")
+
+
+def tiles(columns: Sequence[np.ndarray], photo: Image.Image | None = None) -> Image.Image:
+    """Small pictures of signed maps, each over the photo and on a scale of its own.
+
+    Args:
+        columns: of each column the maps of its rows, (rows, Hg, Wg).
+        photo: the image below every map; default white.
+    """
+    width, height = photo.size if photo else columns[0].shape[:0:-1]
+    size = (TILE, max(1, round(TILE * height / width)))
+    below = photo.resize(size, Image.Resampling.BICUBIC) if photo else Image.new("L", size, 255)
+    across, down = size[0] + GAP, size[1] + GAP
+    canvas = Image.new("RGB", (len(columns) * across - GAP, max(map(len, columns)) * down - GAP), "white")
+    for column, maps in enumerate(columns):
+        for row, values in enumerate(maps):
+            canvas.paste(laid_over(below, values), (column * across, row * down))
+    return canvas
+
+
+def backdrop(image: Any, grid: Sequence[int], sample: int = 0) -> Image.Image:
+    """What a map over a grid (rows, columns) is laid over, cropped at its centre to the aspect of the grid.
+
+    Args:
+        image: a PIL image; a tensor (3, H, W) or (B, 3, H, W), of which the darkest value becomes black and the
+            brightest white; an array (H, W, 3) of bytes; or the path of a file.
+        grid: rows and columns.
+        sample: index of the image in a batch.
+
+    Raises:
+        ValueError: it is none of these; OSError: the file cannot be read.
+    """
+    if isinstance(image, str | os.PathLike):
+        with Image.open(image) as file:
+            image = upright_rgb(file)
+    if isinstance(image, Tensor):
+        image = image[sample] if image.ndim == 4 else image
+        pixels = image.detach().float().cpu()
+        pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-12)
+        image = (255 * pixels).round().byte().movedim(0, -1).numpy()
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3:
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise ValueError("image must be a PIL image, a tensor (3, H, W), an array (H, W, 3) of bytes, or a file.")
+    aspect = grid[1] / grid[0]
+    width, height = min(image.width, image.height * aspect), min(image.height, image.width / aspect)
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    shrink = min(1, LARGEST / max(width, height))
+    size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
+    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
 
 
 def muted(image: Image.Image) -> Image.Image:

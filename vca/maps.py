@@ -1,14 +1,15 @@
 """Recording attention maps: `with vca.record(model) as maps: model(x)`, then `maps[i].effective` and its parts."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from vca.layers.grid import GridBlock
-from vca.layers.layer_maps import LayerMaps, StageMaps, WindowMaps
+from vca.layers.layer_maps import LayerMaps, StageMaps, WindowMaps, readout
+from vca.recorded import Maps
 from vca.taps import Tap, Watcher, attention_layers, chosen_layers, run_layer, tapped
 from vca.timm_internals import FORWARD_OF_ATTENTION
 
@@ -22,16 +23,18 @@ class _Recording(Watcher):
         layers: the layers, each with `block` and `name` of its `LayerMaps`.
         model: `grid_size` and `num_prefix_tokens` of the layers that do not know theirs.
         watched: all modules that this recording taps.
+        owner: the module with the classifier, or None.
     """
 
     keeps_maps = True
 
-    def __init__(self, layers: dict[nn.Module, dict], model: dict, watched: set[nn.Module]):
+    def __init__(self, layers: dict[nn.Module, dict], model: dict, watched: set[nn.Module], owner: nn.Module | None):
         super().__init__(watched)
         self.layers = layers
         self.model = model
+        self.owner = owner
         self.located: dict[nn.Module | None, dict] = {}
-        self.maps: list[LayerMaps] = []
+        self.maps = Maps()
 
     def add(self, layer: nn.Module, maps: LayerMaps) -> None:
         new = replace(maps, **self.layers[layer])
@@ -44,6 +47,8 @@ class _Recording(Watcher):
                 if (patches := new.window_patches) is not None:
                     attention = new.stage1.positive[0].unflatten(0, (-1, len(patches)))  # (B, windows, H, M, M)
                     new = replace(new, stage1=StageMaps(attention))
+        with suppress(ValueError):  # it reads no row of a map
+            new = replace(new, readout=readout(self.owner, new))
         self.maps[:] = sorted([m for m in self.maps if m.block != new.block] + [new], key=lambda m: m.block)
 
 
@@ -64,7 +69,7 @@ def _note_image(recordings: list[_Recording], patch_embed: nn.Module, x: Tensor)
 
 
 @contextmanager
-def record(model: nn.Module, blocks: Sequence[int] | None = None) -> Iterator[list[LayerMaps]]:
+def record(model: nn.Module, blocks: Sequence[int] | None = None) -> Iterator[Maps]:
     """Records the attention maps of the forward passes that this thread runs inside the `with` block.
 
     The chosen layers take the path that materialises maps, and the fast path again on exit. Other threads that run or
@@ -75,7 +80,8 @@ def record(model: nn.Module, blocks: Sequence[int] | None = None) -> Iterator[li
         blocks: indices of the attention layers to record, counted through the whole network; default all.
 
     Yields:
-        A list that holds one `LayerMaps` per recorded layer, in order, once the model has run.
+        A list that holds one `LayerMaps` per recorded layer, in order, once the model has run. It can draw itself:
+        `maps.overview(image)`, `maps[3].plot(image)`.
 
     Raises:
         ValueError: `model` has no attention layer that can be recorded, or a block index is out of range.
@@ -95,6 +101,6 @@ def record(model: nn.Module, blocks: Sequence[int] | None = None) -> Iterator[li
     ]
     if patch_embed is not None and hasattr(patch_embed, "dynamic_feat_size"):
         taps.append((patch_embed, "forward", _note_image))
-    recording = _Recording(layers, whole, {module for module, _, _ in taps})
+    recording = _Recording(layers, whole, {module for module, _, _ in taps}, owner)
     with tapped(recording, taps):
         yield recording.maps

@@ -20,16 +20,26 @@ import torch, vca
 model = vca.create_model("vca_vit_pico_patch4_32", num_classes=3).eval()
 given = torch.zeros(1, 3, 32, 32), torch.tensor([0])
 vca.attribution.rollout(model, *given)
+with vca.record(model) as maps, torch.no_grad():
+    model(given[0])
+assert "<img" in maps._repr_html_()
 for use in (
     lambda: vca.attribution.integrated_gradients(model, *given),
     lambda: vca.faithfulness.infidelity(model, *given, torch.zeros(1, 32, 32)),
+    maps[0].plot,
+    maps.overview,
+    lambda: vca.attribution.plot(torch.zeros(4, 4)),
 ):
     try:
         use()
     except ImportError as error:
         print(error)
 """
-MISSING = "this needs the package captum, of the extra [explain] of vca: pip install captum."
+MISSING = [
+    f"this needs the package {package}, of the extra [{extra}] of vca: pip install {package}."
+    for package, extra, uses in (("captum", "explain", 2), ("matplotlib", "plot", 3))
+    for _ in range(uses)
+]
 
 
 def test_the_library_imports_anywhere_without_optional_packages_and_names_the_extra_of_one(tmp_path):
@@ -37,7 +47,7 @@ def test_the_library_imports_anywhere_without_optional_packages_and_names_the_ex
         [sys.executable, "-I", "-c", PROGRAM, ROOT], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [MISSING, MISSING]
+    assert done.stdout.splitlines() == MISSING
 
 
 def test_an_error_inside_an_optional_package_is_not_taken_for_its_absence(tmp_path, monkeypatch):
@@ -49,7 +59,7 @@ def test_an_error_inside_an_optional_package_is_not_taken_for_its_absence(tmp_pa
 
 def test_every_extra_that_an_error_names_exists():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {"app", "train", "explain", "latents", "fused", "dev"} <= extras.keys()
+    assert {"app", "train", "explain", "plot", "latents", "fused", "dev"} <= extras.keys()
     for file in (ROOT / "vca").rglob("*.py"):
         text = file.read_text()
         named = {part.partition("]")[0] for part in text.split("of the extra [")[1:]}

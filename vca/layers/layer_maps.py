@@ -5,12 +5,13 @@ Shapes: B batch, H heads, d channels of a head, T = P + N tokens (P prefix token
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vca import functional as VF
+from vca.layers.pictured import Pictured
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StageMaps:
     """The maps of one stage. Rows are queries, columns keys; streams an attention kind lacks are None."""
 
@@ -23,8 +24,33 @@ class StageMaps:
         """The map that multiplies the values: the differential one, or the positive one of a single stream."""
         return self.positive if self.differential is None else self.differential
 
+    def __repr__(self) -> str:
+        streams = [name for name, map_ in vars(self).items() if map_ is not None]
+        return f"<{', '.join(streams)}: {tuple(self.positive.shape)}>"
 
-class _Lacking:
+
+@dataclass(frozen=True)
+class Readout:
+    """What a classifier reads of the tokens of a layer.
+
+    Attributes:
+        name: what it reads, in words, such as "the class token".
+        tokens: which of the T tokens are read, and averaged if they are several.
+        num_prefix_tokens: P, the tokens before the patches.
+        grid_size: rows and columns (Hg, Wg) of the patches.
+    """
+
+    name: str
+    tokens: slice
+    num_prefix_tokens: int
+    grid_size: tuple[int, int]
+
+    def rows(self, maps: Tensor) -> Tensor:
+        """The row of maps (..., T, T) that is read, over the patches: (..., Hg, Wg)."""
+        return maps[..., self.tokens, self.num_prefix_tokens :].mean(-2).unflatten(-1, self.grid_size)
+
+
+class _Lacking(Pictured):
     """What a family of attention lacks is None; its own class of records says what it has."""
 
     token_grid: tuple[int, int] | None = None
@@ -39,12 +65,8 @@ class _Lacking:
     window_size: tuple[int, int] | None = None
     shift_size: tuple[int, int] | None = None
 
-    @property
-    def window_patches(self) -> Tensor | None:
-        return None
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LayerMaps(_Lacking):
     """The attention maps of one layer for one forward pass. A picture can be drawn from this record alone.
 
@@ -57,6 +79,7 @@ class LayerMaps(_Lacking):
         name: its name in the model.
         grid_size: rows and columns of the patches, if the model says.
         num_prefix_tokens: P.
+        readout: what the model's classifier reads of this layer's tokens, if it is known.
     """
 
     kind: str
@@ -65,6 +88,7 @@ class LayerMaps(_Lacking):
     name: str = ""
     grid_size: tuple[int, int] | None = None
     num_prefix_tokens: int = 0
+    readout: Readout | None = None
 
     @property
     def effective(self) -> Tensor:
@@ -77,7 +101,7 @@ class LayerMaps(_Lacking):
         return VF.effective_map(self.stage1.applied, self.row_scale1, second, self.row_scale2)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GlobalMaps(LayerMaps):
     """Self-attention over all tokens ("mhsa", "mhsa_dwc"): `stage1` has one map (B, H, T, T).
 
@@ -91,7 +115,7 @@ class GlobalMaps(LayerMaps):
     gathered: Tensor = field()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DifferentialMaps(GlobalMaps):
     """Differential attention over all tokens ("diff"): `stage1` has three maps (B, H, T, T).
 
@@ -104,7 +128,7 @@ class DifferentialMaps(GlobalMaps):
     lambda1: Tensor = field()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ReducedMaps(GlobalMaps):
     """Attention to keys on a coarser grid ("sr"): `stage1` has one map (B, H, N, keys).
 
@@ -115,7 +139,7 @@ class ReducedMaps(GlobalMaps):
     key_grid: tuple[int, int] = field()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TwoStageMaps(GlobalMaps):
     """Attention through n pooled tokens ("agent"): `stage1` has maps (B, H, n, T), `stage2` (B, H, T, n).
 
@@ -127,7 +151,7 @@ class TwoStageMaps(GlobalMaps):
     token_grid: tuple[int, int] = field()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ContrastMaps(TwoStageMaps):
     """Visual-Contrast Attention ("vca", "vca_stage1", "vca_stage2").
 
@@ -142,7 +166,7 @@ class ContrastMaps(TwoStageMaps):
     lambda2: Tensor | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class WindowMaps(LayerMaps):
     """Attention within windows ("window", "stripes"): `stage1` has one map (B, windows, H, M, M).
 
@@ -160,3 +184,28 @@ class WindowMaps(LayerMaps):
         if self.grid_size is None:
             return None
         return VF.window_patches(self.grid_size, self.window_size, self.shift_size)
+
+
+def readout(model: nn.Module, layer: LayerMaps) -> Readout:
+    """What a classifier reads of the tokens of a layer: the class token, or the average of the patches.
+
+    timm's distilled models average what a class and a distillation token say.
+
+    Raises:
+        ValueError: it reads something else, such as the maximum over the patches.
+    """
+    prefix, pool = layer.num_prefix_tokens, getattr(model, "global_pool", None)
+    if pool == "token":
+        if getattr(model, "head_dist", None) is not None:
+            name, tokens = "the average of the class token and the distillation token", slice(0, 2)
+        else:
+            name, tokens = "the class token", slice(0, 1)
+    elif pool == "avg" and getattr(model, "pool_include_prefix", False):
+        name, tokens = "the average token", slice(0, None)
+    elif pool == "avg":
+        name, tokens = "the average patch", slice(prefix, None)
+    else:
+        raise ValueError(f"what this model's classifier reads is no row of a map: it pools with {pool!r}.")
+    if layer.grid_size is None:
+        raise ValueError("this layer works on no grid of patches.")
+    return Readout(name, tokens, prefix, layer.grid_size)
