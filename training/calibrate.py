@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import vca
 from training.card import write_card
+from training.core.cli import interruptible
 from training.core.metrics import outputs
 from training.core.precision import STORED, autocast
 from training.core.run import RunError, open_device
@@ -150,4 +151,4 @@ def _gather(model: nn.Module, batches) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    main()
+    interruptible(main)

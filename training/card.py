@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from training.core import measured
 from training.core.classifier_recipe import ClassifierRecipe
+from training.core.cli import interruptible
 from training.core.datasets import DATASETS
 from training.core.generator_recipe import GeneratorRecipe
 from training.core.recipe import defaults, shipped
@@ -390,4 +391,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    interruptible(main)

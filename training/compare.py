@@ -27,6 +27,7 @@ import torch
 
 import vca
 from training.core import recipe as recipes
+from training.core.cli import interruptible
 from training.core.comparison import TASKS, Run, draw_curves, results, table
 from training.core.recipe import RecipeError
 from training.core.run import RunError
@@ -171,4 +172,4 @@ def _whole_seeds(runs: list[Run]) -> list[Run]:
 
 
 if __name__ == "__main__":
-    main()
+    interruptible(main)

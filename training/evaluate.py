@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import vca
 from training.card import OWN_DATA
+from training.core.cli import interruptible
 from training.core.metrics import accuracy, interval, outputs, validation_data, validation_loss
 from training.core.precision import autocast
 from training.core.run import RunError, open_device
@@ -237,4 +238,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    interruptible(main)

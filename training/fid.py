@@ -32,6 +32,7 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 
 import vca
 from training.card import write_card
+from training.core.cli import interruptible
 from training.core.run import RunError, open_device
 from training.core.sampling import weights_digest
 from training.data.folders import find_images
@@ -277,4 +278,4 @@ def add_to_card(checkpoint: Path, result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    interruptible(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from training.core.cli import interruptible
 from training.core.run import RunError, open_device
 from training.data.errors import DataError
 from training.data.images import open_splits
@@ -45,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    interruptible(main)

@@ -18,6 +18,7 @@ from string import Template
 import yaml
 
 import vca
+from training.core.cli import interruptible
 from vca.checkpoint import FILES
 from vca.hub import REPO_ID, published_files, upload
 
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    interruptible(main)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import vca
 from training.card import write_card
+from training.core.cli import interruptible
 from training.core.plots import grid_png
 from training.core.run import RunError, open_device
 from training.core.sampling import SampleError, sample_files
@@ -286,4 +287,4 @@ def check(generator: nn.Module, judge: nn.Module, args: argparse.Namespace) -> N
 
 
 if __name__ == "__main__":
-    main()
+    interruptible(main)

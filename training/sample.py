@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import vca
+from training.core.cli import interruptible
 from training.core.distributed import local_device
 from training.core.run import RunError, open_device
 from training.core.sampling import SampleError, process, sample_files, write_npz
@@ -62,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    interruptible(main)

@@ -1,6 +1,8 @@
-"""Every command explains itself."""
+"""Every command explains itself, and Ctrl-C ends it in a line."""
 
+import argparse
 import importlib
+import runpy
 import sys
 
 import pytest
@@ -25,3 +27,17 @@ def test_help(name, monkeypatch, capsys):
 
 def test_commands_are_found():
     assert {"training.classify", "training.card", "training.transfer"} <= set(COMMANDS)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+@pytest.mark.parametrize(
+    "name", sorted(set(COMMANDS) - {"training.classify", "training.generate", "training.transfer"})
+)
+def test_ctrl_c(name, monkeypatch, capsys):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", interrupted)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(name, run_name="__main__")
+    assert end.value.code == 130 and capsys.readouterr().err == "stopped by Ctrl-C.\n"

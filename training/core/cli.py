@@ -80,6 +80,15 @@ def main(
     leave()
 
 
+def interruptible(main: Callable[[], None]) -> None:
+    """Runs the `main` of a command that keeps what it has finished; Ctrl-C ends it in a line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C.", file=sys.stderr)
+        sys.exit(130)
+
+
 def without_paths(arguments: list[str], args: argparse.Namespace) -> list[str]:
     """The arguments of a command as a card shows them: what was asked for, and not where it lies on this machine."""
     shown = {args.data: "DATA", args.out: "OUT", args.recipe: Path(args.recipe).name}
