@@ -23,7 +23,7 @@ from training.core.generator_recipe import GeneratorRecipe
 from training.core.recipe import defaults, shipped
 from vca.checkpoint import load_folder, place, sha256, write_atomically
 from vca.config import CheckpointError, read_config
-from vca.models import GENERATORS, task_of
+from vca.models import CLASSIFIERS, GENERATORS, task_of
 from vca.models.dit import OBJECTIVES
 
 SHOWN_KEYS = (
@@ -147,13 +147,15 @@ def _classifier(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
 
 What the model sees of a photo, and what each head (row) of each block (column) draws in (orange) and pushes away
 (blue): the effective map of the class token, or of the average patch; each map on a scale of its own."""
+    through_timm = f"""
+
+The same model through timm, after `import vca`: `timm.create_model("local-dir:{place(folder)}", pretrained=True)`."""
     use = f"""    import timm, vca
     from PIL import Image
     model = vca.load("{place(folder)}")
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    print(model.label_names[model(transform(Image.open("photo.jpg").convert("RGB"))[None]).argmax()])
-
-The same model through timm, after `import vca`: `timm.create_model("local-dir:{place(folder)}", pretrained=True)`."""
+    print(model.label_names[model(transform(Image.open("photo.jpg").convert("RGB"))[None]).argmax()])"""
+    use += through_timm if config["architecture"] in CLASSIFIERS else ""  # timm does not know of an exchanged attention
     return "image-classification", metrics, about, use
 
 

@@ -13,9 +13,9 @@ from vca.layers.visual_contrast import VisualContrastAttention
 from vca.lens import logit_lens
 from vca.maps import record
 from vca.models import create_model, list_models
+from vca.models.replace import replace_attention
 from vca.preprocessing import preprocess
 from vca.recorded import Maps
-from vca.replace import replace_attention
 
 __version__ = "0.1.0"
 

@@ -28,8 +28,9 @@ from vca.config import (
     read_config,
     sealed,
 )
-from vca.models import CLASSIFIERS, create_model
-from vca.models.common import follow_input_size, input_size
+from vca.layers.grid import OnGrid, check_token_grid
+from vca.models import create_model, task_of
+from vca.models.common import CLASSIFICATION, follow_input_size, input_size
 from vca.models.dit import DiffusionTransformer
 
 FILES = ("config.json", "model.safetensors", "README.md")
@@ -62,7 +63,8 @@ def save(
 
     Raises:
         ValueError: `load` would refuse it: the number of names is not that of the model's classes, the model was not
-            made by `create_model`, a field is out of its range, or a tensor, as stored, is NaN or infinite.
+            made by `create_model`, a field is out of its range, a tensor, as stored, is NaN or infinite, or
+            `set_input_size` has left it with fewer patches in a direction than contrast tokens.
     """
     model = unwrap_model(model)
     if not hasattr(model, "model_args"):
@@ -99,6 +101,9 @@ def _description(model: nn.Module, label_names: list[str], training: list[dict])
     if isinstance(model, DiffusionTransformer):
         return dict(architecture=model.architecture, num_classes=model.num_classes, **shared)
     follow_input_size(model)
+    for layer in model.modules():
+        if isinstance(layer, OnGrid):
+            check_token_grid(layer.token_grid, layer.grid_size)
     return dict(
         architecture=model.pretrained_cfg["architecture"],
         num_classes=model.num_classes,
@@ -152,7 +157,7 @@ def load_folder(
             config = newer  # another process is saving
     else:
         raise CheckpointError(f"{folder}: is being written all the time.")
-    if config["architecture"] in CLASSIFIERS:
+    if task_of(config["architecture"]) == CLASSIFICATION:
         if (stated := tuple(config["pretrained_cfg"]["input_size"])) != (takes := input_size(model)):
             raise CheckpointError(f"{folder / 'config.json'}: input_size is {stated}, but the model takes {takes}.")
         model.pretrained_cfg.update(config["pretrained_cfg"])

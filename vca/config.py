@@ -11,7 +11,7 @@ from math import floor
 from pathlib import Path
 from typing import Any
 
-from vca.models import CLASSIFIERS, GENERATORS
+from vca.models import GENERATORS, is_classifier
 
 CONFIG_FIELDS = {
     "architecture", "num_classes", "num_features", "global_pool", "label_names", "model_args", "pretrained_cfg",
@@ -102,7 +102,7 @@ def check_config(config: dict, file: Path) -> dict:
     if not all(isinstance(run, dict) for run in config["training"]):
         raise CheckpointError(f"{file}: training must be a list of objects.")
     check_arguments(config["model_args"], file)
-    if config["architecture"] not in {*CLASSIFIERS, *GENERATORS}:
+    if config["architecture"] not in GENERATORS and not is_classifier(config["architecture"]):
         architecture = config["architecture"][:100]
         raise CheckpointError(f"{file}: unknown architecture {architecture!r}; vca.list_models() names them.")
     if not 0 <= config["num_classes"] <= MOST_CLASSES:  # 0: features alone, without a head

@@ -4,6 +4,7 @@ import json
 import signal
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -133,3 +134,18 @@ def test_smoke_needs_no_teacher_and_no_images(place):
     args = [str(place / "steps12.toml"), "--smoke", "3", "--device", "cpu"]
     result = run([executable, "-m", "training.transfer", *args])
     assert result.returncode == 0 and result.stdout.startswith("smoke: 3 steps of 8 images"), result.stderr
+
+
+def test_a_model_of_timm_is_taught_by_its_own_weights(place, tmp_path):
+    name, file = "vit_tiny_patch16_224", tmp_path / "weights.safetensors"
+    teacher = timm.create_model(name, num_classes=0)
+    save_file(teacher.state_dict(), file)
+    more = ["--model", name, "--attention", "vca", "--num-tokens", "4", "--img-sizes", "[64]"]
+    result = run(command(place, 12, tmp_path / "run", *more, teacher=f"timm:{name}={file}"))
+    assert result.returncode == 0, result.stderr
+    student = vca.load(tmp_path / "run" / "checkpoint")
+    assert all(type(block.attn) is vca.VisualContrastAttention for block in student.blocks)
+    assert all(block.attn.token_grid == (2, 2) for block in student.blocks)
+    assert student.num_classes == 0 and tuple(student.pretrained_cfg["input_size"]) == (3, 64, 64)
+    for ours, theirs in zip(student.blocks, teacher.blocks, strict=True):
+        assert torch.equal(ours.mlp.fc1.weight, theirs.mlp.fc1.weight)

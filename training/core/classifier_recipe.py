@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from training.core import recipe as recipes
 from training.core.recipe import key
-from vca.models import CLASSIFIERS
+from vca.models import is_classifier
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ClassifierRecipe(recipes.BaseRecipe):
             raise ValueError(f"downscale = {self.downscale} must be two sides in pixels, the smaller one first.")
         if self.memory and (self.img_sizes or self.downscale):
             raise ValueError("img_sizes and downscale need memory = false.")
-        if self.model not in CLASSIFIERS:
+        if not is_classifier(self.model):
             raise ValueError(f"model = {self.model!r} is no classifier; vca.list_models() names them.")
         for name in ("mean", "std"):
             values = getattr(self, name)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from training.core.recipe import BaseRecipe, check_ranges, key
-from vca.models import CLASSIFIERS
+from vca.models import is_classifier
 
 STREAMS = ("teacher", "student")
 
@@ -38,7 +38,7 @@ class TransferRecipe(BaseRecipe):
             positive=("steps", "crop_scale", "eval_images", "eval_every", "lr_kept"),
             not_negative=("warmup_steps", "min_lr"),
         )
-        if self.model not in CLASSIFIERS:
+        if not is_classifier(self.model):
             raise ValueError(f"model = {self.model!r} is no classifier; vca.list_models() names them.")
         if self.stream not in STREAMS:
             raise ValueError(f"stream = {self.stream!r} must be one of {', '.join(STREAMS)}.")

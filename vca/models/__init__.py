@@ -4,21 +4,30 @@ The generators are not registered: timm's registry is for image encoders.
 """
 
 import difflib
+from dataclasses import fields
 
 import timm
 from torch import nn
 
+from vca.layers.factory import AttentionConfig
 from vca.models import cswin, deit, dit, pvt, swin, vit
 from vca.models.common import CLASSIFICATION, GENERATION, input_size, note_arguments
+from vca.models.replace import replace_attention
 
 BASELINES = ("deit_tiny_patch16_224", "deit_small_patch16_224", "swin_tiny_patch4_window7_224")
 CLASSIFIERS = vit.MODELS + deit.MODELS + pvt.MODELS + swin.MODELS + cswin.MODELS + BASELINES
 GENERATORS = dit.MODELS
+CONVERTIBLE = {"vision_transformer", "deit", "swin_transformer"}  # modules of timm
 
 
 def list_models() -> list[str]:
     """Names that `create_model` knows, sorted."""
     return sorted([*CLASSIFIERS, *GENERATORS])
+
+
+def is_classifier(name: str) -> bool:
+    """Whether `create_model` builds a classifier of that name: one of ours, or timm's with another attention."""
+    return name in CLASSIFIERS or timm.models.is_model_in_modules(str(name).partition(".")[0], CONVERTIBLE)
 
 
 def task_of(name: str) -> str:
@@ -29,7 +38,7 @@ def task_of(name: str) -> str:
     """
     if name in GENERATORS:
         return GENERATION
-    if name in CLASSIFIERS:
+    if is_classifier(name):
         return CLASSIFICATION
     similar = difflib.get_close_matches(name, list_models(), n=3) or list_models()[:3]
     raise ValueError(f"unknown model {name!r}; did you mean {', '.join(similar)}? vca.list_models() names them all.")
@@ -56,15 +65,31 @@ def create_model(name: str, **overrides) -> nn.Module:
     """Builds an untrained model; `vca.load` gives a trained one.
 
     Args:
-        name: one of `list_models()`; those of `BASELINES` are timm's own.
+        name: one of `list_models()`, of which those of `BASELINES` are timm's own; or any ViT, DeiT or Swin of timm,
+            of which `attention` must then be given, and is exchanged by `replace_attention`.
         **overrides: arguments of the model, such as `num_classes`, `attention` or `drop_path_rate`.
 
     Raises:
-        ValueError: the name is unknown; the message proposes similar ones.
+        ValueError: the name is unknown; the message proposes similar ones. Or the attention of timm's model cannot be
+            exchanged.
     """
     if task_of(name) == GENERATION:
         return dit.create_generator(name, **overrides)
+    if name not in CLASSIFIERS or (name in BASELINES and overrides.get("attention")):
+        return _converted(name, overrides)
     model = timm.create_model(name, **overrides)
     if name in BASELINES and not overrides.get("features_only"):
         note_arguments(model, overrides)
+    return model
+
+
+def _converted(name: str, overrides: dict) -> nn.Module:
+    """A model of timm with its attention exchanged."""
+    if not (kind := overrides.get("attention")):
+        raise ValueError(f"{name} is a model of timm; say which attention it shall have, such as attention='vca'.")
+    options = {field.name for field in fields(AttentionConfig)} | {"stages"}
+    model = timm.create_model(name, **{key: value for key, value in overrides.items() if key not in options})
+    chosen = {key: value for key, value in overrides.items() if key in options - {"attention"}}
+    replace_attention(model, kind, **chosen)
+    note_arguments(model, dict(img_size=tuple(model.patch_embed.img_size)) | overrides)
     return model
