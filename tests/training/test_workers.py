@@ -124,3 +124,15 @@ def test_a_worker_that_was_killed_is_a_line():
     with pytest.raises(DataError, match=r"a worker process that reads images was killed.*fewer --workers") as caught:
         list(read_batches(loader))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_run(number):
+    batches = iter(open_loader(range(40), 2, num_workers=2))
+    first, workers = next(batches), batches._workers
+    for worker in workers:
+        os.kill(worker.pid, number)
+    assert [first.tolist(), *(batch.tolist() for batch in batches)] == [[i, i + 1] for i in range(0, 40, 2)]
+    for worker in workers:
+        worker.join(PATIENCE)
+        assert worker.exitcode == 0

@@ -29,7 +29,8 @@ def open_loader(dataset: Dataset, *args, num_workers: int = 0, **options) -> Dat
 
 def _bind(parent: int, _: int) -> None:
     """In a worker: the kernel kills it when its parent ends; if that has happened already, it ends here."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but the parent decides when to stop
+    for number in (signal.SIGINT, signal.SIGTERM):  # may reach the whole group, but the parent decides when to stop
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
