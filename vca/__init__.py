@@ -5,6 +5,7 @@ from typing import Any
 
 from vca import attribution, faithfulness
 from vca.checkpoint import CheckpointError, save
+from vca.drawing import to_pil
 from vca.hub import PushError, load, push
 from vca.interventions import intervene, replace_patches
 from vca.layers.factory import create_attention
@@ -48,4 +49,5 @@ __all__ = [
     "replace_attention",
     "replace_patches",
     "save",
+    "to_pil",
 ]

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from vca.images import upright_rgb
+from vca.diffusion.sampling import to_bytes
+from vca.images import read_image
 
 TILE, GAP = 72, 4  # pixels: the width of a small picture, and the space between two
 LARGEST = 640  # pixels, the longer side of an image below a map
@@ -74,6 +76,18 @@ def tiles(columns: Sequence[np.ndarray], photo: Image.Image | None = None) -> Im
     return canvas
 
 
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Generated images (B, 3, H, W) in [0, 1] as pictures, rounded as DiT does."""
+    return [Image.fromarray(pixels) for pixels in to_bytes(images).movedim(1, -1).cpu().numpy()]
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """Images (N, 3, H, W) in [0, 1] as one picture, row by row; the last row may be filled up with black."""
+    missing = -len(images) % columns
+    filled = torch.cat([images, images.new_zeros(missing, *images.shape[1:])]).unflatten(0, (-1, columns))
+    return to_pil(filled.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[None])[0]
+
+
 def backdrop(image: Any, grid: Sequence[int], sample: int = 0) -> Image.Image:
     """What a map over a grid (rows, columns) is laid over, cropped at its centre to the aspect of the grid.
 
@@ -87,8 +101,7 @@ def backdrop(image: Any, grid: Sequence[int], sample: int = 0) -> Image.Image:
         ValueError: it is none of these; OSError: the file cannot be read.
     """
     if isinstance(image, str | os.PathLike):
-        with Image.open(image) as file:
-            image = upright_rgb(file)
+        image = read_image(image)
     if isinstance(image, Tensor):
         image = image[sample] if image.ndim == 4 else image
         pixels = image.detach().float().cpu()

@@ -2,13 +2,12 @@
 
 import io
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from training.core.run import RunFolder
+from vca import drawing
 from vca.checkpoint import write_atomically
-from vca.diffusion.sampling import to_bytes
 
 
 def plot_curve(run: RunFolder, key: str, label: str) -> None:
@@ -53,6 +52,6 @@ def png(pixels: Tensor) -> bytes:
 
 def grid_png(images: Tensor, columns: int) -> bytes:
     """A PNG file of images (N, 3, H, W) in [0, 1], row by row; the last row may be filled up with black."""
-    missing = -len(images) % columns
-    rows = to_bytes(torch.cat([images, images.new_zeros(missing, *images.shape[1:])])).unflatten(0, (-1, columns))
-    return png(rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2))
+    stream = io.BytesIO()
+    drawing.grid(images, columns).save(stream, format="PNG")
+    return stream.getvalue()

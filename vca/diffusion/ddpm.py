@@ -177,4 +177,5 @@ def sample_ddim(model: Model, noise: Noise, times: Sequence[int], callback: Call
     return x
 
 
+ADAPTIVE: dict[str, Sampler] = {}
 SAMPLERS = {"ddpm": Sampler(sample_ddpm, even_times), "ddim": Sampler(sample_ddim, leading_times)}

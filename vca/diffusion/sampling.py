@@ -5,6 +5,7 @@ A sampler is a plain function `run(model, noise, times, callback) -> x`: `model(
 `callback(step, total, x)` sees the state after 0, 1, ..., total steps. A callback that raises ends the sampling.
 """
 
+import difflib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -45,6 +46,27 @@ def normal_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device
         return torch.from_numpy(np.stack(draws)).to(device)
 
     return draw
+
+
+def class_indices(labels: Sequence[int | str] | int | str | Tensor, num_classes: int, names: Sequence[str]) -> Tensor:
+    """Classes by number or name as indices (B,); `num_classes` is no class, a single label a batch of one.
+
+    Raises:
+        ValueError: a label is none of the classes.
+    """
+    listed = list(labels) if isinstance(labels, list | tuple) else [labels] if isinstance(labels, str | int) else None
+    if listed is not None:
+        if unknown := [label for label in listed if isinstance(label, str) and label not in names]:
+            near = difflib.get_close_matches(unknown[0], names, 3) or list(names)[:3]
+            meant = f"did you mean {', '.join(near)}?" if names else "this model has no names of classes."
+            raise ValueError(f"label {unknown[0]!r} is none of the {num_classes} classes; {meant}")
+        listed = [names.index(label) if isinstance(label, str) else label for label in listed]
+    y = torch.as_tensor(labels if listed is None else listed)
+    whole = not (y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool)
+    whole = whole and not any(isinstance(label, bool) for label in listed or ())  # a tensor of both takes True for 1
+    if y.ndim != 1 or not len(y) or not whole or y.min() < 0 or y.max() > num_classes:
+        raise ValueError(f"labels must be a list of names or of whole numbers from 0 to {num_classes} (no class).")
+    return y.long()
 
 
 def at_time(t: float, x: Tensor) -> Tensor:

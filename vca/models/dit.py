@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vca.diffusion import ddpm, flow
-from vca.diffusion.sampling import Callback, Model, Sampler, normal_noise, silent
+from vca.diffusion.sampling import Callback, Model, Sampler, class_indices, normal_noise, silent
+from vca.diffusion.schedulers import of_diffusers
 from vca.diffusion.vae import SD_VAE, LatentDecoder
 from vca.layers.factory import AttentionConfig
 from vca.models.common import GENERATION
@@ -203,29 +204,34 @@ class DiffusionTransformer(nn.Module):
     @torch.no_grad()
     def sample(
         self,
-        labels: Sequence[int] | Tensor,
+        labels: Sequence[int | str] | int | str | Tensor,
         *,
         steps: int = 50,
         guidance_scale: float = 1.0,
         seed: int = 0,
-        sampler: str | None = None,
+        sampler: Any = None,
         guided_channels: int | None = None,
         indices: Sequence[int] | None = None,
         callback: Callback | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Generates one image per label.
 
         Args:
-            labels: class indices (B,); `num_classes` for no class.
-            steps: steps of the sampler; Heun's method calls the network twice in each.
+            labels: names or indices of the classes (B,); `num_classes` for no class. One label is a batch of one.
+            steps: steps of the sampler; Heun's method calls the network twice in each, "dopri5" as often as it needs.
             guidance_scale: classifier-free guidance; 1 for none.
             seed: with `indices` it decides all noise.
-            sampler: "ddpm" or "ddim" for DiT, "euler", "heun" or "sde" for SiT; default the first.
+            sampler: "ddpm" or "ddim" for DiT, "euler", "heun", "sde" or "dopri5" (of the extra [ode]) for SiT, default
+                the first; or a scheduler of diffusers, see `vca.diffusion.schedulers`.
             guided_channels: guide these first channels only; default all. The official scripts guide 3 of 4 latents.
             indices: one non-negative number per image; default 0, 1, ... An image depends on its own label and index,
                 not on the others of the batch.
             callback: called as (step, total, x) with the state (B, C, H, W) after 0, 1, ..., total steps. The network
                 sees state k at time `times(steps, sampler)[k]`, `decode` shows it. Raising ends the sampling.
+            num_inference_steps: diffusers' name for `steps`.
+            generator: as in diffusers, in the place of a seed: the seed is its next random number.
 
         Returns:
             float32 (B, 3, H, W) in [0, 1].
@@ -235,13 +241,10 @@ class DiffusionTransformer(nn.Module):
             vca.diffusion.vae.DecoderError: the model needs a VAE that is not here; raised before sampling.
         """
         device = self.pos_embed.device
-        y = torch.as_tensor(labels, device=device)
-        whole = not (y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool)
-        if isinstance(labels, list | tuple):  # a tensor of both takes True for 1
-            whole = whole and not any(isinstance(label, bool) for label in labels)
-        if y.ndim != 1 or not len(y) or not whole or y.min() < 0 or y.max() > self.num_classes:
-            raise ValueError(f"labels must be a list of whole numbers from 0 to {self.num_classes} (no class).")
-        y = y.long()
+        y = class_indices(labels, self.num_classes, getattr(self, "label_names", ())).to(device)
+        steps = steps if num_inference_steps is None else num_inference_steps
+        if generator is not None:
+            seed = int(torch.randint(2**32, (1,), generator=generator, device=generator.device))
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale = {guidance_scale} must be a finite number.")
         indices = range(len(y)) if indices is None else indices
@@ -254,12 +257,14 @@ class DiffusionTransformer(nn.Module):
         model = self.conditioned(y, guidance_scale, guided_channels)
         return self.decode(run(model, noise, times(steps), callback or silent))
 
-    def times(self, steps: int, sampler: str | None = None) -> list[float]:
+    def times(self, steps: int, sampler: Any = None) -> list[float]:
         """The time t at which the network sees the state after 0, 1, ..., steps - 1 steps."""
         return self._sampler(sampler).times(steps)[:steps]
 
-    def _sampler(self, name: str | None) -> Sampler:
-        samplers = self.objective.SAMPLERS
+    def _sampler(self, name: Any) -> Sampler:
+        if name is not None and not isinstance(name, str):
+            return of_diffusers(name, self.family)
+        samplers = self.objective.SAMPLERS | self.objective.ADAPTIVE
         if name is not None and name not in samplers:
             raise ValueError(f"sampler={name!r} is unknown; {self.family} has {', '.join(samplers)}.")
         return samplers[name or next(iter(samplers))]
