@@ -18,13 +18,14 @@ from training.core import recipe as recipes
 from training.core.classifier_recipe import ClassifierRecipe
 from training.core.generator_recipe import GeneratorRecipe
 from training.core.transfer_recipe import TransferRecipe
+from vca import cli
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "weights/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-PROGRAMS = ("python", "torchrun", "make", "pip", "hf", "pre-commit", "export")
-INLINE = re.compile(r"`((?:python|torchrun|make|pip) [^`]+)`")
+PROGRAMS = ("python", "torchrun", "make", "pip", "hf", "pre-commit", "export", "vca")
+INLINE = re.compile(r"`((?:python|torchrun|make|pip|vca) [^`]+)`")
 RECIPES = dict(classify=ClassifierRecipe, generate=GeneratorRecipe, transfer=TransferRecipe)
 
 
@@ -90,6 +91,8 @@ def check(command: str, monkeypatch) -> None:
         check_module(arguments[1], arguments[2:], monkeypatch)
     elif program == "python":
         assert (ROOT / arguments[0]).is_file()
+    elif program == "vca":
+        cli.parser().parse_args(arguments)
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
         assert arguments[0] in targets
@@ -125,6 +128,7 @@ def test_a_command_is_understood(command, monkeypatch):
         "python -m training.none",
         "torchrun --nproc-per-node 8 -m training.generate cifar10_sit_vca --data FOLDER --guidance 2",
         "make none",
+        "vca explain --photo x.jpg",
         'pip install ".[none]"',
         "rm -r weights",
     ],

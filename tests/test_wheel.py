@@ -19,6 +19,11 @@ model = vca.create_model("vca_vit_pico_patch4_32", num_classes=3)
 with vca.record(model) as maps:
     model(torch.zeros(1, 3, 32, 32))
 vca.save(model, "checkpoint", label_names=["a", "b", "c"])
+from PIL import Image
+from vca.cli import main
+Image.new("RGB", (40, 30), "red").save("photo.png")
+assert main(["explain", "photo.png", "--model", "checkpoint", "--out", "maps.html"]) == 0
+assert "fetch_maps" in open("maps.html").read()
 print(vca.__version__, maps[0].effective.shape[-1], vca.load("checkpoint").label_names, len(vca.list_models()))
 """
 
@@ -45,4 +50,6 @@ def test_the_wheel_holds_vca_alone_and_imports_from_any_folder(tmp_path):
         [sys.executable, "-I", "-c", PROGRAM, tmp_path / "site"], cwd=elsewhere, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [vca.__version__, "64", "['a',", "'b',", "'c']", str(len(vca.list_models()))]
+    page, printed = done.stdout.splitlines()
+    assert page.startswith("maps.html: ")
+    assert printed.split() == [vca.__version__, "64", "['a',", "'b',", "'c']", str(len(vca.list_models()))]

@@ -1,6 +1,7 @@
 """From an opened image file to the upright 8-bit sRGB image that models are trained on and shown."""
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -20,6 +21,24 @@ SRGB = ImageCms.createProfile("sRGB")
 
 class UnreadableImage(ValueError):
     """A kind of image that cannot be read. The message is a sentence."""
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """An image file as `upright_rgb` gives it.
+
+    Raises:
+        UnreadableImage: it is no image, damaged, or too large for Pillow.
+        OSError: there is no such file, or it must not be read.
+    """
+    try:
+        with Image.open(path) as file:
+            return upright_rgb(file)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{os.fspath(path)}: {error}") from None
+    except Exception as error:  # the decoders have no error of their own for what a damaged file may hold
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise UnreadableImage(f"{os.fspath(path)}: not an image that can be read ({error}).") from None
 
 
 def bytes_of(file: Image.Image) -> int:
