@@ -6,47 +6,42 @@ from typing import Literal
 
 import gradio as gr
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 import vca
-from app.runtime import interventions, records, sampling
+from app.runtime import cost, interventions, records, sampling
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.gradio_adapter import kept_file, png_file
 from app.runtime.images import read_image, uploaded_file
 from app.runtime.limits import heavy_work
-from app.runtime.sampling import MAX_COUNT, MAX_GUIDANCE, MAX_STEPS, Run, check_request, one_line
+from app.runtime.sampling import Run, check_request, one_line
 from app.runtime.validation import listed, one_of, refused, whole
-from vca import preprocessing
+from vca import drawing, preprocessing
+from vca.attribution import METHODS
 from vca.diffusion.sampling import silent
 from vca.diffusion.vae import DecoderError
+from vca.faithfulness import BASELINES, curves, random_map
 
 STAGES = ("stage1", "stage2", "effective")
-MODELS = """The checkpoints served here: name, task (classify or generate), architecture and classes; of a classifier
-its input size, and heads and grids of every block; of a generator the shape of its pictures or latents, its samplers,
-and the autoencoder that it needs; of a damaged one its problem."""
-CLASSIFY = "The top_k likeliest labels of an image, as {label: probability}."
-ATTENTION = """The maps of one query of one head, as .npz. All counts start at 0; tokens are the prefix tokens, then the
-patches, row by row. stage1: the query is a contrast token, the maps cover all tokens. stage2: the query is a token, the
-maps cover the contrast tokens. effective: from token to tokens. Arrays: positive, negative and differential (those that
-the stage has), or effective; grid_size, token_grid, num_prefix_tokens, lambdas."""
-
-INTERVENE = """What a classifier answers before and after a part of its attention is changed or patches are painted out:
-{"before": {label: probability}, "after": {label: probability}}, both of the labels that are among the top_k of either,
-likeliest first. All counts start at 0. block: a number, or "all". head: one to mute; its effective map is then zero.
-lambda1, lambda2: numbers in the place of the learned lambdas. off: a list of "positive" and "negative", streams whose
-maps are then zero, and of "stage1" and "stage2", stages that then look everywhere alike. patches: a list of patches to
-paint with the mean color, counted row by row. What is left out or null stays as it is; what a block does not have is
-refused."""
-
-GENERATE = f"""Pictures of a class as PNG files. A picture depends on its number and all arguments but count. count is
-from 1 to {MAX_COUNT}, steps from 1 to {MAX_STEPS}, guidance from 1 (none) to {MAX_GUIDANCE}, seed from 0; sampler is
-one of those in /models, by default the first. One request is served at a time."""
+METHOD = next(iter(METHODS))
+TOP = 5  # labels, where there are so many
+PICTURE = 384  # pixels, the width of the picture of an attribution
+ORDERS, STEPS = 3, 16  # random orders that a faithful one is compared with, and steps of a curve
 
 
 def build(checkpoints: Checkpoints) -> None:
-    """Registers /models, /classify, /attention, /intervene and /generate."""
+    """Registers the endpoints. Their docstrings are what a caller, or an assistant through MCP, is told of them."""
+    first = next(iter(checkpoints.classifiers), "")
+    second = next(iter(checkpoints.classifiers[1:]), first)
+    first_generator = next(iter(checkpoints.generators), "")
 
-    def list_models() -> list[dict]:
+    def models() -> list[dict]:
+        """The checkpoints served here: name, task (classify or generate), architecture and classes.
+
+        Of a classifier also its input size, and heads and grids of every block; of a generator the shape of its
+        pictures or latents, its samplers, and the autoencoder that it needs; of a damaged one its problem.
+        """
         tasks = (
             ("classify", checkpoints.classifiers, checkpoints.load, records.describe),
             ("generate", checkpoints.generators, checkpoints.load_generator, sampling.describe),
@@ -59,9 +54,16 @@ def build(checkpoints: Checkpoints) -> None:
         except gr.Error as error:  # a damaged one is no reason to hide the others
             return dict(name=name, problem=error.message)
 
-    def classify(image: gr.FileData, model: str, top_k: int = 5) -> dict[str, float]:
+    def classify(image: gr.FileData, model: str = first, top_k: int | None = None) -> dict[str, float]:
+        """The likeliest labels of an image, as {label: probability}.
+
+        Args:
+            image: a photo: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.
+            model: a classifier of /models, or a Hub id such as user/name; default the first one served.
+            top_k: how many labels; default 5, or as many as there are.
+        """
         network = checkpoints.load(model)
-        count = whole("top_k", top_k, 1, network.num_classes)
+        count = label_count(network, top_k)
         with heavy_work():
             x = preprocessing.preprocess(network, read_image(uploaded_file(image)))
             probabilities = records.classify(network, x)
@@ -69,12 +71,26 @@ def build(checkpoints: Checkpoints) -> None:
 
     def attention(
         image: gr.FileData,
-        model: str,
-        block: int,
-        head: int,
-        stage: Literal["stage1", "stage2", "effective"],
-        query: int,
+        model: str = first,
+        block: int | None = None,
+        head: int = 0,
+        stage: Literal["stage1", "stage2", "effective"] = "effective",
+        query: int = 0,
     ) -> gr.FileData:
+        """The attention maps of one query of one head, as .npz. All counts start at 0.
+
+        Arrays: positive, negative and differential (those that the stage has), or effective; grid_size, token_grid,
+        num_prefix_tokens, lambdas. Tokens are the prefix tokens, then the patches, row by row. stage1 is the map from
+        a contrast token to all tokens, stage2 from a token to the contrast tokens, effective from token to tokens.
+
+        Args:
+            image: a photo.
+            model: a classifier of /models, or a Hub id such as user/name; default the first one served.
+            block: index of the block; default the last one.
+            head: index of the head.
+            stage: stage1, stage2 or effective.
+            query: index of the contrast token or token.
+        """
         network = checkpoints.load(model)
         one_of("stage", stage, STAGES)
         with heavy_work():
@@ -82,8 +98,8 @@ def build(checkpoints: Checkpoints) -> None:
             _, maps = records.record(network, preprocessing.preprocess(network, picture))
             return attention_of(records.whole_grid(maps), block, head, stage, query)
 
-    def attention_of(maps: list[vca.LayerMaps], block: int, head: int, stage: str, query: int) -> gr.FileData:
-        layer = next((layer for layer in maps if layer.block == block), None)
+    def attention_of(maps: list[vca.LayerMaps], block: int | None, head: int, stage: str, query: int) -> gr.FileData:
+        layer = maps[-1] if block is None and maps else next((m for m in maps if m.block == block), None)
         if layer is None:
             raise refused(f"block must be one of: {listed(layer.block for layer in maps)}.")
         head = whole("head", head, 0, layer.stage1.positive.shape[1] - 1)
@@ -99,17 +115,34 @@ def build(checkpoints: Checkpoints) -> None:
 
     def intervene(
         image: gr.FileData,
-        model: str,
+        model: str = first,
         block: int | str = "all",
         head: int | None = None,
         lambda1: float | None = None,
         lambda2: float | None = None,
         off: list[str] | None = None,
         patches: list[int] | None = None,
-        top_k: int = 5,
+        top_k: int | None = None,
     ) -> dict[str, dict[str, float]]:
+        """What a classifier answers before and after a part of its attention is changed or patches are painted out.
+
+        {"before": {label: probability}, "after": {label: probability}}, both of the labels that are among the top_k of
+        either, likeliest first. All counts start at 0. What a block does not have is refused. A stream that is off has
+        a map of zeros, a stage that is off looks everywhere alike.
+
+        Args:
+            image: a photo.
+            model: a classifier of /models, or a Hub id such as user/name; default the first one served.
+            block: a number, or "all".
+            head: one to mute; its effective map is then zero. null for none.
+            lambda1: a number in the place of the learned lambda of Stage I; null leaves it.
+            lambda2: a number in the place of the learned lambda of Stage II; null leaves it.
+            off: a list of streams, "positive" and "negative", and of stages, "stage1" and "stage2".
+            patches: a list of patches to paint with the mean color, counted row by row.
+            top_k: how many labels; default 5, or as many as there are.
+        """
         network = checkpoints.load(model)
-        count = whole("top_k", top_k, 1, network.num_classes)
+        count = label_count(network, top_k)
         x = preprocessing.preprocess(network, read_image(uploaded_file(image)))
         after = interventions.answer(network, x, block, head, lambda1, lambda2, off, patches)
         before = records.classify(network, x)
@@ -119,16 +152,123 @@ def build(checkpoints: Checkpoints) -> None:
             for name, found in (("before", before), ("after", after))
         }
 
+    def attribution(
+        image: gr.FileData, model: str = first, method: str = METHOD, label: str | None = None
+    ) -> list[gr.FileData]:
+        """What in an image speaks for a class, and what against it: a PNG over the image, and the numbers as .npz.
+
+        In the picture orange speaks for the class and blue against it. Arrays: values, one a pixel of the model's
+        input; label; probability. The methods are gradient-weighted effective map, effective-map rollout, integrated
+        gradients, gradient x input, and occlusion.
+
+        Args:
+            image: a photo.
+            model: a classifier of /models, or a Hub id such as user/name; default the first one served.
+            method: the name of a method.
+            label: the class; default the likeliest one.
+        """
+        network, x, index, probabilities = asked(image, model, label)
+        values = explained(network, x, index, method)[0].numpy()
+        below = preprocessing.input_picture(network, x).resize((PICTURE, PICTURE * x.shape[2] // x.shape[3]))
+        content = io.BytesIO()
+        named = dict(label=network.label_names[index], probability=probabilities[index])
+        np.savez(content, values=values, **named)
+        picture = png_file(drawing.laid_over(below, values), "attribution.png")
+        return [gr.FileData(path=picture), gr.FileData(path=kept_file(content.getvalue(), "attribution.npz"))]
+
+    def faithfulness(
+        image: gr.FileData, model: str = first, method: str = METHOD, label: str | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Whether a classifier relies on what an attribution marks: areas under deletion and insertion curves.
+
+        {order: {"deletion": area, "insertion": area}} for the order of the attribution, random orders, a centre prior
+        and an edge map. Deletion paints over the most important cells first: small is faithful. Insertion brings them
+        back to a blurred image: large is faithful. An area means little without those of the other orders.
+
+        Args:
+            image: a photo.
+            model: a classifier of /models, or a Hub id such as user/name; default the first one served.
+            method: as in /attribution.
+            label: the class; default the likeliest one.
+        """
+        network, x, index, _ = asked(image, model, label)
+        orders = {method: explained(network, x, index, method)}
+        orders |= {f"random {i + 1}": random_map(x, i) for i in range(ORDERS)}
+        orders |= {name: baseline(x) for name, baseline in BASELINES.items()}
+        with heavy_work():
+            found = curves(network, x, torch.tensor([index]), orders, STEPS)
+        return {
+            name: dict(deletion=curve.deletion_area.item(), insertion=curve.insertion_area.item())
+            for name, curve in found.items()
+        }
+
+    def compare(
+        image: gr.FileData, model: str = first, other: str = second, top_k: int | None = None
+    ) -> dict[str, dict[str, str | dict[str, float]]]:
+        """What two classifiers say of the same image, and what each costs.
+
+        {name: {"answers": {label: probability}, "Parameters": ..., "Multiply-adds, one image": ...}}
+
+        Args:
+            image: a photo.
+            model: a classifier of /models, or a Hub id such as user/name; default the first one served.
+            other: another one; default the second one served.
+            top_k: how many labels of each; default 5, or as many as there are.
+        """
+        networks = {name: checkpoints.load(name) for name in (model, other)}
+        picture = read_image(uploaded_file(image))
+        sides = {}
+        for name, network in networks.items():
+            count = label_count(network, top_k)
+            with heavy_work():
+                probabilities = records.classify(network, preprocessing.preprocess(network, picture))
+                answers = records.top_labels(network, probabilities, count)
+                sides[name] = dict(answers=answers) | cost.size_facts(network)
+        return sides
+
+    def asked(image: dict, model: str, label: str | None) -> tuple[nn.Module, Tensor, int, np.ndarray]:
+        """The network, its input, the index of the class, by default the likeliest one, and all probabilities."""
+        network = checkpoints.load(model)
+        if label is not None:
+            one_of("label", label, network.label_names)
+        with heavy_work():
+            x = preprocessing.preprocess(network, read_image(uploaded_file(image)))
+            probabilities = records.classify(network, x)
+        index = int(probabilities.argmax()) if label is None else network.label_names.index(label)
+        return network, x, index, probabilities
+
+    def explained(network: nn.Module, x: Tensor, index: int, method: str) -> Tensor:
+        one_of("method", method, list(METHODS))
+        try:
+            with heavy_work():
+                return METHODS[method](network, x, torch.tensor([index]))
+        except ValueError as error:
+            raise refused(f"{method} is not defined here: {error}") from None
+
     def generate(
-        label: str,
-        model: str,
+        label: str | None = None,
+        model: str = first_generator,
         count: int = 4,
         steps: int = 50,
         guidance: float = 2.0,
         seed: int = 0,
         sampler: str | None = None,
     ) -> list[gr.FileData]:
+        """Pictures of a class as PNG files. One request is served at a time.
+
+        A picture depends on its number and all arguments but count. What is too much is answered with the limits.
+
+        Args:
+            label: a class of the model; default its first one.
+            model: a generator of /models; default the first one served.
+            count: how many pictures.
+            steps: steps of the sampler.
+            guidance: guidance scale; 1 for none.
+            seed: a whole number from 0.
+            sampler: one of those in /models; default the first.
+        """
         network = checkpoints.load_generator(model)
+        label = network.label_names[0] if label is None else label
         run = Run(network, check_request(network, label, count, steps, guidance, seed, sampler))
         try:
             run.sample(silent)
@@ -137,11 +277,19 @@ def build(checkpoints: Checkpoints) -> None:
         pictures = [run.picture(run.request.steps, index) for index in range(run.request.count)]
         return [gr.FileData(path=png_file(image, f"{i:02d}.png")) for i, image in enumerate(pictures)]
 
-    gr.api(list_models, api_name="models", api_description=MODELS)
-    gr.api(classify, api_name="classify", api_description=CLASSIFY)
-    gr.api(attention, api_name="attention", api_description=ATTENTION)
-    gr.api(intervene, api_name="intervene", api_description=INTERVENE)
-    gr.api(generate, api_name="generate", api_description=GENERATE, **sampling.QUEUE)
+    gr.api(models, api_name="models")
+    gr.api(classify, api_name="classify")
+    gr.api(attention, api_name="attention")
+    gr.api(attribution, api_name="attribution")
+    gr.api(faithfulness, api_name="faithfulness")
+    gr.api(compare, api_name="compare")
+    gr.api(intervene, api_name="intervene")
+    gr.api(generate, api_name="generate", **sampling.QUEUE)
+
+
+def label_count(network: nn.Module, top_k: int | None) -> int:
+    """How many labels to answer with."""
+    return min(TOP, network.num_classes) if top_k is None else whole("top_k", top_k, 1, network.num_classes)
 
 
 def query_rows(layer: vca.LayerMaps, stage: str, head: int, query: int) -> dict[str, np.ndarray]:

@@ -36,6 +36,7 @@ LAUNCH = dict(
     css_paths=STATIC / "style.css",
     run_history=False,
     ssr_mode=False,
+    mcp_server=True,
     max_file_size=settings.upload_limit(),
     state_session_capacity=settings.SESSIONS,
     footer_links=["api", "settings"],

@@ -40,6 +40,9 @@ def test_endpoints_are_exactly_the_documented_ones(client):
         "/models",
         "/classify",
         "/attention",
+        "/attribution",
+        "/faithfulness",
+        "/compare",
         "/intervene",
         "/generate",
     }

@@ -39,7 +39,7 @@ def module_imports(source: str) -> set[str]:
 
 def test_a_space_has_all_that_its_code_imports():
     files = space_files([], ["user/repo"])
-    required = {re.split("[<>=]", line)[0] for line in lines_of(Path(files["requirements.txt"]).read_bytes())}
+    required = {re.split(r"[\[<>=]", line)[0] for line in lines_of(Path(files["requirements.txt"]).read_bytes())}
     code = {
         name: Path(file).read_text() for name, file in files.items() if isinstance(file, Path) and name[-3:] == ".py"
     }
