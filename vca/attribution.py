@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from vca.extras import import_extra
 from vca.layers.layer_maps import GlobalMaps, LayerMaps, readout
 from vca.maps import record
+from vca.taps import attention_layers
 
 CELLS = 16
 BATCH = 64
@@ -131,6 +132,28 @@ def occlusion(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
         perturbations_per_eval=max(1, BATCH // len(images)),
     )
     return values.mean(1)
+
+
+def grad_cam(model: nn.Module, images: Tensor, classes: Tensor, *, layer: nn.Module | None = None) -> Tensor:
+    """Captum's Grad-CAM (arXiv 1610.02391) of a convolutional network, to compare a transformer's maps with.
+
+    The channels of a layer are weighted by the mean gradient of the logit and added; what is negative is left out. The
+    map is enlarged bilinearly.
+
+    Args:
+        layer: whose output (B, C, h, w) is explained; default the last stage that the model's `feature_info` names.
+
+    Raises:
+        ValueError: the model has no such layer. ImportError: Captum is missing.
+    """
+    if layer is None:
+        stages = getattr(model, "feature_info", None)
+        if not stages or attention_layers(model):
+            raise ValueError("this model has no convolutional stages: Grad-CAM is for convolutional networks.")
+        layer = model.get_submodule(stages[-1]["module"])
+    method = import_extra("captum.attr", "explain").LayerGradCam(model, layer)
+    values = method.attribute(images.detach().clone().requires_grad_(), target=classes, relu_attributions=True)
+    return F.interpolate(values.sum(1, keepdim=True), images.shape[-2:], mode="bilinear")[:, 0].detach()
 
 
 Method = Callable[[nn.Module, Tensor, Tensor], Tensor]

@@ -5,9 +5,13 @@ colour; insertion starts from the blurred image and puts the cells back in that 
 1806.07421). A faithful map makes the probability of the class fall fast and rise fast: small area under the first
 curve, large area under the second. Both mean little without the same for a random order, a centre prior and an edge
 map. Cells are the model's patches, `vca.attribution.cell_size`; the value of a cell is its mean over pixels.
+
+`pixel_flipping` and `road` are two more of that kind, which remove cells in other ways. Numbers of this module compare
+with each other, and not with those of other software: RISE removes single pixels, 224 in a step, and blurs by 5 pixels;
+pytorch-grad-cam's ROAD removes single pixels by percentiles of the map and takes half of the difference of both orders.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +20,11 @@ from torch import Tensor, nn
 
 from vca.attribution import BATCH, Method, cell_size
 from vca.extras import import_extra
+from vca.imputation import impute
 
 STEPS = 32
 BLUR = 1 / 8  # standard deviation of the blur, as a part of the image's shorter side
+FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the cells, for `road`
 RADIUS = 0.02  # of the noise for `sensitivity`, in normalised pixels
 
 
@@ -98,6 +104,10 @@ def edge_map(images: Tensor) -> Tensor:
 BASELINES: dict[str, Callable[[Tensor], Tensor]] = {"centre prior": center_prior, "edge map": edge_map}
 
 
+def _probabilities(logits: Tensor) -> Tensor:
+    return logits.softmax(-1)
+
+
 def exchange_curve(
     model: nn.Module,
     before: Tensor,
@@ -107,6 +117,7 @@ def exchange_curve(
     classes: Tensor,
     steps: int,
     progress: Callable[[int], None] | None = None,
+    output: Callable[[Tensor], Tensor] = _probabilities,
 ) -> Tensor:
     """Probability of the class while the cells of one image are exchanged for those of another: (B, S + 1).
 
@@ -118,6 +129,7 @@ def exchange_curve(
         classes: (B,).
         steps: S; after step s, round(s / S * cells) are exchanged.
         progress: called with the number of images of every forward pass.
+        output: what of the logits (B, classes) is noted; default their probabilities.
     """
     size = torch.broadcast_shapes(before.shape, after.shape)[-2:]
     counts = _counts(ranking, steps)
@@ -130,7 +142,7 @@ def exchange_curve(
             image, step = batch.unbind(1)
             exchanged = (ranking[image] < counts[step, None, None])[:, None]
             logits = model(torch.where(exchanged, after[image], before[image]))
-            result.append(logits.softmax(-1).gather(1, classes[image, None])[:, 0])
+            result.append(output(logits).gather(1, classes[image, None])[:, 0])
             if progress:
                 progress(len(batch))
     return torch.cat(result).view(len(ranking), steps + 1).clone()
@@ -178,6 +190,101 @@ def curves(
         )
         result[name] = Curves(_counts(ranking, steps) / ranking[0].numel(), deletion, insertion)
     return result
+
+
+@dataclass(frozen=True)
+class Flipping:
+    """The logit of the class, (B, S + 1), while `fractions` (S + 1) of the cells are flipped."""
+
+    fractions: Tensor
+    logits: Tensor
+
+    @property
+    def aopc(self) -> Tensor:
+        """Area over the perturbation curve (B,): the mean fall of the logit over all S + 1 steps; larger is better."""
+        return (self.logits[:, :1] - self.logits).mean(1)
+
+
+def pixel_flipping(
+    model: nn.Module, images: Tensor, classes: Tensor, attribution: Tensor, steps: int = STEPS, seed: int = 0
+) -> Flipping:
+    """Pixel flipping (Samek et al., arXiv 1509.06321): cells become noise, those of the largest attribution first.
+
+    Every pixel of a flipped cell is drawn uniformly from between the smallest and the largest value of its image and
+    channel. What is noted is the logit of the class. The paper flips regions of 9x9 pixels, here they are cells.
+
+    Args:
+        model, images, classes, steps: as in `curves`.
+        attribution: (B, H, W).
+        seed: of the noise, the same for every attribution.
+    """
+    cell = cell_size(model, images)
+    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    generator = torch.Generator().manual_seed(seed)
+    noise = low + (high - low) * torch.rand(images.shape, generator=generator, dtype=torch.float32).to(images)
+    ranking = ranks(in_cells(attribution, cell))
+    steps = min(steps, ranking[0].numel())
+    logits = exchange_curve(model, images, noise, ranking, cell, classes, steps, output=lambda logits: logits)
+    return Flipping(_counts(ranking, steps) / ranking[0].numel(), logits)
+
+
+@dataclass(frozen=True)
+class Road:
+    """Probabilities of the class (B, S) with `fractions` (S) of the cells removed and imputed.
+
+    Attributes:
+        most_first: those of the largest attribution were removed ("MoRF"); smaller is more faithful.
+        least_first: those of the smallest attribution were removed ("LeRF"); larger is more faithful.
+    """
+
+    fractions: Tensor
+    most_first: Tensor
+    least_first: Tensor
+
+    @property
+    def score(self) -> Tensor:
+        """Mean over the fractions of the difference of both, (B,), from -1 to 1; larger is more faithful."""
+        return (self.least_first - self.most_first).mean(1)
+
+
+@torch.inference_mode()
+def road(
+    model: nn.Module,
+    images: Tensor,
+    classes: Tensor,
+    attribution: Tensor,
+    fractions: Sequence[float] = FRACTIONS,
+    seed: int = 0,
+) -> Road:
+    """Remove and debias (ROAD, Rong et al., arXiv 2202.00449): what is removed is imputed from what stays.
+
+    A patch of one colour tells a model the shape of what was removed; `vca.imputation.impute` tells it little. The
+    paper counts how often the prediction stays, here it is the probability of the class.
+
+    Args:
+        model, images, classes: as in `curves`.
+        attribution: (B, H, W).
+        fractions: of the cells to remove, above 0 and below 1.
+        seed: of the imputation's noise.
+
+    Raises:
+        ValueError: a fraction leaves no cell or removes none. ImportError: SciPy is missing.
+    """
+    cell = cell_size(model, images)
+    ranking = ranks(in_cells(attribution, cell))
+    cells = ranking[0].numel()
+    counts = [round(fraction * cells) for fraction in fractions]
+    if not all(0 < count < cells for count in counts):
+        raise ValueError(f"fractions={list(fractions)} must remove some of the {cells} cells, and not all of them.")
+    found = []
+    for order in (ranking, cells - 1 - ranking):
+        places = over_pixels(order, cell, images.shape[-2:])
+        columns = []
+        for count in counts:
+            imputed = [impute(*pair, seed) for pair in zip(images, places < count, strict=True)]
+            columns.append(model(torch.stack(imputed)).softmax(-1).gather(1, classes[:, None])[:, 0])
+        found.append(torch.stack(columns, 1))
+    return Road(torch.tensor(counts) / cells, *found)
 
 
 def infidelity(

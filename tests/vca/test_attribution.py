@@ -287,3 +287,17 @@ def test_what_is_no_row_of_a_map_is_refused():
         model(pictures(1).float())
     with pytest.raises(ValueError, match="no row of a map: it pools with 'max'"):
         attribution.readout(model, maps[0])
+
+
+def test_grad_cam_by_hand():
+    model = timm.create_model("resnet18", num_classes=3).eval()
+    x, classes = torch.randn(2, 3, 64, 96), torch.tensor([0, 2])
+    found = attribution.grad_cam(model, x, classes)
+    features = model.forward_features(x).detach().requires_grad_()
+    scores = model.forward_head(features).gather(1, classes[:, None]).sum()
+    (gradient,) = torch.autograd.grad(scores, features)
+    want = (gradient.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).relu()
+    want = torch.nn.functional.interpolate(want, (64, 96), mode="bilinear")[:, 0]
+    torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match="Grad-CAM is for convolutional networks"):
+        attribution.grad_cam(make_vca_vit(), torch.randn(1, 3, 16, 16), torch.tensor([0]))

@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.faithfulness import Row, measure, table
 from tests.helpers.vits import make_vca_vit
-from vca import faithfulness
+from vca import faithfulness, imputation
 from vca.attribution import METHODS
 from vca.faithfulness import BASELINES, Curves, curves, infidelity, sensitivity
 
@@ -193,3 +193,69 @@ def test_the_benchmark_measures_all_that_is_defined():
     orders = [curves(model, images, classes, dict(a=faithfulness.random_map(images, s)), 4)["a"] for s in range(3)]
     means = torch.stack([c.deletion_area.mean() for c in orders])
     np.testing.assert_allclose([rows[0].deletion.mean(), rows[0].spread[0]], [means.mean(), means.std()], rtol=1e-4)
+
+
+# ---- Pixel flipping, and ROAD
+
+
+def test_flipping_by_hand():
+    model, x = Additive(), picture(count=2)
+    attribution = exact(x)
+    got = faithfulness.pixel_flipping(model, x, torch.tensor([0, 0]), attribution, steps=3, seed=4)
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    noise = low + (high - low) * torch.rand(x.shape, generator=torch.Generator().manual_seed(4)).double()
+    ranking = faithfulness.ranks(attribution[:, ::2, ::2])
+    for step, count in enumerate((0, 2, 4, 6)):
+        flipped = (ranking < count).repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
+        want = model(torch.where(flipped, noise, x))[:, 0]
+        torch.testing.assert_close(got.logits[:, step], want)
+    np.testing.assert_allclose(got.fractions, [0, 1 / 3, 2 / 3, 1])
+    torch.testing.assert_close(got.aopc, (got.logits[:, :1] - got.logits).mean(1))
+
+
+def test_removed_pixels_are_the_weighted_mean_of_their_neighbors(monkeypatch):
+    monkeypatch.setattr(imputation, "NOISE", 0.0)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(2, 7, 9, dtype=torch.float64, generator=generator)
+    removed = torch.rand(7, 9, generator=generator) < 0.6
+    found = imputation.impute(image, removed)
+    assert torch.equal(found[:, ~removed], image[:, ~removed])
+    weights = torch.tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]], dtype=torch.float64)[None, None] / 12
+    sums = nn.functional.conv2d(found[:, None], weights, padding=1) / nn.functional.conv2d(
+        torch.ones(1, 1, 7, 9, dtype=torch.float64), weights, padding=1
+    )
+    torch.testing.assert_close(found[:, removed], sums[:, 0][:, removed])
+    plane = torch.arange(9.0).expand(1, 7, 9)  # what is linear is imputed exactly inside
+    inside = torch.zeros(7, 9, dtype=torch.bool)
+    inside[2:5, 3:6] = True
+    torch.testing.assert_close(imputation.impute(plane, inside), plane)
+    with pytest.raises(ValueError, match="all pixels are removed"):
+        imputation.impute(plane, torch.ones(7, 9, dtype=torch.bool))
+
+
+def test_the_noise_of_imputation_is_small_and_repeats():
+    image, removed = torch.zeros(1, 40, 40), torch.ones(40, 40, dtype=torch.bool)
+    removed[0] = False
+    first = imputation.impute(image, removed, seed=1)
+    assert torch.equal(first, imputation.impute(image, removed, seed=1))
+    assert first[0, 1:].std() == pytest.approx(0.01, rel=0.1) and not first[0, 0].any()
+
+
+def test_road_by_hand_and_for_a_faithful_map():
+    model, x, classes = Additive(), picture(count=2), torch.tensor([0, 0])
+    attribution = exact(x)
+    got = faithfulness.road(model, x, classes, attribution, (0.5,), seed=2)
+    order = attribution[:, ::2, ::2].flatten(1).argsort(descending=True)
+    for image in range(2):
+        for cells, column in ((order[image, :3], got.most_first), (order[image, 3:], got.least_first)):
+            removed = torch.zeros(6, dtype=torch.bool)
+            removed[cells] = True
+            pixels = removed.view(2, 3).repeat_interleave(2, 0).repeat_interleave(2, 1)
+            imputed = imputation.impute(x[image], pixels, 2)[None]
+            assert column[image, 0] == pytest.approx(sigmoid(model(imputed)[0, 0].item()))
+    assert (got.score > 0).all() and torch.equal(got.score, (got.least_first - got.most_first)[:, 0])
+    reverse = faithfulness.road(model, x, classes, -attribution, (0.5,), seed=2)
+    torch.testing.assert_close(reverse.score, -got.score)
+    for fractions in ((0.0,), (1.0,), (0.01,)):
+        with pytest.raises(ValueError, match="must remove some of the 6 cells"):
+            faithfulness.road(model, x, classes, attribution, fractions)
