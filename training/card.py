@@ -10,6 +10,7 @@ import json
 import math
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -19,12 +20,12 @@ from training.core import measured
 from training.core.classifier_recipe import ClassifierRecipe
 from training.core.cli import interruptible
 from training.core.datasets import DATASETS
+from training.core.generator_card import average, generator
 from training.core.generator_recipe import GeneratorRecipe
 from training.core.recipe import defaults, shipped
 from vca.checkpoint import load_folder, place, sha256, write_atomically
 from vca.config import CheckpointError, read_config
-from vca.models import CLASSIFIERS, GENERATORS, task_of
-from vca.models.dit import OBJECTIVES
+from vca.models import CLASSIFIERS, task_of
 
 SHOWN_KEYS = (
     "lr", "batch_size", "weight_decay", "warmup_epochs", "warmup_steps", "min_lr", "label_smoothing", "drop_path",
@@ -33,6 +34,8 @@ SHOWN_KEYS = (
 )  # fmt: skip
 STATED = "`model.safetensors`: {size:,} bytes, sha256 `{sha256}`."
 OWN_DATA = "own data"
+PICTURES = ("maps.png", "quality.png", "samples.png")  # the first that a checkpoint has is what links to it show
+ROOT = Path(__file__).parents[1]
 PREPROCESSING = "shorter side resized to {size} px ({interpolation}), centre crop, normalised"
 
 
@@ -55,13 +58,13 @@ def card_text(folder: Path) -> str:
     weights = folder / "model.safetensors"
     recipe = config["training"][-1]["recipe"]
     dataset = recipe["dataset"] or OWN_DATA
-    describe = dict(classification=_classifier, generation=_generator)[task_of(config["architecture"])]
+    describe = dict(classification=_classifier, generation=generator)[task_of(config["architecture"])]
     task, metrics, about, use = describe(config, folder)
     runs = "\n".join(_describe_run(run, first=not index) for index, run in enumerate(config["training"]))
     log = "\n`log.jsonl`: every evaluation of the last run, and the mean training loss before it.\n"
     twins = _twins(folder, config)
     return f"""---
-{_metadata(config, dataset, task, metrics).to_yaml()}
+{_metadata(folder, config, dataset, task, metrics).to_yaml()}
 ---
 
 # {config["architecture"]} on {dataset}
@@ -69,6 +72,8 @@ def card_text(folder: Path) -> str:
 {about}
 {twins}
 ## Use
+
+{_install()}
 
 {use}
 
@@ -82,12 +87,30 @@ Data: {dataset}{". " + recipe["license"] if recipe["license"] else ""}
 
 {STATED.format(size=weights.stat().st_size, sha256=sha256(weights))}
 
-Architecture: Visual-Contrast Attention, *Linear Differential Vision Transformer: Learning Visual Contrasts via Pairwise
-Differentials*, NeurIPS 2025, arXiv 2511.00833.
+## Citation
+
+Visual-Contrast Attention: [arXiv 2511.00833](https://arxiv.org/abs/2511.00833). This is an independent implementation.
+
+{citation()}
 """
 
 
-def _metadata(config: dict, dataset: str, task: str, metrics: list[dict]) -> ModelCardData:
+def citation() -> str:
+    """The paper as BibTeX, as the README has it."""
+    return re.search(r"```bibtex\n.*?```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+
+
+def _install() -> str:
+    """Where the code is, as far as pyproject.toml says, and how to install it."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    code = urls.get("Repository")
+    where = f"The code is at [{code}]({code})" if code else "The code is the Python package `vca`"
+    return f"""{where}. In a clone of its repository:
+
+    pip install ".[plot]"  # and for the last example: transformers"""
+
+
+def _metadata(folder: Path, config: dict, dataset: str, task: str, metrics: list[dict]) -> ModelCardData:
     """The front matter of a card: what the Hub shows of the model, and finds it by."""
     known = DATASETS.get(dataset)
     name = (known and known.hub) or _slug(dataset)
@@ -103,8 +126,10 @@ def _metadata(config: dict, dataset: str, task: str, metrics: list[dict]) -> Mod
         )
         for metric in metrics
     ]
+    picture = next((name for name in PICTURES if (folder / name).exists()), None)
     return ModelCardData(
         library_name="vca",
+        thumbnail=picture and f"https://huggingface.co/{place(folder)}/resolve/main/{picture}",
         pipeline_tag=task,
         license="apache-2.0" if known else None,  # of what own data made, its owner decides
         datasets=[known.hub] if known and known.hub else None,
@@ -135,7 +160,7 @@ def _classifier(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
 
 **Top-{reached}** on {results["images"]:,} images that were not trained on
 (mean cross-entropy {results["loss"]:.4f}). Protocol: {protocol}; {precision}; one view; the weights of the last step{
-        _average(recipe)
+        average(recipe)
     }, chosen before the accuracy was known. This command prints the number:
 
     python -m training.evaluate {place(folder)} --data DATA"""
@@ -147,15 +172,34 @@ def _classifier(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
 
 What the model sees of a photo, and what each head (row) of each block (column) draws in (orange) and pushes away
 (blue): the effective map of the class token, or of the average patch; each map on a scale of its own."""
-    through_timm = f"""
+    use = f"""```python
+import torch, vca
+from PIL import Image
 
-The same model through timm, after `import vca`: `timm.create_model("local-dir:{place(folder)}", pretrained=True)`."""
-    use = f"""    import timm, vca
-    from PIL import Image
-    model = vca.load("{place(folder)}")
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    print(model.label_names[model(transform(Image.open("photo.jpg").convert("RGB"))[None]).argmax()])"""
-    use += through_timm if config["architecture"] in CLASSIFIERS else ""  # timm does not know of an exchanged attention
+model, image = vca.load("{place(folder)}"), Image.open("photo.jpg")
+with torch.no_grad(), vca.record(model) as maps:
+    print(model.label_names[model(vca.preprocess(model, image)).argmax()])
+maps.overview(image).savefig("maps.png")  # where every head looks
+```"""
+    if config["architecture"] in CLASSIFIERS:  # timm does not know of an exchanged attention
+        use += f"""
+
+The same model through timm:
+
+```python
+import timm, vca
+
+model = timm.create_model("local-dir:{place(folder)}", pretrained=True).eval()
+```
+
+And through transformers:
+
+```python
+import vca
+from transformers import pipeline
+
+print(pipeline("image-classification", model="{place(folder)}")("photo.jpg"))
+```"""
     return "image-classification", metrics, about, use
 
 
@@ -165,114 +209,6 @@ def _picture(folder: Path) -> bytes | None:
     except ImportError:  # a machine that only trains has no scikit-image
         return None
     return maps_png(load_folder(folder))
-
-
-def _generator(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
-    """As `_classifier`, from a generator's config."""
-    recipe, results = config["training"][-1]["recipe"], config["training"][-1]["results"]
-    spec = GENERATORS[config["architecture"]]
-    objective = "predicts the velocity of a flow (SiT)" if spec["family"] == "sit" else "predicts noise (DiT)"
-    of = f"latents of the autoencoder {spec['vae']}" if spec["vae"] else "pixels in [-1, 1]"
-    side = recipe["input_size"]
-    sampler = next(iter(OBJECTIVES[spec["family"]].SAMPLERS))
-    about = f"""A class-conditional generator of {side}x{side} {of} that {objective}, with {
-        config["num_classes"]
-    } classes: {", ".join(config["label_names"])}.
-
-Validation loss {results["val_loss"]:.4f} on {results["images"]:,} images that were not trained on: uniform times, fixed
-noise, float32, the weights of the last step{_average(recipe)}. This command prints the number:
-
-    python -m training.evaluate {place(folder)} --data DATA"""
-    about += _fid(results["fid"]) if "fid" in results else "\n\nNo FID is claimed here."
-    if "quality" in results:
-        about += _quality(results["quality"], config["label_names"], folder)
-    elif (folder / "samples.png").exists():
-        about += f"""
-
-![Samples](samples.png)
-
-One column for each of the first classes, from the noise of seed 0, indices 0, 1, ...; nothing was selected. Protocol:
-{sampler}, {recipe["sample_steps"]} steps, guidance {recipe["sample_guidance"]:g} on all channels, float32."""
-    use = f"""    import vca
-    model = vca.load("{place(folder)}")
-    settings = dict(steps={recipe["sample_steps"]}, guidance_scale={recipe["sample_guidance"]:g}, seed=0)
-    images = model.sample([0, 1, 2], **settings)
-
-`images` is (3, 3, height, width) in [0, 1]; `python -m training.sample` writes PNG files or an `.npz`."""
-    metrics = [dict(type="loss", name="validation loss", value=results["val_loss"])]
-    return "unconditional-image-generation", metrics, about, use
-
-
-def _fid(measured: list[dict]) -> str:
-    """What `training.fid` measured, each with its whole protocol."""
-    lines = []
-    for result in measured:
-        sampling = result["sampling"]
-        manifold = f", precision {result['precision']:.3f}, recall {result['recall']:.3f}" if "recall" in result else ""
-        channels = "all" if sampling["guided_channels"] is None else f"the first {sampling['guided_channels']}"
-        reference = f"{result['reference']} ({result['statistics']}"
-        reference += f"; {result['reference_images']:,} images)" if result["reference_images"] else ")"
-        lines.append(
-            f"- **FID {result['fid']:.2f}**, Inception score {result['inception_score']:.2f} ± "
-            f"{result['inception_std']:.2f}{manifold}. {result['images']:,} images; {sampling['sampler']}, "
-            f"{sampling['steps']} steps, guidance {sampling['guidance_scale']:g} on {channels} channels, labels "
-            f"{'in turn' if sampling['balanced'] else 'drawn uniformly'}, seed {sampling['seed']}, "
-            f"{sampling['precision']}, decoder {sampling['decoder'] or 'none'}; reference {reference}; "
-            f"{result['evaluator']}."
-        )
-    return "\n\n" + "\n".join(lines)
-
-
-def _quality(quality: dict, label_names: list[str], folder: Path) -> str:
-    """What `training.quality` measured."""
-    names = ("recognised", "diversity", "least", "copies")
-    rows = [dict(row, images=f"guidance {row['guidance']:g}") for row in quality["guidance"]]
-    best = next(row for row in rows if row["guidance"] == quality["best_guidance"])
-    shares = zip(label_names, best["recognised_by_class"], best["diversity_by_class"], strict=True)
-    by_class = ", ".join(f"{name} {share:.0f} ({spread:.0f}) %" for name, share, spread in shares)
-    real = quality["held_out"]
-    rows.append(real | dict(images=f"{real['images']:,} held-out images"))
-    for row in rows:
-        row["least"] = min(row["diversity_by_class"])
-    lines = [
-        f"| {row['images']} | {' | '.join(f'{row[name]:.1f} %' for name in names)} | {row['nearest_pixels']:.1f} "
-        f"| {row['nearest_features']:.2f} | {row['frechet_distance']:.2f} |"
-        for row in rows
-    ]
-    return f"""
-
-![Samples](quality.png)
-
-One column for each of the first classes at guidance {quality["best_guidance"]:g}: its first images, none selected.
-
-{quality["count"]:,} images at each guidance scale, judged by the classifier `{quality["judge"]}`:
-
-| images | recognised | diversity | least | copies | nearest (pixels) | nearest (features) | Fréchet |
-|---|---|---|---|---|---|---|---|
-{chr(10).join(lines)}
-
-- *recognised*: the classifier's first answer is the class that was asked for;
-- *diversity*: mean distance of two images of a class on the {quality["features"]} features before the classifier's
-  head, in percent of that of held-out images; mean over the classes, and *least* of all classes. Guidance
-  trades it for recognition;
-- *nearest*: median distance to the nearest of {quality["train_images"]:,} training images and their mirror images,
-  as root mean square in grey levels of 0 to 255 (blurred images lie nearer to all others), and on the features;
-- *copies*: the nearest training image is less than half as far, in pixels, as the 50 nearest are on average;
-- *Fréchet*: distance between normal distributions fitted to these and to the training images' features of this
-  classifier. It is not FID and compares with no other judge or number of images.
-
-Recognised (diversity) by class at guidance {best["guidance"]:g}: {by_class}.
-
-The images most like a copy, and the nearest training image below each:
-
-![Nearest training images](nearest.png)
-
-Protocol: {quality["sampler"]}, {quality["steps"]} steps, guidance on all channels, classes in turn, seed {
-        quality["seed"]
-    }, {quality["precision"]},
-8-bit images in the classifier's own preprocessing; {quality["device"]}, torch {quality["torch"]}:
-
-    python -m training.quality {place(folder)} {quality["options"]}"""
 
 
 TWINS = """Twins are models trained with the same data, recipe, seed and budget, once each. VCA also has a depthwise
@@ -306,10 +242,6 @@ def _protocol(config: dict) -> list[dict]:
 def _parameters(folder: Path) -> int:
     with safe_open(folder / "model.safetensors", framework="pt") as stored:
         return sum(math.prod(stored.get_slice(key).get_shape()) for key in stored.keys())  # noqa: SIM118
-
-
-def _average(recipe: dict) -> str:
-    return " (exponential moving average)" if recipe["ema_decay"] else ""
 
 
 def _describe_run(run: dict, first: bool) -> str:

@@ -73,6 +73,8 @@ def front_matter(repositories: list[str]) -> dict:
         app_file="app.py",
         license="apache-2.0",
         short_description=SHORT,
+        suggested_hardware="cpu-basic",
+        tags=["visual-contrast-attention", "attention", "interpretability", "image-classification", "mcp-server"],
     )
     used = dict(
         models=[name["repo"] for name in names],

@@ -20,6 +20,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vca.config import (
+    COMPUTED_IN,
     MOST_BYTES,
     PREPROCESSING_FIELDS,
     CheckpointError,
@@ -81,7 +82,10 @@ def save(
         raise ValueError(f"{faults[0]} holds NaN or infinite values as {tensors[faults[0]].dtype}; nothing was saved.")
     weights = to_safetensors(tensors, metadata={"format": "pt"})
     digest = hashlib.sha256(weights).hexdigest()
-    description = sealed(_description(model, list(label_names), training or []) | dict(weights_sha256=digest))
+    described = _description(model, list(label_names), training or []) | dict(weights_sha256=digest)
+    if any(value.is_floating_point() and value.dtype.itemsize < 4 for value in tensors.values()):
+        described["dtype"] = COMPUTED_IN  # which transformers would take from the file
+    description = sealed(described)
     folder = Path(path)
     check_config(json.loads(description), folder / "config.json")
     if len(description) > MOST_BYTES:

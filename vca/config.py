@@ -15,13 +15,14 @@ from vca.models import GENERATORS, is_classifier
 
 CONFIG_FIELDS = {
     "architecture", "num_classes", "num_features", "global_pool", "label_names", "model_args", "pretrained_cfg",
-    "training", "weights_sha256", "config_sha256",
+    "training", "weights_sha256", "config_sha256", "dtype",
 }  # fmt: skip
 FIELD_TYPES = {
     "architecture": str, "num_classes": int, "label_names": list, "pretrained_cfg": dict, "model_args": dict,
     "training": list,
 }  # fmt: skip
-OPTIONAL_TYPES = {"num_features": int, "global_pool": str, "weights_sha256": str, "config_sha256": str}
+OPTIONAL_TYPES = {"num_features": int, "global_pool": str, "weights_sha256": str, "config_sha256": str, "dtype": str}
+COMPUTED_IN = "float32"  # whatever the type of the stored weights
 GENERATOR_FIELDS = CONFIG_FIELDS - {"num_features", "global_pool", "pretrained_cfg"}
 PREPROCESSING_FIELDS = {
     "input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes",
@@ -91,6 +92,8 @@ def check_config(config: dict, file: Path) -> dict:
     for field, kind in OPTIONAL_TYPES.items():
         if field in config and type(config[field]) is not kind:
             raise CheckpointError(f"{file}: field {field} is not of type {kind.__name__}.")
+    if config.get("dtype", COMPUTED_IN) != COMPUTED_IN:
+        raise CheckpointError(f"{file}: dtype must be {COMPUTED_IN}.")
     for where, given, known in (
         ("", config, fields),
         ("pretrained_cfg.", config.get("pretrained_cfg", {}), PREPROCESSING_FIELDS),

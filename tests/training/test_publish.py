@@ -5,6 +5,8 @@ import re
 import signal
 import subprocess
 import sys
+from ast import literal_eval
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -59,27 +61,34 @@ def test_a_card_is_valid_and_says_what_was_measured(checkpoints, name):
     assert card.data.license == "apache-2.0" and card.data.library_name == "vca"
     for text in (
         sha256(checkpoints[name] / "model.safetensors"), "CIFAR-10 carries no formal licence", RUN["command"], "seed 0",
-        f'model = vca.load("weights0/{name}")' if "weights0" in str(checkpoints[name]) else "vca.load(",
+        "https://arxiv.org/abs/2511.00833", "@inproceedings{pu2025linear", 'pip install ".[plot]"',
+        f'vca.load("weights0/{name}")' if "weights0" in str(checkpoints[name]) else "vca.load(",
         "(maps.png)" if name == "classifier" else "(samples.png)",
     ):  # fmt: skip
         assert text in card.text, text
-    use = card.text.split("## Use")[1].split("##")[0].strip("\n").splitlines()
-    assert sum(line.startswith("    ") for line in use) <= 5, "use in five lines"
+    place, picture = "/".join(checkpoints[name].parts[-2:]), "maps.png" if name == "classifier" else "samples.png"
+    assert card.data.thumbnail == f"https://huggingface.co/{place}/resolve/main/{picture}"
 
 
 def test_the_use_on_a_card_runs(checkpoints, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (50, 40), "red").save("photo.jpg")
     for name, folder in checkpoints.items():
-        text = (folder / "README.md").read_text().split("## Use")[1].split("##")[0]
-        lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+        examples = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
         local = "/".join(folder.parts[-2:])
         names = {}
-        exec("\n".join(lines).replace(local, str(folder)).replace("steps=50", "steps=2"), names)
-        if name == "classifier":
-            assert capsys.readouterr().out.strip() in LABELS
-        else:
-            assert names["images"].shape == (3, 3, 8, 8)
+        for example in examples:
+            if "transformers" in example and not find_spec("transformers"):
+                continue
+            exec(example.replace(local, str(folder)).replace("steps=50", "steps=2"), names)
+            if "vca.record" in example:
+                assert capsys.readouterr().out.strip() in LABELS and Path("maps.png").exists()
+            elif "pipeline" in example:
+                said = literal_eval(capsys.readouterr().out)
+                assert {answer["label"] for answer in said} <= set(LABELS) and len(said) == len(LABELS)
+        assert len(examples) == (3 if name == "classifier" else 1)
+        if name == "generator":
+            assert names["images"].shape == (2, 3, 8, 8) and Image.open("picture.png").size == (8, 8)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -95,6 +104,8 @@ def test_end_to_end(owner, checkpoints, tmp_path, monkeypatch, capsys):
                 assert owner.files(f"owner/{name}")[file] == content
         card = owner.files(f"owner/{name}")["README.md"].decode()
         assert f'vca.load("owner/{name}")' in card and "/".join(folder.parts[-2:]) not in card
+        assert f"thumbnail: https://huggingface.co/owner/{name}/resolve/main/" in card
+        assert name == "generator" or f'pipeline("image-classification", model="owner/{name}")' in card
     assert (
         'timm.create_model("hf-hub:owner/classifier", pretrained=True)'
         in owner.files("owner/classifier")["README.md"].decode()
