@@ -84,10 +84,10 @@ def create_scheduler(recipe: ClassifierRecipe, optimizer: torch.optim.Optimizer,
 
 
 def create_optimizer(recipe: ClassifierRecipe, model: nn.Module, trained: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over `model`, with layer decay if the recipe has it, and over what `trained` has beside it."""
+    """The recipe's optimizer over `model`, with layer decay if it has that, and over what `trained` has beside it."""
     options = dict(lr=recipe.lr * recipe.lr_scale, weight_decay=recipe.weight_decay)
     optimizer = create_optimizer_v2(
-        model, "adamw", layer_decay=recipe.layer_decay or None,
+        model, recipe.optimizer, layer_decay=recipe.layer_decay or None,
         layer_decay_no_opt_scale=recipe.layer_decay_no_opt_scale or None, **options,
     )  # fmt: skip
     if trained is not model:
@@ -132,7 +132,7 @@ def train(
     device: torch.device,
     init: str | None,
     command: str,
-    tensorboard: bool = False,
+    log_to: str = "",
     teacher: str | None = None,
     fit_batch: bool = False,
 ) -> dict:
@@ -145,7 +145,7 @@ def train(
         device: where to train; several processes each have their own.
         init: a checkpoint to start from, or `timm:NAME`; None for random weights.
         command: the command of this run, for the card.
-        tensorboard: write the log for TensorBoard, too.
+        log_to: one of `training.core.log_to.LOGS`, where the log goes, too; "" for none.
         teacher: a model whose answers are learned besides, see `training.core.teacher.open_teacher`.
 
     Returns:
@@ -158,7 +158,7 @@ def train(
     world = join(device)
     train_images, val_images = open_splits(data, world, device)
     known = describe(train_images, val_images)
-    run = RunFolder(out, recipe, world, tensorboard=tensorboard, data=known, init=init, teacher=teacher)
+    run = RunFolder(out, recipe, world, log_to=log_to, data=known, init=init, teacher=teacher)
     recipe = fit(recipe, train_images.class_folders, len(train_images), world, fit_batch)
     set_tf32(recipe.tf32)
     grows = dict(dynamic_img_size=True) if recipe.img_sizes else {}

@@ -77,7 +77,7 @@ def train(
     device: torch.device,
     init: str | None,
     command: str,
-    tensorboard: bool = False,
+    log_to: str = "",
     fit_batch: bool = False,
 ) -> dict:
     """Runs a recipe to its end and writes `out/checkpoint`.
@@ -89,7 +89,7 @@ def train(
         device: where to train; several processes each have their own.
         init: a checkpoint to start from, or `timm:NAME`; None for random weights.
         command: the command of this run, for the card.
-        tensorboard: write the log for TensorBoard, too.
+        log_to: one of `training.core.log_to.LOGS`, where the log goes, too; "" for none.
 
     Returns:
         `val_loss`, the validation loss of the shipped weights, and `images`, on how many.
@@ -100,7 +100,7 @@ def train(
     """
     world = join(device)
     train_split, val_split = (open_latents if recipe.latent else open_splits)(data, world, device)
-    run = RunFolder(out, recipe, world, tensorboard=tensorboard, data=describe(train_split, val_split), init=init)
+    run = RunFolder(out, recipe, world, log_to=log_to, data=describe(train_split, val_split), init=init)
     recipe = fit(recipe, train_split.class_folders, len(train_split), world, fit_batch)
     set_tf32(recipe.tf32)
     batches, val_samples, val_labels, class_names, train_images = open_data(

@@ -88,7 +88,7 @@ def param_groups(student: nn.Module, recipe: TransferRecipe) -> list[dict]:
 
 def train(
     recipe: TransferRecipe, data: str, out: str, device: torch.device, init: str | None, command: str,
-    tensorboard: bool = False, teacher: str = "",
+    log_to: str = "", teacher: str = "",
 ) -> dict:  # fmt: skip
     """Runs a recipe to its end and writes `out/checkpoint`.
 
@@ -99,7 +99,7 @@ def train(
         device: where to train; several processes each have their own.
         init: a converted model to go on from; None to convert the teacher.
         command: the command of this run, for the card.
-        tensorboard: write the log for TensorBoard, too.
+        log_to: one of `training.core.log_to.LOGS`, where the log goes, too; "" for none.
         teacher: the model to learn from, see `training.core.teacher.open_teacher`.
 
     Returns:
@@ -117,7 +117,7 @@ def train(
     cfg = taught_by.pretrained_cfg | dict(input_size=(3, max(recipe.img_sizes), max(recipe.img_sizes)))
     train_images, val_images = open_images(data, recipe, cfg)
     known = describe(train_images, val_images)
-    run = RunFolder(out, recipe, world, tensorboard=tensorboard, data=known, init=init, teacher=teacher)
+    run = RunFolder(out, recipe, world, log_to=log_to, data=known, init=init, teacher=teacher)
     recipe = fit(recipe, [], len(train_images), world)
     student, history = build_model(recipe, names, init, **size)
     if not init:

@@ -6,7 +6,6 @@ import re
 import signal
 import sys
 import time
-import types
 import warnings
 from dataclasses import asdict
 
@@ -191,26 +190,6 @@ def test_non_finite_steps_are_skipped_counted_saved_and_end_the_run(tmp_path):
     assert t.skipped == 11
     assert len(list((tmp_path / "nonfinite").iterdir())) == 3
     assert torch.load(t.run.states()[0], weights_only=True)["skipped"] == 1
-
-
-def test_the_log_goes_to_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
-    recipe, written = ClassifierRecipe("vca_vit_pico_patch4_32", 1, 8, 1e-3), []
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(RunError, match="pip install tensorboard"):
-        RunFolder(tmp_path / "without", recipe, tensorboard=True)
-
-    class Writer:
-        def __init__(self, folder):
-            assert folder == tmp_path / "with" / "tensorboard"
-
-        def add_scalar(self, *entry):
-            written.append(entry)
-
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    RunFolder(tmp_path / "with", recipe, tensorboard=True).log(step=7, loss=0.5, lr=0.1)
-    assert written == [("loss", 0.5, 7), ("lr", 0.1, 7)]
 
 
 def test_the_loader_does_not_starve_the_step_of_a_shipped_recipe(tmp_path):

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from timm.optim import list_optimizers
+
 from training.core import recipe as recipes
 from training.core.recipe import key
 from vca.models import is_classifier
@@ -41,6 +43,7 @@ class ClassifierRecipe(recipes.BaseRecipe):
     img_sizes: list = key(
         [], "image size in pixels from a share of the steps on: [[0, 112], [0.9, 224]]; empty: the model's own"
     )
+    optimizer: str = key("adamw", "an optimizer of timm, such as lion, lamb or muon: timm.optim.list_optimizers()")
     layer_decay: float = key(0.0, "factor on the learning rate for each block further from the head; 0 for none")
     layer_decay_no_opt_scale: float = key(0.0, "blocks whose layer_decay is below this are not trained; 0: all are")
     teacher_weight: float = key(1.0, "with a teacher: weight of the cross-entropy with its probabilities")
@@ -81,6 +84,10 @@ class ClassifierRecipe(recipes.BaseRecipe):
                 raise ValueError(f"{name} = {values} must be three numbers, one for each channel.")
         if min(self.std) <= 0:
             raise ValueError(f"std = {self.std} must be positive.")
+        if self.optimizer not in list_optimizers():
+            raise ValueError(
+                f"optimizer = {self.optimizer!r} is none of timm's; timm.optim.list_optimizers() names them."
+            )
         if self.memory and (self.auto_augment or self.repeats > 1):
             raise ValueError("auto_augment and repeats need memory = false.")
         if not self.memory and (self.smallest_crop < 1 or self.rotation):

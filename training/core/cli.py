@@ -8,17 +8,22 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from huggingface_hub import get_token
 
 import vca
 from training.core import recipe as recipes
 from training.core.cost import GPUS, plan, smoke
 from training.core.distributed import WorldError, join, leave
 from training.core.init import place_of
+from training.core.log_to import LOGS
 from training.core.run import RunError, disk_words, open_device
 from training.data.errors import DataError
 from vca.diffusion.vae import DecoderError
+from vca.hub import NO_TOKEN, REPO_ID
 
-ERRORS = (recipes.RecipeError, DataError, RunError, WorldError, DecoderError, vca.CheckpointError)
+ERRORS = (
+    recipes.RecipeError, DataError, RunError, WorldError, DecoderError, vca.CheckpointError, vca.PushError,
+)  # fmt: skip
 
 
 def main(
@@ -29,7 +34,7 @@ def main(
     Args:
         module, doc: name and help of the command.
         kind: its recipes' dataclass.
-        train: a function of (recipe, data, out, device, init, command, tensorboard, fit_batch=).
+        train: a function of (recipe, data, out, device, init, command, log_to, fit_batch=).
         teacher: "optional" or "required" if it also takes a `teacher`, by --teacher.
     """
     parser = argparse.ArgumentParser(module, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,7 +45,8 @@ def main(
     if teacher:
         parser.add_argument("--teacher", metavar="MODEL", help="timm:NAME, timm:NAME=FILE.safetensors or a checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard, too")
+    parser.add_argument("--log-to", default="", choices=LOGS, help="where the numbers of the log go, too")
+    parser.add_argument("--push", metavar="USER/REPO", help="publish the checkpoint there, at the end")
     parser.add_argument("--plan", action="store_true", help="print what the run will cost, and stop")
     parser.add_argument("--gpu", default="h100", choices=GPUS, help="the GPU of --plan")
     parser.add_argument("--smoke", type=int, nargs="?", const=20, metavar="STEPS", help="try a few steps on noise")
@@ -57,6 +63,9 @@ def main(
                 print(text)
         elif teacher == "required" and not args.teacher:
             parser.error("--teacher is needed.")
+        elif args.push and not (REPO_ID.fullmatch(args.push) and get_token()):
+            what = NO_TOKEN if REPO_ID.fullmatch(args.push) else f"{args.push!r} is no name such as user/repo."
+            parser.error(f"--push: {what}")
         elif not args.data:
             parser.error("--data is needed (or --plan, or --smoke).")
         else:
@@ -67,9 +76,11 @@ def main(
             more = dict(teacher=args.teacher) if teacher else {}
             if teacher != "required":
                 more |= dict(fit_batch=not chosen)
-            result = train(recipe, args.data, out, device, args.init, command, args.tensorboard, **more)
+            result = train(recipe, args.data, out, device, args.init, command, args.log_to, **more)
             if join(device).first:
                 print(f"{out}/checkpoint: {report(result)}")
+                if args.push:
+                    print(f"{args.push}: {vca.push(f'{out}/checkpoint', args.push)}")
     except OSError as error:
         sys.exit(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {disk_words(error)}")
     except ERRORS as error:

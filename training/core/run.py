@@ -21,6 +21,7 @@ from tqdm import tqdm
 import vca
 from training.core.distributed import ALONE, World, local_device
 from training.core.init import place_of
+from training.core.log_to import Log, LogError, open_log
 from training.core.precision import STORED
 from training.core.recipe import defaults
 from vca.checkpoint import write_atomically
@@ -72,7 +73,7 @@ class RunFolder:
 
     Args:
         recipe: a dataclass; a folder from a time when the recipe had fewer keys is one with their defaults.
-        tensorboard: write the numbers of the log for TensorBoard, too, into `tensorboard/`.
+        log_to: one of `training.core.log_to.LOGS`, where the numbers of the log go, too; default none.
         data: what `training.data.images.describe` says about the data.
         **identity: what else must be the same to go on with a run.
 
@@ -81,14 +82,14 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: str | Path, recipe, world: World = ALONE, *, tensorboard: bool = False, data: dict | None = None,
+        self, path: str | Path, recipe, world: World = ALONE, *, log_to: str = "", data: dict | None = None,
         **identity,
     ):  # fmt: skip
         self.path = Path(path)
         self.identity = identity
         self.writes = world.first
         self.log_file = self.path / "log.jsonl"
-        self._board = None
+        self._log: Log | None = None
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -103,8 +104,11 @@ class RunFolder:
             self._check(resolved, data, old)
         write_atomically(recipe_file, json.dumps(resolved | dict(data=data), indent=2).encode())
         write_atomically(self.path / "environment.json", json.dumps(_environment(world), indent=2).encode())
-        if tensorboard:
-            self._board = _open_board(self.path / "tensorboard")
+        if log_to:
+            try:
+                self._log = open_log(log_to, self.path, resolved)
+            except LogError as error:
+                raise RunError(str(error)) from None
 
     def _read_recipe(self, kind: type, file: Path) -> dict | None:
         """The recipe of the run that is here; None if there is none."""
@@ -155,10 +159,9 @@ class RunFolder:
             return
         with open(self.log_file, "a") as stream:
             stream.write(json.dumps(line) + "\n")
-        if self._board:
-            for key, value in line.items():
-                if key != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(key, value, line["step"])
+        if self._log:
+            numbers = {key: value for key, value in line.items() if key != "step" and isinstance(value, int | float)}
+            self._log(line["step"], numbers)
 
     def read_log(self) -> list[dict]:
         if not self.log_file.exists():
@@ -254,14 +257,6 @@ def _environment(world: World) -> dict:
         python=platform.python_version(), platform=platform.platform(), torch=torch.__version__, timm=timm.__version__,
         processes=world.size, threads=torch.get_num_threads(), cores=os.cpu_count(), gpu=gpu, cuda=torch.version.cuda,
     )  # fmt: skip
-
-
-def _open_board(folder: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise RunError("--tensorboard needs the package: pip install tensorboard.") from None
-    return SummaryWriter(folder)
 
 
 def progress(total: int, done: int, world: World = ALONE) -> tqdm:
