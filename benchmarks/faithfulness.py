@@ -143,6 +143,11 @@ In brackets: the difference from the random order, and whether it is significant
 The two maps are `vca.attribution.gradient_weighted` and `vca.attribution.rollout`. Their form was chosen among variants
 on 40 CIFAR-10 training images. The centre prior and the edge map never look at the model. Photos have their subject in
 the centre, so a method that beats the random order should be compared with these two as well.
+
+`vca.faithfulness` has two more measures, which this table leaves out. `pixel_flipping` (arXiv 1509.06321) turns cells
+into uniform noise, the most important first, and averages the fall of the logit. `road` (arXiv 2202.00449) imputes
+removed cells from their neighbours, so that the shape of what was removed tells little. It takes the probability when
+the least important cells go, minus that when the most important ones go.
 """
 
 

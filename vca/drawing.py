@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vca.diffusion.sampling import to_bytes
-from vca.images import read_image
+from vca.images import of_user, read_image
 
 TILE, GAP = 72, 4  # pixels: the width of a small picture, and the space between two
 LARGEST = 640  # pixels, the longer side of an image below a map
@@ -111,12 +111,13 @@ def backdrop(image: Any, grid: Sequence[int], sample: int = 0) -> Image.Image:
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise ValueError("image must be a PIL image, a tensor (3, H, W), an array (H, W, 3) of bytes, or a file.")
+    image = of_user(image)
     aspect = grid[1] / grid[0]
     width, height = min(image.width, image.height * aspect), min(image.height, image.width / aspect)
     left, top = (image.width - width) / 2, (image.height - height) / 2
     shrink = min(1, LARGEST / max(width, height))
     size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
-    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+    return image.resize(size, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
 
 
 def muted(image: Image.Image) -> Image.Image:

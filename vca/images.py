@@ -41,6 +41,11 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         raise UnreadableImage(f"{os.fspath(path)}: not an image that can be read ({error}).") from None
 
 
+def of_user(image: Image.Image) -> Image.Image:
+    """An image that somebody opened or made as `upright_rgb` gives it; plain RGB that is of no file stays as it is."""
+    return upright_rgb(image) if image.format or image.mode != "RGB" else image
+
+
 def bytes_of(file: Image.Image) -> int:
     """Bytes that the pixels of an opened image file take once it is decoded."""
     return file.width * file.height * BYTES_PER_PIXEL.get(file.mode, 4)

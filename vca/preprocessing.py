@@ -7,11 +7,17 @@ import torch
 from PIL import Image
 from torch import nn
 
+from vca.images import of_user
+
 CROP_SIDE = 640
 
 
 def preprocess(model: nn.Module, image: Image.Image) -> torch.Tensor:
-    """The model's input (1, 3, H, W): resized, centre-cropped and normalised as its checkpoint says."""
+    """The model's input (1, 3, H, W): resized, centre-cropped and normalised as its checkpoint says.
+
+    The image is first turned upright, and its colours are converted to sRGB, as `vca.images.upright_rgb` does it.
+    """
+    image = of_user(image)
     config = timm.data.resolve_data_config(model=model)
     width, height = image.size
     limit = 4 * min(width, height)  # what the centre crop drops of a panorama need not be resized first
@@ -23,6 +29,7 @@ def preprocess(model: nn.Module, image: Image.Image) -> torch.Tensor:
 
 def center_crop(model: nn.Module, image: Image.Image) -> Image.Image:
     """The part of `image` that reaches the model, in the image's own resolution, at most 640 px a side."""
+    image = of_user(image)
     left, top, right, bottom = crop_box(model, image)
     rows, cols = timm.data.resolve_data_config(model=model)["input_size"][1:]
     scale = max((right - left) / cols, (bottom - top) / rows)

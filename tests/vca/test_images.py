@@ -5,9 +5,12 @@ import io
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image, ImageCms
 
-from vca import images
+import vca
+from tests.helpers.vits import make_vca_vit
+from vca import drawing, images
 from vca.images import UnreadableImage, upright_rgb
 
 ROWS, COLS = np.mgrid[0:60, 0:90]
@@ -195,3 +198,21 @@ def test_orientation(orientation):
     assert turned.shape == ((60, 90, 3) if orientation < 5 else (90, 60, 3))
     corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
     assert (turned[corner[orientation]] == COLORS[0, 0]).all()
+
+
+def test_what_somebody_opened_is_preprocessed_and_drawn_upright(tmp_path):
+    model = make_vca_vit()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    image.save(tmp_path / "turned.png", exif=exif)
+    upright = Image.fromarray(np.rot90(pixels, -1).copy())
+    with Image.open(tmp_path / "turned.png") as opened:
+        assert torch.equal(vca.preprocess(model, opened), vca.preprocess(model, upright))
+        assert drawing.backdrop(opened, (4, 4)).tobytes() == drawing.backdrop(upright, (4, 4)).tobytes()
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    white = vca.preprocess(model, Image.new("RGB", image.size, "white"))
+    assert torch.equal(vca.preprocess(model, clear), white)
+    assert vca.preprocess(model, image.convert("L")).shape == (1, 3, 16, 16)
