@@ -10,19 +10,30 @@ import pytest
 from vca.extras import import_extra
 
 ROOT = Path(__file__).parents[2]
-OPTIONAL = ("cachetools", "captum", "diffusers", "gradio", "matplotlib", "ninja", "scipy", "skimage", "torch_fidelity")
+OPTIONAL = (
+    "cachetools", "captum", "diffusers", "gradio", "matplotlib", "ninja", "scipy", "skimage", "torch_fidelity",
+    "torchdiffeq", "transformers",
+)  # fmt: skip
 PROGRAM = f"""
 import sys
 for name in {OPTIONAL}:
     sys.modules[name] = None
 sys.path.insert(0, sys.argv[1])
+import contextlib
 import torch, vca
+from PIL import Image
+from vca.cli import main
 model = vca.create_model("vca_vit_pico_patch4_32", num_classes=3).eval()
 given = torch.zeros(1, 3, 32, 32), torch.tensor([0])
 vca.attribution.rollout(model, *given)
 with vca.record(model) as maps, torch.no_grad():
     model(given[0])
 assert "<img" in maps._repr_html_()
+vca.save(model, "checkpoint", label_names=["a", "b", "c"])
+Image.new("RGB", (40, 30)).save("photo.png")
+with contextlib.redirect_stdout(None):
+    assert main(["classify", "photo.png", "--model", "checkpoint"]) == 0
+    assert main(["explain", "photo.png", "--model", "checkpoint"]) == 0
 for use in (
     lambda: vca.attribution.integrated_gradients(model, *given),
     lambda: vca.faithfulness.infidelity(model, *given, torch.zeros(1, 32, 32)),
