@@ -144,7 +144,9 @@ def build(checkpoints: Checkpoints) -> None:
         network = checkpoints.load(model)
         count = label_count(network, top_k)
         x = preprocessing.preprocess(network, read_image(uploaded_file(image)))
-        after = interventions.answer(network, x, block, head, lambda1, lambda2, off, patches)
+        after = interventions.answer(
+            network, x, block=block, head=head, lambda1=lambda1, lambda2=lambda2, off=off, patches=patches
+        )
         before = records.classify(network, x)
         shown = records.top_labels(network, before, count) | records.top_labels(network, after, count)
         return {

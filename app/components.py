@@ -1,4 +1,4 @@
-"""Inputs that several tabs use: an image with examples, a choice of model, and the settings of a generator."""
+"""Inputs that several tabs use: a choice of model, and the settings of a generator."""
 
 from functools import partial
 from html import escape
@@ -9,7 +9,6 @@ import gradio as gr
 import vca
 from app import settings
 from app.runtime import loading, sampling
-from app.runtime.assets import PHOTOS
 from app.runtime.checkpoints import Checkpoints
 
 FILE_TYPES = [".json", ".safetensors", ".zip"]
@@ -30,10 +29,9 @@ class ModelChoice:
         self._dropdowns: list[gr.Dropdown] = []
         self._loaders: list[tuple] = []
 
-    def dropdown(self, label: str = "Model", first: int = 0) -> gr.Dropdown:
-        """A dropdown of all classifiers; `first` is the index of the one that is chosen when the page opens."""
+    def dropdown(self, label: str, chosen: str | None) -> gr.Dropdown:
+        """A dropdown of all classifiers, of which one is `chosen` when the page opens."""
         names = self.checkpoints.classifiers
-        chosen = names[min(first, len(names) - 1)] if names else None
         self._dropdowns.append(
             gr.Dropdown([*names, *self.checkpoints.finer], label=label, value=chosen, elem_classes="vca-model")
         )
@@ -116,38 +114,6 @@ class ModelChoice:
             )
             stop.click(stop_waiting, None, [said, stop], cancels=[loading_it], api_visibility="private")
             files.upload(partial(by_files, tab), [files, others], [*joined, files], **shared)
-
-
-def image_input(height: int) -> gr.Image:
-    """An image that is uploaded, taken with a camera or pasted.
-
-    Functions that take the image should be registered with `preprocess=False`, so that they get the uploaded file and
-    gradio does not decode it first; `images.uploaded_file` and `images.read_image` read it.
-    """
-    return gr.Image(
-        type="filepath",
-        image_mode=None,
-        label="Image",
-        sources=["upload", "webcam", "clipboard"],
-        buttons=[],
-        height=height,
-    )
-
-
-def image_and_model(choice: ModelChoice, examples: list[str], height: int) -> tuple[gr.Image, gr.Dropdown]:
-    """An image with examples, and a choice of model."""
-    image, model = image_input(height), choice.dropdown()
-    choice.loader(model)
-    show_examples(examples, image)
-    return image, model
-
-
-def show_examples(examples: list[str], image: gr.Image) -> None:
-    """Two rows of examples: photos, and pictures that the generator made."""
-    photos, generated = examples[: len(PHOTOS)], examples[len(PHOTOS) :]
-    gr.Examples(photos, image, label="Examples", api_visibility="private")
-    label = "Made by our CIFAR-10 generator, for the CIFAR-10 models"
-    gr.Examples(generated, image, label=label, api_visibility="private")
 
 
 def sampling_settings() -> tuple[gr.Number, gr.Slider, gr.Slider]:

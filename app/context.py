@@ -9,28 +9,9 @@ from app.runtime.checkpoints import Checkpoints
 from app.runtime.packing import MapStore
 from app.runtime.records import Recordings
 
-
-@dataclass(frozen=True)
-class ClassifyTab:
-    """What other tabs use of Classify. Setting `image` and `model` classifies; `explore` asks to explore them."""
-
-    image: gr.Image
-    model: gr.Dropdown
-    explore: gr.Button
-
-
-@dataclass(frozen=True)
-class ExploreTab:
-    """What other tabs use of Explore.
-
-    Setting `image` and `model` explores that image. Setting `view` to the JSON of what `packing.run_of` returns shows
-    maps that were recorded elsewhere. Set it to a plain string: an update like `gr.skip()` makes gradio drop its other
-    properties.
-    """
-
-    image: gr.Image
-    model: gr.Dropdown
-    view: gr.HTML
+# Another photo or model is not worked on until the visitor looks: a view that gets this asks for the new one then.
+STALE = '{"stale": true}'
+STALE_NOW = "() => JSON.stringify({ stale: performance.now() })"
 
 
 @dataclass
@@ -41,19 +22,24 @@ class Context:
         page: the whole app.
         tabs: to select another tab, by its id.
         checkpoints: the models.
-        choice: the choice of a classifier, the same in all tabs.
-        examples: paths of example images.
+        choice: the choice of a classifier, the same wherever there is one.
+        image, model: the photo and the classifier of the page, which all tabs show; see `app.inputs`.
+        second: the classifier to set beside `model`, in Compare.
+        asking: the view that asks to follow a link, by its event `input`; see `app.links`.
         recordings: what classifiers made of photos.
         maps: the maps that the page may fetch.
-        classify, explore: these tabs, once they are built.
+        explored: what Explore shows. Set to the JSON of what `packing.run_of` returns, it shows maps that were recorded
+            elsewhere. Set it to a plain string: an update like `gr.skip()` makes gradio drop its other properties.
     """
 
     page: gr.Blocks
     tabs: gr.Tabs
     checkpoints: Checkpoints
     choice: ModelChoice
-    examples: list[str]
+    image: gr.Image
+    model: gr.Dropdown
     recordings: Recordings = field(default_factory=Recordings)
     maps: MapStore = field(default_factory=MapStore)
-    classify: ClassifyTab | None = None
-    explore: ExploreTab | None = None
+    second: gr.Dropdown | None = None
+    asking: gr.HTML | None = None
+    explored: gr.HTML | None = None

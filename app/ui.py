@@ -5,10 +5,10 @@ from pathlib import Path
 
 import gradio as gr
 
-from app import api, settings
+from app import api, inputs, links, settings
 from app.components import ModelChoice
 from app.context import Context
-from app.runtime.assets import STATIC, example_files
+from app.runtime.assets import STATIC
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.folders import remove_left
 from app.tabs import about, classify, compare, explore, generate
@@ -43,6 +43,7 @@ LAUNCH = dict(
 )
 HEADER = """<header class="vca-header"><h1>Visual-Contrast Attention</h1>
 <p>See where every head of a vision transformer looks: what it draws in, and what it pushes away.</p></header>"""
+ADDRESS = "() => {{ location.hash.startsWith('#{0}') || history.pushState(history.state, '', '#{0}') }}"
 NO_WEIGHTS = """<p class="vca-problem">There is no trained model yet. Train one with
 <code>python -m training.classify cifar10_vca --data FOLDER</code>, copy <code>runs/cifar10_vca/checkpoint</code> to
 <code>weights/NAME</code>, and start the app again.</p>"""
@@ -58,10 +59,17 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
         api.build(checkpoints)  # first, so that no event of a tab takes one of its names
         problems = [f"<p class='vca-problem'>{escape(problem)}</p>" for problem in checkpoints.problems]
         gr.HTML(HEADER + "".join(problems) + ("" if checkpoints.classifiers else NO_WEIGHTS))
-        with gr.Tabs() as tabs:
-            context = Context(demo, tabs, checkpoints, choice, example_files())
-            for tab in TABS:
-                with gr.Tab(tab.TITLE, id=tab.TITLE.lower()):
-                    tab.build(context)
+        with gr.Row(elem_classes="vca-page"):
+            with gr.Column(scale=2, min_width=280, elem_classes="vca-inputs"):
+                image, model = inputs.build(checkpoints, choice)
+            with gr.Column(scale=7, min_width=320), gr.Tabs() as tabs:
+                context = Context(demo, tabs, checkpoints, choice, image, model)
+                for tab in TABS:
+                    name = tab.TITLE.lower()
+                    with gr.Tab(tab.TITLE, id=name, elem_id=f"tab-{name}") as shown:
+                        tab.build(context)
+                    if tab in (generate, about):  # the others write an address with what they show
+                        shown.select(None, js=ADDRESS.format(name), show_progress="hidden", api_visibility="private")
         choice.connect()
+        links.connect(context)
     return demo.queue(max_size=settings.QUEUE if settings.is_public() else None)

@@ -70,7 +70,9 @@ class Visitor:
         config = httpx.get(f"{url.rstrip('/')}/config", timeout=PATIENCE).json()
         explorer = next(c for c in config["components"] if c["props"].get("elem_id") == "explorer")
         self.explorer = explorer["id"]
-        self.explore_event = next(d["id"] for d in config["dependencies"] if d["outputs"] == [self.explorer])
+        self.explore_event = next(
+            d["id"] for d in config["dependencies"] if d["outputs"] == [self.explorer] and d["backend_fn"]
+        )
         choices = next(c["props"]["choices"] for c in config["components"] if c["props"].get("label") == "Model")
         self.model = choices[0][1]
         content = picture(number)

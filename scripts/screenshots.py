@@ -12,6 +12,7 @@ from playwright.sync_api import Page
 from app.ui import LAUNCH, WEIGHTS, build
 from tests.helpers.browser import browser
 
+TOUR = 5  # the scene of the subtraction
 WIDE, PHONE = dict(width=1400, height=900), dict(width=390, height=844)
 
 
@@ -26,18 +27,23 @@ def take(url: str, folder: Path) -> None:
         for name, theme, size in (("light", "light", WIDE), ("dark", "dark", WIDE), ("phone", "light", PHONE)):
             page = chromium.new_page(viewport=size)
             page.goto(f"{url}?__theme={theme}")
-            page.locator(".gallery-item").first.click()
-            page.wait_for_selector(".vca-strip")
+            page.wait_for_selector(".vt[data-state=complete]")
+            page.wait_for_selector(".vca-attribution-figure")
             page.wait_for_timeout(500)
             page.screenshot(path=folder / f"classify-{name}.png", full_page=True)
-            page.get_by_role("button", name="Explore this").click()
+            page.get_by_role("button", name="See it think").click()
+            for _ in range(TOUR - 1):
+                page.get_by_role("button", name="Next", exact=True).click()
+            page.wait_for_timeout(500)
+            page.screenshot(path=folder / f"tour-{name}.png", full_page=True)
+            page.get_by_role("button", name="Leave the tour").click()
+            page.get_by_role("button", name="Explore this head").click()
             page.wait_for_selector(".vx[data-state=complete]")
             page.wait_for_timeout(500)
             page.screenshot(path=folder / f"explore-{name}.png", full_page=True)
             for tab in ("Generate", "Compare", "About"):
                 page.get_by_role("tab", name=tab).click()
                 if tab == "Compare":
-                    page.locator(".gallery-item:visible").first.click()
                     page.wait_for_selector(".vc-facts tr:last-child td:has-text(' ms')")
                 elif tab == "Generate":
                     choose(page, "Class", "ship")

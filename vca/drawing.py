@@ -121,8 +121,8 @@ def backdrop(image: Any, grid: Sequence[int], sample: int = 0) -> Image.Image:
 
 
 def muted(image: Image.Image) -> Image.Image:
-    """The image in grey, so that colour means the map."""
-    return image.convert("L")
+    """The image in greys from dark grey to nearly white: colour means the map, and shows on the darkest photo, too."""
+    return image.convert("L").point(lambda value: 64 + 0.7 * value)
 
 
 def data_url(image: Image.Image, format: str) -> str:

@@ -43,15 +43,16 @@ def run_of(store: MapStore, maps, picture: Image.Image, caption, prefix_names: l
     return dict(token=store.put(layers)) | run_facts(layers, picture, caption, prefix_names)
 
 
-def pair_of(sides: list[dict], film: dict) -> str:
+def pair_of(sides: list[dict], film: dict, **more) -> str:
     """The answer of the Compare tab, as JSON: two runs, or the problem of one in words.
 
     Args:
         sides: what `run_of` returns of each model, and its `name`.
         film: of generators, the steps and pictures that can be looked into.
+        more: what else the page needs.
     """
     problem = next((f"{side['name']}: {side['problem']}" for side in sides if "problem" in side), None)
-    return json.dumps(dict(problem=problem) if problem else dict(sides=sides, film=film))
+    return json.dumps(dict(problem=problem) if problem else dict(sides=sides, film=film, **more))
 
 
 def fetched(store: MapStore, request: dict) -> dict:

@@ -30,12 +30,14 @@ class Recorded:
         image: the photo, upright RGB.
         x: the model's input (1, 3, H, W).
         probabilities: of each class, (classes,).
+        energy: log of the sum of the exponentials of all logits.
         maps: of all attention layers, in order.
     """
 
     image: Image.Image
     x: Tensor
     probabilities: np.ndarray
+    energy: float
     maps: list[vca.LayerMaps]
 
     @property
@@ -65,7 +67,8 @@ class Recordings:
         def make() -> Recorded:
             image = read_image(path)
             x = preprocessing.preprocess(model, image)
-            return Recorded(image, x, *record(model, x))
+            logits, maps = record_logits(model, x)
+            return Recorded(image, x, logits.softmax(0).numpy(), float(logits.logsumexp(0)), maps)
 
         with heavy_work():
             return self._store.get_or_make((ref(model), path), make)
@@ -85,9 +88,16 @@ def classify(model: nn.Module, x: Tensor) -> np.ndarray:
 
 def record(model: nn.Module, x: Tensor) -> tuple[np.ndarray, list[vca.LayerMaps]]:
     """As `classify`, and the maps of all attention layers."""
+    logits, maps = record_logits(model, x)
+    return logits.softmax(0).numpy(), maps
+
+
+@torch.inference_mode()
+def record_logits(model: nn.Module, x: Tensor) -> tuple[Tensor, list[vca.LayerMaps]]:
+    """The logits (classes,) of one input, and the maps of all attention layers."""
     with vca.record(model) as maps:
-        probabilities = classify(model, x)
-    return probabilities, maps
+        logits = model(x)[0]
+    return logits, maps
 
 
 def whole_grid(maps: list[vca.LayerMaps]) -> list[vca.LayerMaps]:

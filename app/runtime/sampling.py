@@ -1,5 +1,6 @@
 """Generating pictures for a visitor: the checks of a request, the run, and the states that it keeps for Explore."""
 
+import io
 from collections.abc import Iterator
 from contextlib import suppress
 from contextvars import copy_context
@@ -25,6 +26,8 @@ KEPT_STATES = 50
 EXPLORED_SIDE = 384
 TOO_LARGE = "These pictures are too large to be generated here."
 FRAMES_PER_SECOND = 12
+COLUMNS, TILE = 4, 128  # pictures in a row of a saved grid, and how high one is at least
+FILM_MS, LAST_MS = 80, 2000  # milliseconds of a frame of a film, and of the last
 QUEUE = dict(concurrency_limit=1, concurrency_id="generate")  # gradio's: one at a time, of all visitors together
 
 
@@ -183,8 +186,9 @@ class Run:
         branch = "told no class" if without_class else "told the class"
         guidance = f", guidance {request.guidance:g}" if request.guidance != 1 else ""
         return (
-            f"{request.label}, picture {picture + 1}, seed {request.seed}, after {step} of {request.steps} steps of "
-            f"{request.sampler}{guidance}: what the network looked at next, at t = {t:.4g}, {branch}"
+            f"{self.model.architecture}: {request.label}, picture {picture + 1}, seed {request.seed}, "
+            f"after {step} of {request.steps} steps of {request.sampler}{guidance}: what the network looked at next, "
+            f"at t = {t:.4g}, {branch}"
         )
 
     def frame(self, step: int) -> Image.Image:
@@ -196,6 +200,32 @@ class Run:
         if step == self.request.steps and self.images is not None:
             return strip(self.images)
         return strip(preview(self.model, self.states[step]))
+
+    @torch.inference_mode()
+    def predicted(self, step: int) -> Image.Image:
+        """The final pictures that the network expects on seeing a kept state: another pass with the same guidance.
+
+        Raises:
+            KeyError: that state is not kept.
+        """
+        request, x = self.request, self.states[step]
+        labels = torch.full((request.count,), self.model.label_names.index(request.label), device=x.device)
+        network = self.model.conditioned(labels, request.guidance)
+        return strip(preview(self.model, self.model.objective.predicted(network, x, self.time(step))))
+
+    def grid(self) -> Image.Image:
+        """The newest pictures, `COLUMNS` in a row, each pixel a square."""
+        step = max(self.states) if self.images is None else self.request.steps
+        return tiled(self.frame(step), self.request.count)
+
+    def film(self) -> bytes:
+        """A GIF of the pictures growing out of noise, which stays on the last for a while."""
+        steps = sorted(self.states) + ([] if self.images is None else [self.request.steps])
+        frames = [tiled(self.frame(step), self.request.count) for step in steps]
+        stream = io.BytesIO()
+        lengths = [FILM_MS] * (len(frames) - 1) + [LAST_MS]
+        frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:], duration=lengths, loop=0)
+        return stream.getvalue()
 
     def picture(self, step: int, index: int) -> Image.Image:
         """One picture of a frame."""
@@ -225,6 +255,19 @@ def preview(model: DiffusionTransformer, x: Tensor) -> Tensor:
 def strip(images: Tensor) -> Image.Image:
     """Images (B, 3, H, W) in [0, 1] as one picture of B * H rows."""
     return Image.fromarray(to_bytes(images).permute(0, 2, 3, 1).flatten(0, 1).cpu().numpy())
+
+
+def tiled(frame: Image.Image, count: int) -> Image.Image:
+    """A frame's pictures, which stand one below another, as a grid; small ones are enlarged."""
+    height = frame.height // count
+    scale = max(1, TILE // height)
+    columns = min(count, COLUMNS)
+    size = (scale * frame.width, scale * height)
+    grid = Image.new("RGB", (columns * size[0], -(-count // columns) * size[1]), "white")
+    for i in range(count):
+        one = frame.crop((0, i * height, frame.width, (i + 1) * height)).resize(size, Image.Resampling.NEAREST)
+        grid.paste(one, (i % columns * size[0], i // columns * size[1]))
+    return grid
 
 
 def enlarged(picture: Image.Image) -> Image.Image:

@@ -2,8 +2,8 @@
 // of generators also a film, the steps and pictures that can be looked into. The query is a point of the photo, so that
 // it means the same in models that see different parts of it.
 
-import { drawControls, listen } from "./compare_controls.js";
-import { drawLambdas, drawSide, writeFacts, writeLatency, writeSide } from "./compare_drawing.js";
+import { addressOf, drawControls, listen, readLink, writeLink } from "./compare_controls.js";
+import { drawLambdas, drawSide, drawWipe, writeFacts, writeLatency, writeSide } from "./compare_drawing.js";
 import { colorTables } from "./map_drawing.js";
 import { MEAN, clamp, isSigned, limitOf, modeOf, prepare, rowsOf } from "./maps.js";
 import { Panel } from "./panel.js";
@@ -77,6 +77,8 @@ export class Comparison extends Panel {
     this.colors = colorTables(this.props.palette);
     this.sections = [...this.root.querySelectorAll(".vc-side")];
     this.range = this.find(".vv-timeline input");
+    this.address = addressOf(this.root);
+    readLink(this);
   }
 
   get depths() {
@@ -87,6 +89,12 @@ export class Comparison extends Panel {
 
   async receive() {
     const received = this.props.value ? JSON.parse(this.props.value) : null;
+    if (received?.stale) {
+      this.pair = null;
+      this.sides = [];
+      return this.expire();
+    }
+    this.isStale = false;
     if (this.isStopped && (received?.steps || received?.failed)) return; // sent before the server knew, or because of it
     this.isStopped = false;
     this.ask = received?.note ?? this.ask;
@@ -228,6 +236,8 @@ export class Comparison extends Panel {
     for (const side of sides) side.rows = rowsOf(side.layer, side.mode, side.head, side.point);
     drawControls(this);
     sides.forEach(drawSide);
+    drawWipe(this);
+    writeLink(this);
   }
 
   // The value of the strongest colour in the maps of a side, on the scale chosen.

@@ -1,7 +1,8 @@
 // The controls of the comparison: buttons, keys, clicks and the steps of generators.
 
-import { drawLambdas } from "./compare_drawing.js";
-import { STREAMS, latticeOf, layout, modesOf, pointUnder } from "./maps.js";
+import { drawLambdas, drawWipe } from "./compare_drawing.js";
+import { Address, linked } from "./links.js";
+import { MEAN, STREAMS, clamp, latticeOf, layout, modesOf, pointUnder } from "./maps.js";
 import { choices, listenToKeys, make, moved, press, redrawOnChange } from "./panel.js";
 
 export function drawControls(view) {
@@ -25,6 +26,13 @@ export function listen(view) {
   const { range } = view;
   for (const button of view.find(".vc-modes").children) button.onclick = () => view.show({ mode: button.dataset.mode });
   for (const button of view.find(".vc-scales").children) button.onclick = () => view.show({ scale: button.dataset.scale });
+  const over = view.find(".vc-over");
+  over.querySelector("input").oninput = () => drawWipe(view);
+  over.querySelector("canvas").onpointermove = ({ offsetX, target }) => {
+    if (!view.sides.length) return;
+    over.querySelector("input").value = Math.round((100 * offsetX) / target.clientWidth);
+    drawWipe(view);
+  };
   view.find(".vc-again").onclick = () => view.trigger("submit");
   view.find(".vc-stop").onclick = () => view.stop();
   range.oninput = () => view.look({ step: Number(range.value) });
@@ -41,10 +49,41 @@ export function listen(view) {
     head: (_, step) => view.show({ head: view.state.head + step }),
   });
   redrawOnChange(view.root, () => {
+    view.address.note();
+    if (view.isStale && view.root.clientWidth) return view.renew();
     if (!view.sides.length) return;
     view.draw();
     drawLambdas(view);
   });
+  addEventListener("hashchange", () => {
+    readLink(view);
+    if (view.sides.length && view.root.clientWidth) view.show({});
+  });
+}
+
+// ---- The link: #compare?model=...&image=...&with=...&map=...
+
+const TAB = "compare";
+const CHOICES = { map: ["effective", "stage1", "stage2"], stream: STREAMS, scale: ["shared", "own"] };
+
+export function readLink({ state }) {
+  const link = linked(TAB);
+  const [map, stream, scale] = Object.entries(CHOICES).map(([key, values]) => values.find((value) => value === link.get(key)));
+  Object.assign(state, map && { mode: map }, stream && { stream }, scale && { scale });
+  const whole = (key) => (/^\d{1,4}$/.test(link.get(key) ?? "") ? Number(link.get(key)) - 1 : null);
+  if (whole("block") !== null) state.depth = whole("block");
+  if (link.get("head")) state.head = whole("head") ?? MEAN;
+  const point = /^([01]\.?\d*),([01]\.?\d*)$/.exec(link.get("query") ?? "");
+  if (point) state.query = { x: clamp(Number(point[1]), 0, 0.9999), y: clamp(Number(point[2]), 0, 0.9999), prefix: null };
+}
+
+export const addressOf = (root) => new Address(TAB, root);
+
+export function writeLink({ state, pair, film, address }) {
+  if (!pair) return;
+  const { mode, stream, scale, depth, head, query: { x, y } } = state;
+  const view = { map: mode, stream, scale, block: depth + 1, head: head === MEAN ? "mean" : head + 1, query: `${x.toFixed(4)},${y.toFixed(4)}` };
+  address.write(film ? null : pair.base, view, pair.path);
 }
 
 // The small maps of a side, one for each stream.

@@ -40,6 +40,38 @@ function drawCanvas(side, canvas, stream, isLarge) {
   });
 }
 
+// The large maps of both models one over the other: left of the slider the first, right of it the second. Not of models
+// that see different parts of the photo.
+export function drawWipe(view) {
+  const { sides } = view;
+  const section = view.find(".vc-over");
+  const [first, second] = sides;
+  section.hidden = String(first.run.box) !== String(second.run.box) || first.aspect.toFixed(3) !== second.aspect.toFixed(3);
+  if (section.hidden) return;
+  const [canvas, slider] = [section.querySelector("canvas"), section.querySelector("input")];
+  const [width, height] = [960, Math.round(960 * first.aspect)];
+  Object.assign(canvas, { width, height });
+  const context = canvas.getContext("2d");
+  context.imageSmoothingEnabled = false;
+  const split = (width * slider.value) / 100;
+  sides.forEach((side, i) => {
+    const drawn = side.root.querySelector(".vc-large canvas");
+    const tall = drawn.width * side.aspect; // without the squares of the prefix tokens
+    context.save();
+    context.beginPath();
+    context.rect(i * split, 0, i ? width - split : split, height);
+    context.clip();
+    context.drawImage(drawn, 0, drawn.height - tall, drawn.width, tall, 0, 0, width, height);
+    context.restore();
+  });
+  for (const [color, thickness] of [["#000", 6], ["#fff", 2]]) {
+    Object.assign(context, { strokeStyle: color, lineWidth: thickness });
+    context.strokeRect(split, -9, 0, height + 18);
+  }
+  section.querySelectorAll("span").forEach((span, i) => (span.textContent = sides[i].run.name));
+  canvas.setAttribute("aria-label", `Left the map of ${first.run.name}, right of ${slider.value} % of the width that of ${second.run.name}.`);
+}
+
 // ---- What a model says or makes
 
 export function writeSide(side) {
@@ -48,7 +80,7 @@ export function writeSide(side) {
   root.querySelector(".vc-top").hidden = Boolean(view.film);
   root.querySelector(".vc-pictures").hidden = !view.film;
   if (view.film) return drawPictures(side);
-  const top = run.top.map(([label, part]) => {
+  const top = run.top.filter(([, part], i) => i === 0 || part >= 0.0005).map(([label, part]) => {
     const item = make("li");
     item.style.setProperty("--part", `${100 * part}%`);
     item.append(make("span", { textContent: label }), make("span", { textContent: `${(100 * part).toFixed(1)} %` }));
@@ -105,7 +137,7 @@ export function writeLatency(view, { milliseconds, threads }) {
 }
 
 // λ by depth: circles and a solid line for stage I, squares and a dashed line for stage II.
-const CHART = { height: 200, left: 44, right: 12, top: 12, bottom: 34 };
+const CHART = { height: 214, left: 58, right: 14, top: 26, bottom: 34 };
 export function drawLambdas(view) {
   const { sides } = view.pair;
   const width = Math.min(view.find(".vc-chart").clientWidth || 640, 760);
@@ -143,7 +175,7 @@ export function drawLambdas(view) {
         : `<rect x="${x - 3.5}" y="${y - 3.5}" width="7" height="7" fill="${style[side]}">${says}</rect>`);
     }
   }
-  parts.push(`<text x="${left}" y="${height - 8}">first block</text><text x="${width - right}" y="${height - 8}" text-anchor="end">last block</text>`);
+  parts.push(`<text x="${left - 8}" y="12" text-anchor="end">λ</text><text x="${left}" y="${height - 8}">first block</text><text x="${width - right}" y="${height - 8}" text-anchor="end">last block</text>`);
   const words = series.map(({ side, stage, values }) => `${side ? "second" : "first"} model, lambda ${stage}: ${values.map((value) => value?.toFixed(3) ?? "none").join(", ")}`);
   const chart = make("div", { innerHTML: `<svg viewBox="0 0 ${width} ${height}" role="img">${parts.join("")}</svg>` }).firstChild;
   chart.setAttribute("aria-label", `Lambda by block. ${words.join(". ")}.`);

@@ -5,10 +5,12 @@
 import { Panel, make, press } from "./panel.js";
 
 const COLUMNS = 4;
+const KEPT = "vca-generated"; // the token of the newest run: a reload brings its pictures back
 
 class Pictures extends Panel {
   run = null; // what the server said last
   frames = {}; // step -> the frame's image
+  expected = {}; // step -> an image of the pictures that the network expects there
   at = 0; // index in run.timeline
   picture = 0; // index of the chosen picture
   started = 0; // when the first frame came, in ms
@@ -22,8 +24,8 @@ class Pictures extends Panel {
     return this.run?.state === "running";
   }
 
-  async receive() {
-    const received = this.props.value ? JSON.parse(this.props.value) : {};
+  async receive(kept = null) {
+    const received = kept ?? (this.props.value ? JSON.parse(this.props.value) : {});
     if (received.state === "waiting") return this.isRunning || this.wait();
     if (received.state === "failed") return (this.isRunning || this.run?.state === "waiting") && this.fail();
     const isNew = received.token !== this.run?.token;
@@ -32,6 +34,7 @@ class Pictures extends Panel {
     if (!received.token) return this.say(received.problem ?? this.hint, { style: received.problem ? "vv-problem" : "" });
     if (isNew) {
       this.frames = {};
+      this.expected = {};
       this.started = performance.now();
       this.buildGrid();
     }
@@ -50,6 +53,7 @@ class Pictures extends Panel {
       await this.keep(step, frame.image);
     }
     this.root.dataset.film = "complete";
+    sessionStorage.setItem(KEPT, received.token);
   }
 
   // Says something in the place of the pictures.
@@ -83,11 +87,10 @@ class Pictures extends Panel {
     this.root.dataset.state = "empty";
   }
 
-  async keep(step, source) {
-    const { frames } = this;
+  async keep(step, source, kept = this.frames) {
     const image = Object.assign(new Image(), { src: source });
     await image.decode();
-    frames[step] = image;
+    kept[step] = image;
   }
 
   // ---- Drawing
@@ -127,7 +130,8 @@ class Pictures extends Panel {
     const { step, t } = this.run.timeline[this.at];
     const time = Number.isInteger(t) ? t : t?.toFixed(3);
     const where = t === undefined ? "finished" : `after ${step} of ${this.run.steps} steps, t = ${time}`;
-    this.find(".vv-says").textContent = `${this.nameOf(this.picture)}: ${where}`;
+    const what = this.isExpected(this.run.timeline[this.at]) ? ": the picture that the network then expects" : "";
+    this.find(".vv-says").textContent = `${this.nameOf(this.picture)}: ${where}${what}`;
     this.find(".vg-explore").textContent = t === undefined ? "Explore the last step" : "Explore this step";
     this.find(".vv-branch").hidden = !this.run.guided;
   }
@@ -145,12 +149,35 @@ class Pictures extends Panel {
     range.value = index;
     range.setAttribute("aria-valuetext", `after ${step} of ${run.steps} steps`);
     this.drawWords();
-    if (!frames[step]) {
-      const frame = await this.server.fetch_frame({ token: run.token, step }).catch(() => ({}));
+    const isExpected = this.isExpected(run.timeline[index]);
+    const [kept, fetch] = isExpected ? [this.expected, this.server.fetch_predicted] : [frames, this.server.fetch_frame];
+    if (!kept[step]) {
+      const frame = await fetch({ token: run.token, step }).catch(() => ({}));
       if (this.run?.token !== run.token || !frame.image) return;
-      await this.keep(step, frame.image);
+      await this.keep(step, frame.image, kept);
     }
-    if (this.run?.timeline?.[this.at]?.step === step) this.show(frames[step]);
+    if (this.run?.timeline?.[this.at]?.step === step && this.isExpected(run.timeline[index]) === isExpected) this.show(kept[step]);
+  }
+
+  // Whether at this place of the timeline the picture is shown that the network expects, and not the state.
+  isExpected({ t }) {
+    return t !== undefined && !this.find(".vg-noisy input").checked;
+  }
+
+  async save(form) {
+    const { token, label } = this.run;
+    const status = this.find(".vg-save [role=status]");
+    status.textContent = "";
+    const { url } = await this.server.save_run({ token, form }).catch(() => ({}));
+    if (!url) return (status.textContent = "These pictures are no longer kept on the server.");
+    make("a", { href: url, download: `${label}.${form}` }).click();
+  }
+
+  // After a reload: the pictures that the server still keeps.
+  async restore() {
+    const token = sessionStorage.getItem(KEPT);
+    const kept = token ? await this.server.fetch_run({ token }).catch(() => ({})) : {};
+    if (kept.token && !this.run?.token && !this.props.value) this.receive(kept);
   }
 
   choose(index) {
@@ -166,6 +193,8 @@ class Pictures extends Panel {
   }
 
   listen() {
+    this.find(".vg-noisy input").onchange = () => this.move(this.at);
+    for (const button of this.root.querySelectorAll("[data-save]")) button.onclick = () => this.save(button.dataset.save);
     this.range.oninput = () => this.move(Number(this.range.value));
     this.find(".vg-cancel").onclick = () => this.cancel();
     this.find(".vg-stop").onclick = () => this.server.stop_run({ token: this.run.token });
@@ -183,4 +212,6 @@ export function mount(host) {
   view.listen();
   host.watch("value", () => view.receive());
   view.receive();
+  view.restore();
+  view.root.pictures = view;
 }

@@ -18,17 +18,18 @@ from app.runtime.limits import heavy_work
 from app.runtime.records import Recorded
 from app.runtime.validation import refused, whole
 from vca import drawing, preprocessing
-from vca.attribution import METHODS, Method, cell_size, head_map
+from vca.attribution import METHODS, Method, cell_size, head_map, rollout
 from vca.config import MOST_CLASSES
 from vca.faithfulness import BASELINES, Curves, curves, infidelity, random_map, sensitivity
 
 PREDICTED = -1
 STEPS = 16
 ORDERS = 5
+LEAST_PROBABILITY = 0.01  # of a class whose curves say something
 RANDOM = "random order"
 INFIDELITY_DRAWS, SENSITIVITY_DRAWS = 32, 5
 STYLES = {"centre prior": "centre", "edge map": "edges", RANDOM: "random"}
-WIDTH, HEIGHT, LEFT, BOTTOM = 300, 190, 30, 34  # of a plot, its margins included
+WIDTH, HEIGHT, LEFT, BOTTOM = 300, 190, 44, 34  # of a plot, its margins included
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,19 @@ def build(context: Context, image: gr.Image, model: gr.Dropdown) -> None:
         api_visibility="private",
         cancels=measuring,
     )
-    gr.on([image.change, model.change], begin, inputs[:3], [method, target, shown, button, measured], **options)
+    gr.on(
+        [image.change, model.change, context.page.load],
+        begin,
+        inputs[:3],
+        [method, target, shown, button, measured],
+        **options,
+    )
     gr.on([method.input, target.input], explain, inputs, [shown, button, measured], **options)
+
+
+def speaks_of_class(method: str) -> bool:
+    """Whether a method's map depends on the class; of attention alone, by rollout or of one head, none does."""
+    return method in METHODS and METHODS[method] is not rollout
 
 
 def method_choices(methods: Iterable[str]) -> list[tuple[str, str]]:
@@ -164,13 +176,18 @@ def figure(values: np.ndarray, crop: Image.Image, method: str, label: str, proba
     """HTML of an attribution (H, W) over the picture, with a colour bar and its numbers."""
     limit = np.abs(values).max()
     photo = drawing.data_url(drawing.muted(crop.resize((360 * crop.width // crop.height, 360))), "JPEG")
-    words = f"{escape(_sentence(method))} for {escape(label)} ({probability:.1%})"
+    if speaks_of_class(method):
+        words = f"{escape(_sentence(method))} for {escape(label)} ({probability:.1%})"
+        plus, minus = "speaks for it", "speaks against it"
+    else:
+        words = f"{escape(_sentence(method))}: attention, the same whichever class is asked for"
+        plus, minus = "drawn in", "pushed away"
     alt = f"{words}: from {values.min():+.3g} to {values.max():+.3g} a pixel"
     return f"""<figure class="vca-attribution-figure">
         <img src="{drawing.data_url(drawing.overlay(values), "PNG")}" alt="{alt}"
             style="--photo:url({photo}); --aspect:{crop.width / crop.height:.4f}">
         <figcaption><p><b>{words}</b></p>
-        <p><b class="vca-positive">speaks for it</b> <b class="vca-negative">speaks against it</b></p>
+        <p><b class="vca-positive">{plus}</b> <b class="vca-negative">{minus}</b></p>
         <div class="vca-bar" aria-hidden="true"></div>
         <div class="vca-bar-numbers"><span>{-limit:+.2g}</span><span>0</span><span>{limit:+.2g}</span></div>
         <p>The numbers are per pixel. Whether the model relies on what is marked can be measured:</p>
@@ -215,7 +232,9 @@ def report(name: str, found: dict[str, Curves], cell: tuple[int, int], unfaithfu
         spread.append(f"{areas.mean():.3f} ± {areas.std():.3f}")
     rows.insert(1, row(RANDOM, spread))
     steps = len(orders[0].fractions) - 1
+    said = escape(verdict(name, found))
     return f"""<div class="vca-faithfulness"><div class="vca-plots">{plots}</div>
+        <p class="vca-verdict"><b>{said}</b></p>
         <table><thead><tr><th>order of the cells</th><th>deletion area</th><th>insertion area</th></tr></thead>
         <tbody>{"".join(rows)}</tbody></table>
         <p>Deletion: cells give way to the image's mean colour, the most important first; a faithful order has a
@@ -224,6 +243,32 @@ def report(name: str, found: dict[str, Curves], cell: tuple[int, int], unfaithfu
         deviation.</p>
         <p>Infidelity <b>{unfaithful:.3g}</b> (squared logits, best scale; lower is better) · sensitivity
         <b>{unstable:.3g}</b> (largest relative change under ±0.02 of noise; lower is steadier).</p></div>"""
+
+
+def verdict(name: str, found: dict[str, Curves]) -> str:
+    """What the curves say of an attribution, in a sentence: whether it beats chance, and what ignores the model.
+
+    It beats chance where its area is better than that of random orders by two standard deviations.
+    """
+    curve = found[name]
+    probability = float(curve.deletion[0, 0])
+    if probability < LEAST_PROBABILITY:
+        return f"The model gives this class {probability:.1%} to begin with: these curves can show nothing of it."
+    gains, priors = {}, []
+    for kind, sign in (("deletion", -1), ("insertion", 1)):
+        random = torch.stack([getattr(c, f"{kind}_area") for key, c in found.items() if key.startswith(RANDOM)])
+        area = sign * float(getattr(curve, f"{kind}_area"))
+        gains[kind] = area > sign * float(random.mean()) + 2 * float(random.std())
+        priors += [p for p in BASELINES if sign * float(getattr(found[p], f"{kind}_area")) >= area and p not in priors]
+    faithful = [kind for kind, is_better in gains.items() if is_better]
+    if not faithful:
+        return "No better than a random order: the model does not rely on what is marked more than on the rest."
+    by = "both curves" if len(faithful) == 2 else f"{faithful[0]} alone"
+    said = f"Better than a random order by {by}: the model relies on what is marked"
+    if not priors:
+        return f"{said}."
+    same = f"the {' and the '.join(priors)}, which know{'s' * (len(priors) == 1)} nothing of the model"
+    return f"{said}; yet {same}, do{'es' * (len(priors) == 1)} as well or better by a curve."
 
 
 def plot(kind: str, lines: dict[str, Curves], orders: list[Curves]) -> str:
@@ -258,6 +303,8 @@ def plot(kind: str, lines: dict[str, Curves], orders: list[Curves]) -> str:
         f"<text x='{x(f)}' y='{HEIGHT - BOTTOM + 15}' text-anchor='{anchor}'>{f:.0%}</text>"
         for f, anchor in ((0, "middle"), (0.5, "middle"), (1, "end"))
     )
+    middle = (y(0) + y(1)) / 2
+    grid += f"<text transform='translate(12 {middle}) rotate(-90)' text-anchor='middle'>probability of the class</text>"
     under = {"deletion": "cells removed", "insertion": "cells restored"}[kind]
     areas = ", ".join(f"{key} {getattr(curve, kind + '_area').item():.2f}" for key, curve in lines.items())
     return f"""<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-curve="{kind}"

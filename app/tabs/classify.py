@@ -1,125 +1,82 @@
-"""The Classify tab: it shows the likeliest classes of an image and a map of every head."""
+"""The Classify tab: the answer, where every head looks, and what would change the answer.
 
+The page (think*.html, .css, .js) asks for more by the functions below. What it sends names the photo's uploaded file
+and the model, so that nothing has to be kept for it.
+"""
+
+import json
 from html import escape
 
 import gradio as gr
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-import vca
-from app.components import image_and_model
-from app.context import ClassifyTab, Context
-from app.runtime import records
+from app import links
+from app.context import Context
+from app.runtime import assets, thinking, tour
 from app.runtime.images import ImageError, uploaded_file
-from app.runtime.limits import heavy_work
+from app.runtime.records import Recorded
+from app.runtime.validation import page_request
 from app.tabs import attribution
-from vca import drawing, preprocessing
-from vca.attribution import readout
+from vca import drawing
 
 TITLE = "Classify"
 
-EMPTY = "<p class='vca-empty'>Drop an image, take a photo or pick an example: it is classified right away.</p>"
-
 
 def build(context: Context) -> None:
-    """Builds the tab and sets `context.classify`."""
-    checkpoints = context.checkpoints
+    """Builds the tab and sets `context.asking`."""
+    checkpoints, image, model = context.checkpoints, context.image, context.model
 
-    def classify(upload: dict | None, name: str):
-        explore_button = gr.Button(interactive=False)
+    def recorded_of(name: str, path: str) -> tuple[nn.Module, Recorded]:
+        network = checkpoints.load(name)
+        return network, context.recordings.get(network, uploaded_file(dict(path=path)))
+
+    def classify(upload: dict | None, name: str) -> tuple[str, str]:
         if upload is None:
-            labels = checkpoints.load(name).label_names if name else []
-            return None, None, EMPTY, _classes(labels), explore_button
-        model = checkpoints.load(name)
+            return "", _classes(checkpoints.load(name).label_names if name else [])
+        network = checkpoints.load(name)
         try:
-            with heavy_work():
-                recorded = context.recordings.get(model, uploaded_file(upload))
-                crop = preprocessing.center_crop(model, recorded.image)
-                shown = strip(model, records.whole_grid(recorded.maps), crop)
+            path = uploaded_file(upload)
+            seen = thinking.look(network, context.recordings.get(network, path))
+            seen |= dict(model=name, path=str(path), base=links.base_of(name, path))
         except ImageError as error:
-            problem = f"<p class='vca-problem' role='alert'>{escape(error.message)}</p>"
-            return None, None, problem, _classes(model.label_names), explore_button
-        return (
-            records.top_labels(model, recorded.probabilities, 5),
-            input_picture(model, recorded.x),
-            shown,
-            _classes(model.label_names),
-            gr.Button(interactive=True),
-        )
+            seen = dict(problem=error.message)
+        return json.dumps(seen), _classes(network.label_names)
 
-    with gr.Row():
-        with gr.Column(scale=4, min_width=300):
-            image, model = image_and_model(context.choice, context.examples, height=320)
-            explore_button = gr.Button("Explore this", variant="primary", interactive=False)
-        with gr.Column(scale=7, min_width=320):
-            with gr.Row(equal_height=True):
-                labels = gr.Label(label="The model says", num_top_classes=5, scale=5, min_width=240)
-                seen = gr.Image(
-                    label="What it sees",
-                    interactive=False,
-                    buttons=[],
-                    height=300,
-                    scale=4,
-                    min_width=200,
-                    format="png",
-                    elem_classes="vca-pixels",
-                )
-            maps = gr.HTML(EMPTY)
-            attribution.build(context, image, model)
-            classes = gr.HTML(_classes(checkpoints.configs[model.value]["label_names"] if model.value else []))
-    gr.on(
-        [image.change, model.change],
-        classify,
-        [image, model],
-        [labels, seen, maps, classes, explore_button],
-        preprocess=False,
-        show_progress="hidden",
-        trigger_mode="always_last",
-        api_visibility="private",
+    @page_request
+    def look_inside(request: dict) -> dict:
+        return thinking.look_inside(*recorded_of(request["model"], request["path"]))
+
+    @page_request
+    def what_if(request: dict) -> dict:
+        change = {key: request[key] for key in ("block", "head", "lambda_scale", "off")}
+        return thinking.what_if(*recorded_of(request["model"], request["path"]), change, request["patches"])
+
+    @page_request
+    def take_tour(request: dict) -> dict:
+        network, recorded = recorded_of(request["model"], request["path"])
+        return dict(scenes=tour.scenes(network, recorded, request["block"], request["head"]))
+
+    @page_request
+    def reduce(request: dict) -> dict:
+        return dict(photo=links.reduced(uploaded_file(dict(path=request["path"]))))
+
+    known = checkpoints.configs[model.value]["label_names"] if model.value else []
+    opened, _ = classify(image.value, model.value) if image.value else ("", "")
+    view = gr.HTML(
+        opened,  # what the page opens on is there without a request
+        html_template=assets.text("think.html"),
+        css_template=assets.text("view.css", "think.css"),
+        js_on_load=assets.script("think.js"),
+        apply_default_css=False,
+        server_functions=[look_inside, what_if, take_tour, reduce],
+        palette=drawing.PALETTE,
+        elem_id="think",
     )
-    context.classify = ClassifyTab(image, model, explore_button)
-
-
-def input_picture(model: nn.Module, x: Tensor) -> Image.Image:
-    """The model's input (1, 3, H, W) as a picture 256 pixels high, every pixel a square."""
-    size = (256 * x.shape[3] // x.shape[2], 256)
-    return preprocessing.input_picture(model, x).resize(size, Image.Resampling.NEAREST)
-
-
-def strip(model: nn.Module, maps: list[vca.LayerMaps], crop: Image.Image) -> str:
-    """HTML with one small map for each head of each block, over the image: what the decision draws in from where.
-
-    The query is what the classifier reads, see `vca.attribution.readout`.
-    """
-    if not maps:
-        return f"<p class='vca-empty'>{records.NO_MAPS}</p>"
-    try:
-        readouts = [readout(model, layer) for layer in maps]
-    except ValueError as error:
-        return f"<p class='vca-empty'>No maps of the decision: {escape(str(error))}</p>"
-    rows = [reads.rows(layer.effective[0]).numpy() for reads, layer in zip(readouts, maps, strict=True)]
-    heads = max(layer.stage1.positive.shape[1] for layer in maps)
-    cells = ["<span></span>", *(f"<span>{layer.block + 1}</span>" for layer in maps)]
-    for head in range(heads):
-        cells.append(f"<span>{head + 1}</span>")
-        for layer, grid_rows in zip(maps, rows, strict=True):
-            if head >= len(grid_rows):
-                cells.append("<span></span>")
-                continue
-            values = grid_rows[head]
-            title = f"Block {layer.block + 1}, head {head + 1}: {values.min():+.3g} to {values.max():+.3g}"
-            cells.append(
-                f"<img src='{drawing.data_url(drawing.overlay(values), 'PNG')}' title='{title}' alt='{title}'>"
-            )
-    photo = drawing.data_url(drawing.muted(crop.resize((96 * crop.width // crop.height, 96))), "JPEG")
-    signed = any(stage and stage.negative is not None for layer in maps for stage in (layer.stage1, layer.stage2))
-    legend = "<b class='vca-positive'>draws in</b>" + (" and <b class='vca-negative'>pushes away</b>" if signed else "")
-    return f"""<section class='vca-strip'>
-        <h3>Where every head looks</h3>
-        <p>What {readouts[0].name} {legend}: the effective map of each head (row) in each block (column), each on a
-        scale of its own.</p>
-        <div class='vca-strip-grid' style="--blocks:{len(maps)}; --aspect:{crop.width / crop.height:.4f};
-        --photo:url({photo})">{"".join(cells)}</div></section>"""
+    attribution.build(context, image, model)
+    classes = gr.HTML(_classes(known))
+    quiet = dict(preprocess=False, show_progress="hidden", trigger_mode="always_last", api_visibility="private")
+    gr.on([image.change, model.change], classify, [image, model], [view, classes], **quiet)
+    context.asking = view
 
 
 def _classes(labels: list[str]) -> str:

@@ -8,17 +8,16 @@ import json
 import gradio as gr
 from torch import nn
 
-from app.context import Context
+from app.context import STALE, Context
 from app.runtime import assets, cost, packing
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.limits import heavy_work
 from app.runtime.validation import page_request
-from app.tabs.compare_classifiers import Classifiers
+from app.tabs.compare_classifiers import CLASSIFIERS, GENERATORS, Classifiers
 from app.tabs.compare_generators import ASK, Generators
 from vca import drawing
 
 TITLE = "Compare"
-CLASSIFIERS, GENERATORS = "Classifiers", "Generators"
 
 
 def build(context: Context) -> None:
@@ -44,40 +43,31 @@ def build(context: Context) -> None:
     def look(request: dict) -> dict:
         return generators.look(request)  # gradio takes functions only, no methods
 
-    def switch(what: str, *arguments) -> tuple:
+    def switch(what: str) -> tuple:
         chosen = what == GENERATORS
-        value = json.dumps(dict(note=ASK)) if chosen else classifiers.compare(*arguments)
+        value = json.dumps(dict(note=ASK)) if chosen else STALE
         return gr.Column(visible=not chosen), gr.Column(visible=chosen), value
 
-    with gr.Row():
-        with gr.Column(scale=2, min_width=280):
-            can_choose = bool(checkpoints.generators)
-            what = gr.Radio([CLASSIFIERS, GENERATORS], value=CLASSIFIERS, label="Compare", visible=can_choose)
-            with gr.Column() as of_classifiers:
-                classifiers.build()
-            with gr.Column(visible=False) as of_generators:
-                generators.build()
-        with gr.Column(scale=7, min_width=320):
-            view = gr.HTML(
-                "",
-                html_template=assets.text("compare.html"),
-                css_template=assets.text("view.css", "compare.css"),
-                js_on_load=assets.script("compare.js"),
-                apply_default_css=False,
-                server_functions=[fetch_maps, measure, look],
-                palette=drawing.PALETTE,
-                elem_id="compare",
-            )
-    classifiers.connect(view)
-    generators.connect(view)
-    what.change(
-        switch,
-        [what, *classifiers.inputs],
-        [of_classifiers, of_generators, view],
-        preprocess=False,
-        show_progress="hidden",
-        api_visibility="private",
+    can_choose = bool(checkpoints.generators)
+    what = gr.Radio([CLASSIFIERS, GENERATORS], value=CLASSIFIERS, label="Compare", visible=can_choose)
+    with gr.Column() as of_classifiers:
+        classifiers.build()
+    with gr.Column(visible=False) as of_generators:
+        generators.build()
+    view = gr.HTML(
+        STALE,
+        html_template=assets.text("compare.html"),
+        css_template=assets.text("view.css", "compare.css"),
+        js_on_load=assets.script("compare.js"),
+        apply_default_css=False,
+        server_functions=[fetch_maps, measure, look],
+        palette=drawing.PALETTE,
+        elem_id="compare",
     )
+    classifiers.connect(view, what)
+    generators.connect(view)
+    quiet = dict(preprocess=False, show_progress="hidden", api_visibility="private")
+    what.change(switch, what, [of_classifiers, of_generators, view], **quiet)
 
 
 def _load(checkpoints: Checkpoints, name: str) -> nn.Module:

@@ -6,47 +6,46 @@ import gradio as gr
 from PIL import Image
 from torch import nn
 
-from app.components import image_input, show_examples
-from app.context import Context
+from app import links
+from app.context import STALE_NOW, Context
 from app.runtime import cost, loading, packing, records
 from app.runtime.images import ImageError, uploaded_file
 from app.runtime.limits import heavy_work
 from app.runtime.records import Recorded
 from vca import drawing, preprocessing
 
+CLASSIFIERS, GENERATORS = "Classifiers", "Generators"
+
 
 class Classifiers:
-    """The inputs for an image and two classifiers, and the answer that the page draws.
-
-    Attributes:
-        inputs: the components whose values `compare` takes; `build` makes them.
-    """
+    """The choice of a second classifier beside the page's, and the answer that the page draws."""
 
     def __init__(self, context: Context):
         self.context = context
-        self.inputs: list[gr.Image | gr.Dropdown] = []
 
     def build(self) -> None:
         """Makes the inputs."""
-        choice = self.context.choice
-        image = image_input(height=240)
-        first, second = choice.dropdown("First model"), choice.dropdown("Second model", first=1)
-        choice.loader(second)
-        show_examples(self.context.examples, image)
-        self.inputs = [image, first, second]
+        choice, first = self.context.choice, self.context.model
+        self._second = choice.dropdown("Second model", twin_of(first.value, self.context.checkpoints.classifiers))
+        choice.loader(self._second)
+        self.context.second = self._second
 
-    def connect(self, view: gr.HTML) -> None:
-        """Registers the events: `view` shows the comparison whenever an input changes."""
-        gr.on(
-            [*(component.change for component in self.inputs), view.submit],
-            self.compare,
-            self.inputs,
-            view,
-            preprocess=False,
-            trigger_mode="always_last",
-            show_progress="hidden",
-            api_visibility="private",
-        )
+    def connect(self, view: gr.HTML, what: gr.Radio) -> None:
+        """Registers the events: `view` shows the comparison of the photo and the models on the page.
+
+        What it shows of generators stays, as long as `what` says so.
+        """
+        image, first, second = self.context.image, self.context.model, self._second
+        quiet = dict(show_progress="hidden", trigger_mode="always_last", api_visibility="private")
+        stays = f"(what, shown) => what === '{GENERATORS}' ? shown : ({STALE_NOW})()"
+        gr.on([image.change, first.change, second.change], None, [what, view], view, js=stays, **quiet)
+        view.submit(self.compare, [image, first, second], view, preprocess=False, **quiet)
+        first.change(self.choose_twin, [first, second], second, preprocess=False, **quiet)
+
+    def choose_twin(self, first: str, second: str):
+        """After another choice of the first model: a model is not compared with itself, but with its twin."""
+        names = self.context.checkpoints.classifiers
+        return twin_of(first, names) if first == second and isinstance(first, str) else gr.skip()
 
     def compare(self, upload: dict | None, first: str, second: str) -> str:
         """The answer that the page draws, as JSON."""
@@ -60,7 +59,9 @@ class Classifiers:
                 sides = [self._side(name, networks[name], recorded[name]) for name in (first, second)]
         except ImageError as error:
             return json.dumps(dict(problem=error.message))
-        return packing.pair_of(sides, film={})
+        together = None if second.startswith(loading.UPLOADED) else links.base_of(first, path)
+        link = together and together | {"with": second}
+        return packing.pair_of(sides, film={}, base=link, path=str(path))
 
     def _side(self, name: str, model: nn.Module, recorded: Recorded) -> dict:
         """What the page needs of one classifier, as JSON values."""
@@ -75,6 +76,16 @@ class Classifiers:
             box=_part_seen(model, recorded.image),
             facts=_facts(model, recorded),
         )
+
+
+def twin_of(name: str | None, names: list[str]) -> str | None:
+    """The model to set beside a model: the one that differs from it in the attention alone, if there is one.
+
+    Our names begin with the attention: vca_vit_pico_patch4_32_cifar10 has the twin mhsa_vit_pico_patch4_32_cifar10.
+    """
+    others = [other for other in names if other != name]
+    same = (other for other in others if name and other.partition("_")[2] == name.partition("_")[2])
+    return next(same, next(iter(others), name))
 
 
 def _part_seen(model: nn.Module, image: Image.Image) -> list[float]:

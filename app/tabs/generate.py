@@ -4,6 +4,7 @@ The page (generate.html, .css and .js) shows the frames that stream in. The serv
 for the timeline and for "Explore this step".
 """
 
+import base64
 import json
 from collections.abc import Iterator
 from html import escape
@@ -26,6 +27,7 @@ from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
 
 TITLE = "Generate"
+RECOGNIZED = "automobile"  # of CIFAR-10's classes, one that small generators draw well
 STORE_BYTES = 256 * 2**20
 NO_GENERATOR = """<p class="vca-empty">There is no generator yet. Train one with
 <code>python -m training.generate cifar10_sit_vca --data FOLDER</code>, copy
@@ -34,6 +36,11 @@ LATENTS = """<p class="vca-hint">This model makes latents. The autoencoder {sour
 turns them into pictures; it is fetched when it is first used. Before the last step you see three channels of the
 latents.</p>"""
 FORGOTTEN = "These pictures are no longer kept on the server. Please generate them again."
+FIT_STEPS = f"""(count, sampler, steps) => {{
+    const work = {sampling.MAX_WORK} / (sampler === "heun" ? 2 : 1);
+    const maximum = Math.min({sampling.MAX_STEPS}, Math.floor(work / count));
+    return {{ __type__: "update", maximum, value: Math.min(steps, maximum) }};
+}}"""
 WAITING = '() => JSON.stringify({ state: "waiting" })'
 FAILED = '() => JSON.stringify({ state: "failed" })'
 
@@ -61,16 +68,13 @@ def build(context: Context) -> None:
         except DecoderError as error:
             yield json.dumps(dict(problem=sampling.one_line(error)))
         else:
-            step = max(run.states) if run.images is None else run.request.steps
-            state = "stopped" if run.images is None else "complete"
-            frame = drawing.data_url(run.frame(step), "PNG")
-            yield json.dumps(about | dict(state=state, step=step, image=frame, timeline=_timeline(run)))
+            yield json.dumps(about | _ended(run))
 
     def choose_model(name: str):
         one_of("model", name, checkpoints.generators)
         labels, samplers, note = _choices(checkpoints.configs[name])
         return (
-            gr.Dropdown(labels, value=labels[0]),
+            gr.Dropdown(labels, value=_first(labels)),
             gr.Dropdown(samplers, value=samplers[0]),
             gr.HTML(note, visible=bool(note)),
         )
@@ -79,6 +83,27 @@ def build(context: Context) -> None:
     def fetch_frame(request: dict) -> dict:
         """A frame of a run, for the page. The request names the run's token and the step."""
         return dict(image=drawing.data_url(store.get(request["token"]).frame(request["step"]), "PNG"))
+
+    @page_request
+    def fetch_predicted(request: dict) -> dict:
+        """The final pictures that the network expected at a step. The request names the run's token and the step."""
+        run = store.get(request["token"])
+        with heavy_work():
+            return dict(image=drawing.data_url(run.predicted(request["step"]), "PNG"))
+
+    @page_request
+    def fetch_run(request: dict) -> dict:
+        """What `generate` sent at the end of a run that is still kept, for a page that was reloaded."""
+        return _ended(store.get(request["token"])) | dict(token=request["token"])
+
+    @page_request
+    def save_run(request: dict) -> dict:
+        """The pictures of a run as a file: a grid, or a film of their growing."""
+        run = store.get(request["token"])
+        with heavy_work():
+            if request["form"] == "gif":
+                return dict(url=f"data:image/gif;base64,{base64.b64encode(run.film()).decode()}")
+            return dict(url=drawing.data_url(run.grid(), "PNG"))
 
     @page_request
     def stop_run(request: dict) -> dict:
@@ -116,7 +141,7 @@ def build(context: Context) -> None:
                 checkpoints.generators, label="Model", value=checkpoints.generators[0], elem_classes="vca-model"
             )
             note = gr.HTML(about_first, visible=bool(about_first))
-            label = gr.Dropdown(labels, label="Class", value=labels[0])
+            label = gr.Dropdown(labels, label="Class", value=_first(labels))
             count = gr.Slider(1, sampling.MAX_COUNT, 8, step=1, label="Pictures", buttons=[])
             seed, steps, guidance = sampling_settings()
             sampler = gr.Dropdown(samplers, label="Sampler", value=samplers[0])
@@ -128,7 +153,7 @@ def build(context: Context) -> None:
                 css_template=assets.text("view.css", "generate.css"),
                 js_on_load=assets.script("generate.js"),
                 apply_default_css=False,
-                server_functions=[fetch_frame, stop_run],
+                server_functions=[fetch_frame, fetch_predicted, fetch_run, save_run, stop_run],
                 elem_id="generated",
             )
 
@@ -144,9 +169,10 @@ def build(context: Context) -> None:
     )
     running.failure(None, outputs=viewer, js=FAILED, **quiet)
     viewer.stop(None, cancels=[running], **quiet)
+    gr.on([count.release, sampler.input], None, [count, sampler, steps], steps, js=FIT_STEPS, **quiet)
     name.change(choose_model, name, [label, sampler, note], **quiet)
-    viewer.select(explore_step, outputs=[context.explore.view, context.tabs], **quiet)
-    viewer.submit(classify_picture, outputs=[context.classify.image, context.tabs], **quiet)
+    viewer.select(explore_step, outputs=[context.explored, context.tabs], **quiet)
+    viewer.submit(classify_picture, outputs=[context.image, context.tabs], **quiet)
 
 
 def _choices(config: dict) -> tuple[list[str], list[str], str]:
@@ -155,6 +181,19 @@ def _choices(config: dict) -> tuple[list[str], list[str], str]:
     vae = config["model_args"].get("vae", spec["vae"])
     note = LATENTS.format(source=escape(str(vae))) if vae else ""
     return config["label_names"], list(OBJECTIVES[spec["family"]].SAMPLERS), note
+
+
+def _first(labels: list[str]) -> str:
+    """The class that is chosen at first."""
+    return RECOGNIZED if RECOGNIZED in labels else labels[0]
+
+
+def _ended(run: Run) -> dict:
+    """What the page is told at the end of a run: its newest pictures, and its timeline."""
+    step = max(run.states) if run.images is None else run.request.steps
+    state = "stopped" if run.images is None else "complete"
+    frame = drawing.data_url(run.frame(step), "PNG")
+    return _facts(run) | dict(state=state, step=step, image=frame, timeline=_timeline(run))
 
 
 def _facts(run: Run) -> dict:

@@ -19,7 +19,6 @@ from app.runtime.checkpoints import Checkpoints
 from app.runtime.images import MAX_PIXELS, WORKING_SIDE, read_image
 from app.runtime.packing import MapStore
 from app.tabs import about
-from app.tabs.classify import strip
 from app.ui import build
 from tests.helpers.app import LABELS, MHSA, PLAIN, PREFIXED, SMALL_PYRAMID, photo, recorded
 from vca import preprocessing
@@ -149,33 +148,12 @@ def test_limit_is_what_the_sentence_says():
 # ---- What the visitor sees
 
 
-def test_input_picture_is_the_input(weights, picture):
-    model = vca.load(weights / PREFIXED)
-    x = preprocessing.preprocess(model, read_image(picture))
-    seen = preprocessing.input_picture(model, x)
-    assert seen.size == (20, 16)
-    np.testing.assert_allclose(np.asarray(seen) / 255, x[0].permute(1, 2, 0) * 0.5 + 0.5, atol=0.5 / 255 + 1e-6)
-
-
 def test_crop_is_the_part_that_reaches_the_model(weights, tmp_path):
     image = photo(300, 100)
     model = vca.load(weights / PLAIN)
     crop = preprocessing.center_crop(model, image)
     assert crop.size == (100, 100)
     np.testing.assert_array_equal(np.asarray(crop), np.asarray(image)[:, 100:200])
-
-
-def test_the_strip_draws_what_the_classifier_reads(weights, picture):
-    model, _, maps = recorded(weights, PREFIXED, picture)
-    crop = preprocessing.center_crop(model, read_image(picture))
-    assert "What the class token" in strip(model, maps, crop)
-    model.global_pool = "avg"
-    averaged = strip(model, maps, crop)
-    assert "What the average patch" in averaged
-    values = maps[2].effective[0, 1, 2:, 2:].mean(0)
-    assert f"Block 3, head 2: {values.min():+.3g} to {values.max():+.3g}" in averaged
-    model.global_pool = "max"
-    assert "it pools with &#x27;max&#x27;" in strip(model, maps, crop)
 
 
 # ---- The store of maps

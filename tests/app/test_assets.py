@@ -7,7 +7,7 @@ import pytest
 from app.runtime.assets import FOLDERS
 from vca.explorer import assets
 
-ENTRIES = ("explorer.js", "compare.js", "generate.js")
+ENTRIES = ("think.js", "explorer.js", "compare.js", "generate.js", "examples.js")
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

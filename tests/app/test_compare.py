@@ -13,7 +13,7 @@ from app.runtime import cost, loading, records
 from app.runtime.images import read_image
 from tests.helpers.app import MHSA, PLAIN, PREFIXED, recorded, save_timm
 from tests.helpers.browser import needs_browser
-from tests.helpers.compare_page import READ, facts_of, pair, panel_of
+from tests.helpers.compare_page import READ, facts_of, pair, panel_of, send
 from tests.helpers.page import cell, expected_rows, our_faults, points_in_cells, signed_colors
 from vca import preprocessing
 
@@ -33,8 +33,10 @@ def timm_folder(tmp_path_factory):
 
 
 def load_another(page, tab: str, reference: str) -> str:
-    """Loads a model in a tab; returns what the page then says."""
+    """Loads a model: in Compare as the second one, elsewhere as the page's; returns what the page then says."""
     panel = panel_of(page, tab)
+    if tab != "Compare":
+        panel = page.locator(".vca-choice")
     panel.get_by_text("Load another model").click()
     panel.get_by_label("Hub id, or a folder").fill(reference)
     panel.get_by_role("button", name="Load", exact=True).click()
@@ -158,7 +160,8 @@ def test_models_of_other_depths_are_met_at_the_same_part_of_the_way(page, pictur
 @needs_browser
 def test_forgotten_maps_are_made_anew(page, picture):
     page.route("**/component_server/", lambda route: route.fulfill(json=dict(expired=True)))
-    panel_of(page, "Compare").locator("input[type=file]").first.set_input_files(picture)
+    panel_of(page, "Compare")
+    send(page, picture)
     page.wait_for_selector(".vc .vv-note:has-text('no longer kept')")
     page.unroute("**/component_server/")
     page.locator(".vc .vv-note").get_by_role("button", name="Run again").click()
@@ -184,16 +187,18 @@ def test_latencies_take_turns():
 @needs_browser
 def test_a_model_loaded_in_one_tab_is_in_the_choice_of_all(page, picture, timm_folder):
     assert "config.json: file not found" in load_another(page, "Classify", str(timm_folder.parent))
-    panel = panel_of(page, "Classify")
-    panel.get_by_label("Hub id, or a folder").fill(str(timm_folder))
-    panel.get_by_role("button", name="Load", exact=True).click()
-    panel.locator(".vca-hint:has-text('is loaded')").wait_for()
-    panel.locator("input[type=file]").first.set_input_files(picture)
+    panel_of(page, "Classify")
+    inputs = page.locator(".vca-choice")
+    inputs.get_by_label("Hub id, or a folder").fill(str(timm_folder))
+    inputs.get_by_role("button", name="Load", exact=True).click()
+    inputs.locator(".vca-hint:has-text('is loaded')").wait_for()
+    send(page, picture)
     model = loading.open_model(str(timm_folder))
     probabilities, _ = records.record(model, preprocessing.preprocess(model, read_image(picture)))
-    page.wait_for_selector(f"[data-testid=label-output-value]:has-text('class {probabilities.argmax()}')")
-    for tab, label in (("Explore", "Model"), ("Compare", "First model")):
-        panel_of(page, tab).get_by_label(label, exact=True).click()
+    page.wait_for_selector(f".vt-best:has-text('class {probabilities.argmax()}')")
+    for tab, label in (("Explore", "Model"), ("Compare", "Second model")):
+        panel_of(page, tab)
+        page.get_by_label(label, exact=True).click()
         page.get_by_role("option", name=str(timm_folder)).wait_for()
         page.keyboard.press("Escape")
 
@@ -202,7 +207,8 @@ def test_a_model_loaded_in_one_tab_is_in_the_choice_of_all(page, picture, timm_f
 def test_by_hub_id_in_the_explorer(page, hub, picture, timm_folder):
     hub.put("timm/vit_of_the_test", {file.name: file.read_bytes() for file in timm_folder.iterdir()})
     assert "is loaded" in load_another(page, "Explore", "hf-hub:timm/vit_of_the_test")
-    panel_of(page, "Explore").locator("input[type=file]").first.set_input_files(picture)
+    panel_of(page, "Explore")
+    send(page, picture)
     page.wait_for_selector(".vx[data-state=complete]")
     assert page.locator(".vx-blocks button").count() == 2
     model = loading.open_model(str(timm_folder))
@@ -231,7 +237,8 @@ def test_a_visitors_own_file_and_what_is_none(page, tmp_path, timm_folder):
 @needs_browser
 def test_a_phone_never_scrolls_sideways(page, picture):
     page.set_viewport_size(dict(width=390, height=844))
-    panel_of(page, "Compare").locator("input[type=file]").first.set_input_files(picture)
+    panel_of(page, "Compare")
+    send(page, picture)
     page.wait_for_selector(".vc[data-state=complete]")
     page.wait_for_timeout(300)
     assert page.evaluate("() => document.documentElement.scrollWidth") == 390

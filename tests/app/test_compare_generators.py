@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vca
 from tests.helpers.app import LABELS, PLAIN, save_checkpoints
 from tests.helpers.browser import needs_browser
-from tests.helpers.compare_page import COUNT, LABEL, READ, STEPS, complete, facts_of, pixels, shown
+from tests.helpers.compare_page import COUNT, LABEL, READ, STEPS, complete, facts_of, pixels, send, shown
 from tests.helpers.generate_tab import (
     choose,
     save_generator,
@@ -153,7 +153,7 @@ def test_stop_and_forgotten_pictures_and_the_way_back(page, forwards, picture):
     page.unroute("**/component_server/")
     page.get_by_label("Classifiers", exact=True).check()
     page.wait_for_selector(".vc .vv-note:has-text('Drop an image')")
-    page.get_by_role("tabpanel").locator("visible=true").locator("input[type=file]").first.set_input_files(picture)
+    send(page, picture)
     complete(page)
     assert page.locator(".vc-side h2").first.inner_text() == PLAIN
     assert page.locator(".vc-film").is_hidden()

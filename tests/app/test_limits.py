@@ -233,12 +233,17 @@ WRONG = [None, True, -7, 1e300, "", "x", [], {}, [[]], "[" * 100_000]
         ("compare", "fetch_maps"),
         ("compare", "measure"),
         ("compare", "look"),
+        ("think", "look_inside"),
+        ("think", "what_if"),
+        ("think", "take_tour"),
+        ("think", "reduce"),
     ],
 )
 def test_wrong_types_to_a_page_function(url, element, function):
     config = httpx.get(f"{url}config").json()
     component = next(c for c in config["components"] if c["props"].get("elem_id") == element)
-    keys = ("token", "block", "mode", "head", "query", "lambda", "view", "run", "step", "picture", "withoutClass")
+    keys = "token block mode head query lambda view run step picture withoutClass model path off lambda_scale patches"
+    keys = keys.split()
     for value in [*WRONG, *(dict.fromkeys(keys, value) for value in WRONG)]:
         body = dict(session_hash="test", component_id=component["id"], fn_name=function, data=value)
         answer = httpx.post(f"{url}gradio_api/component_server", json=body)
@@ -253,11 +258,9 @@ def test_wrong_types_to_an_event(url, weights, capfd):
         function = getattr(event.fn, "func", event.fn)  # some are partial
         if function is None or not function.__module__.startswith("app.") or event.api_name in ("models", "generate"):
             continue
-        given_by_gradio = [
-            gr.Request(session_hash="test")
-            for parameter in inspect.signature(event.fn).parameters.values()
-            if parameter.annotation is gr.Request
-        ]
+        given = {gr.Request: gr.Request(session_hash="test"), gr.EventData: gr.EventData(None, {})}
+        annotations = [parameter.annotation for parameter in inspect.signature(event.fn).parameters.values()]
+        given_by_gradio = [given[annotation] for annotation in annotations if annotation in given]
         for value in WRONG:
             try:
                 answer = event.fn(*given_by_gradio, *[value] * len(event.inputs))

@@ -1,5 +1,6 @@
 """A photo is decoded and recorded once for each model, whatever is asked of it."""
 
+import json
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,7 @@ def counts(monkeypatch):
         return count
 
     monkeypatch.setattr(records, "read_image", counted("decoded", records.read_image))
-    monkeypatch.setattr(records, "record", counted("recorded", records.record))
+    monkeypatch.setattr(records, "record_logits", counted("recorded", records.record_logits))
     return counts
 
 
@@ -49,11 +50,13 @@ def upload(picture):
 def test_classify_and_every_attribution_share_one_recording(weights, upload, counts):
     functions = {getattr(f.fn, "__name__", ""): f.fn for f in build(weights).fns.values()}
     method, head = next(iter(METHODS)), "block 2, head 1"
-    labels, *_ = functions["classify"](upload, PLAIN)
+    seen = json.loads(functions["classify"](upload, PLAIN)[0])
     functions["begin"](upload, PLAIN, method)
     figures = [functions["explain"](upload, PLAIN, *asked)[0] for asked in ((method, 2), (head, 2), (head, PREDICTED))]
-    assert len(set(figures)) == 3 and "Block 2, head 1 for up" in figures[1]
-    assert max(labels, key=labels.get) in figures[2]
+    assert " for up" in figures[0] and "speaks for it" in figures[0]
+    assert figures[1] == figures[2], "the map of a head knows no class"
+    assert "Block 2, head 1: attention, the same whichever class" in figures[1] and "speaks for" not in figures[1]
+    assert seen["top"][0][0] in LABELS
     next(functions["measure"](upload, PLAIN, method, 1))
     assert counts == dict(decoded=1, recorded=1)
     functions["explore"](upload, PLAIN)

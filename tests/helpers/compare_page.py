@@ -17,13 +17,19 @@ def panel_of(page, tab: str):
     return page.get_by_role("tabpanel").locator("visible=true")
 
 
+def send(page, path) -> None:
+    """Uploads a photo. What the tabs showed before is no longer called complete."""
+    page.evaluate("() => document.querySelectorAll('.vt, .vx, .vc').forEach((root) => (root.dataset.state = 'before'))")
+    page.locator(".vca-photo input[type=file]").first.set_input_files(path)
+
+
 def pair(page, path, first: str, second: str) -> None:
     """Compares two models with a photo."""
-    panel = panel_of(page, "Compare")
-    for label, name in (("First model", first), ("Second model", second)):
-        panel.get_by_label(label).click()
+    panel_of(page, "Compare")
+    for label, name in (("Model", first), ("Second model", second)):
+        page.get_by_label(label, exact=True).click()
         page.get_by_role("option", name=name, exact=True).last.click()
-    panel.locator("input[type=file]").first.set_input_files(path)
+    send(page, path)
     page.wait_for_selector(".vc[data-state=complete]")
 
 

@@ -60,7 +60,7 @@ def choose(page, model: str) -> None:
     """Explores the picture on the page with another model."""
     if f"model={model}&" in page.url:
         return
-    page.get_by_role("tabpanel").locator("visible=true").get_by_label("Model").click()
+    page.get_by_label("Model", exact=True).click()
     page.get_by_role("option", name=model, exact=True).click()
     page.wait_for_function(f"() => location.hash.includes('model={model}&')")
     page.wait_for_selector(".vx[data-state=complete]")

@@ -249,6 +249,27 @@ READOUTS = {  # what the classifier reads: its arguments, the tokens that decide
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("pool", POOLS)
+def test_head_relevance_is_the_slope_of_the_logit_along_the_head(pool):
+    """Without the depthwise convolution, scaling a head's columns of the output projection scales its attention."""
+    model, x, classes = make(pool, dwc=False), pictures(), torch.tensor([2, 0])
+    found, step = attribution.head_relevance(model, x, classes), 1e-6
+    for block, layer in enumerate(model.blocks):
+        width = layer.attn.proj.weight.shape[1] // HEADS
+        for head in range(HEADS):
+            logits = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    weight = layer.attn.proj.weight
+                    kept = weight.clone()
+                    weight[:, head * width : (head + 1) * width] *= 1 + sign * step
+                    logits.append(model(x).gather(1, classes[:, None])[:, 0])
+                    weight.copy_(kept)
+            torch.testing.assert_close(
+                found[block][:, head], (logits[0] - logits[1]) / (2 * step), rtol=1e-5, atol=1e-8
+            )
+
+
 @pytest.mark.parametrize("case", READOUTS)
 @pytest.mark.parametrize("make_model", [make_vca_vit, make_timm_vit], ids=["vca", "timm"])
 def test_the_readout_is_what_the_logits_depend_on(make_model, case):

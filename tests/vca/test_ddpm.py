@@ -150,3 +150,10 @@ def test_a_callback_that_raises_ends_the_sampling():
         with pytest.raises(KeyboardInterrupt):
             sampler(toy, noise_source(0), times(10), callback)
         assert seen == [0, 1, 2, 3]
+
+
+def test_the_predicted_data_is_what_was_noised():
+    x0 = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    noise, t = torch.randn_like(x0), torch.tensor([400, 400])
+    xt = ddpm.FULL.noised(x0, noise, t)
+    torch.testing.assert_close(ddpm.predicted(lambda x, t: torch.cat([noise, x], 1), xt, 400), x0)

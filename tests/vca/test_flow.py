@@ -122,3 +122,10 @@ def test_a_callback_sees_every_state_and_ends_the_sampling_by_raising():
         with pytest.raises(Stop):
             sampler(mixture_velocity, planar_noise(5), times(9), callback)
         assert seen == [(step, 9, (5, 2)) for step in range(4)]
+
+
+def test_the_predicted_data_is_where_the_velocity_leads():
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    x1 = torch.randn_like(x)
+    exact = lambda state, t: (x1 - state) / (1 - t.view(-1, 1, 1, 1))  # noqa: E731
+    torch.testing.assert_close(flow.predicted(exact, x, 0.25), x1)

@@ -100,6 +100,12 @@ def loss(model: Model, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return mse + variational_bound(torch.cat([predicted.detach(), v], dim=1), x0, xt, t)
 
 
+def predicted(model: Model, x: Tensor, t: int) -> Tensor:
+    """The data x_0 that the model expects, (B, C, ...), on seeing x_t (B, C, ...) at timestep t."""
+    noise, _ = model(x, at_time(t, x)).chunk(2, dim=1)
+    return FULL.clean(x, noise, t)
+
+
 def variational_bound(output: Tensor, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
     """The term of the variational bound at t, bits per dimension, (B,).
 

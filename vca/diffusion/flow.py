@@ -33,6 +33,11 @@ def loss(model: Model, x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
     return (velocity - (x1 - x0)).square().flatten(1).mean(1)
 
 
+def predicted(model: Model, x: Tensor, t: float) -> Tensor:
+    """The data x_1 that the model expects, (B, C, ...), on seeing x_t (B, C, ...) at time t: x + (1 - t) v."""
+    return x + (1 - t) * model(x, at_time(t, x))
+
+
 def logit_normal(normal: Tensor) -> Tensor:
     """Standard normal draws -> times in (0, 1), dense in the middle (arXiv 2403.03206)."""
     return normal.sigmoid()

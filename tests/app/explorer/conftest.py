@@ -1,10 +1,8 @@
 """The Explore tab in a real browser."""
 
-from pathlib import Path
-
 import pytest
 
-from app.runtime.assets import example_files
+from app.runtime.examples import examples
 from tests.helpers.app import save_checkpoints
 from tests.helpers.explorer import save_more_checkpoints, watched
 
@@ -19,17 +17,16 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cat():
-    """The first example's picture."""
-    return Path(example_files()[0])
+    """An example's picture."""
+    return examples()["cat"].path
 
 
 @pytest.fixture(scope="module")
 def open_page(running, url):
     faults = []
     page = watched(running.new_page(viewport=dict(width=1400, height=1000), accept_downloads=True), faults, url)
-    page.goto(url)
-    page.get_by_role("tab", name="Explore").click()
-    page.get_by_role("tabpanel").locator("visible=true").locator(".gallery-item").first.click()
+    page.goto(f"{url}#explore?image=cat")
+    page.wait_for_function("() => location.hash.includes('image=cat&')")
     page.wait_for_selector(".vx[data-state=complete]")
     yield page, faults
     page.close()

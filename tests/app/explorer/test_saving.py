@@ -134,14 +134,15 @@ def test_a_link_brings_the_view_back(page, running, url):
 
 
 @pytest.mark.parametrize(
-    "link, sentence", [("model=nothing", "not here"), ("model=swin&block=999&head=x&query=9,9&map=<b>", "drop it")]
+    "link, sentence",
+    [("model=nothing", "not here"), ("model=swin&image=nothing&block=999&head=x&query=9,9&map=<b>", "Effective")],
 )
 def test_a_broken_link_breaks_nothing(running, url, link, sentence):
     faults = []
     page = watched(running.new_page(), faults, url)
     page.goto(f"{url}#explore?{link}")
     page.wait_for_selector(f"text={sentence}")
-    page.get_by_role("tabpanel").locator("visible=true").locator(".gallery-item").first.click()
+    page.locator(".ve-mine button").first.click()
     page.wait_for_selector(".vx[data-state=complete]")
     page.close()
     assert not faults

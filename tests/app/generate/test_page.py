@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import vca
 from tests.helpers.app import LABELS
@@ -67,6 +68,15 @@ def test_pictures_come_step_by_step_and_every_step_can_be_explored(page, weights
     page.locator(".vg .vv-timeline input").fill("4")
     page.locator(".vg-grid button").nth(2).click()
     model = vca.load(weights / SIT)
+    said = page.locator(".vg .vv-says")
+    assert "t = 0.667: the picture that the network then expects" in said.inner_text()
+    labels = torch.full((3,), LABELS.index("right"))
+    with torch.no_grad():
+        velocity = model.conditioned(labels, 2.0)(states[4], torch.full((3,), 4 / 6))
+    expected = to_bytes(model.decode(states[4] + (1 - 4 / 6) * velocity)).permute(0, 2, 3, 1).numpy()
+    page.wait_for_function("() => document.querySelector('.vg').pictures.expected[4]")
+    np.testing.assert_allclose(shown(page).astype(int), expected, atol=1)
+    page.locator(".vg-noisy input").check()
     np.testing.assert_array_equal(shown(page), to_bytes(model.decode(states[4])).permute(0, 2, 3, 1))
     assert "right, picture 3: after 4 of 6 steps, t = 0.667" in page.locator(".vg .vv-says").inner_text()
 
@@ -111,8 +121,37 @@ def test_a_picture_moves_to_classify(page, weights):
     assert page.locator(".vg .vv-branch").is_hidden()
     page.locator(".vg-grid button").nth(1).click()
     page.get_by_role("button", name="Classify this picture").click()
-    page.wait_for_selector(".vca-strip")
-    assert page.locator("[data-testid=label-output-value]").inner_text() in LABELS
+    page.wait_for_selector(".vt[data-state=complete]")
+    assert page.locator(".vt-best").inner_text() in LABELS
+
+
+@needs_browser
+def test_pictures_survive_a_reload_and_can_be_saved(page, weights, tmp_path):
+    generate(page)
+    ended(page, "complete")
+    before = shown(page)
+    page.reload()
+    page.get_by_role("tab", name="Generate").click()
+    ended(page, "complete")
+    np.testing.assert_array_equal(shown(page), before)
+    for form, frames in (("png", 1), ("gif", 7)):
+        with page.expect_download() as download:
+            page.locator(f"[data-save={form}]").click()
+        assert download.value.suggested_filename == f"right.{form}"
+        download.value.save_as(path := tmp_path / f"saved.{form}")
+        saved = Image.open(path)
+        assert saved.size == (3 * 8 * 24, 8 * 16) and getattr(saved, "n_frames", 1) == frames
+    grid = np.asarray(Image.open(tmp_path / "saved.png"))[4::8, 4::8]
+    np.testing.assert_array_equal(grid, np.concatenate(list(before), axis=1))
+
+
+@needs_browser
+def test_the_slider_of_steps_ends_where_a_request_is_refused(page):
+    page.get_by_label("number input for Steps").fill("250")
+    page.get_by_label("number input for Pictures").fill("16")
+    page.keyboard.press("Tab")
+    page.wait_for_function("() => document.querySelector('[aria-label=\"number input for Steps\"]').max === '100'")
+    assert page.get_by_label("number input for Steps").input_value() == "100"
 
 
 @needs_browser

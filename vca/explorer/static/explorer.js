@@ -3,13 +3,12 @@
 // file too, on maps that it brings along.
 
 import { buildChart, buildStrip, drawControls, listen } from "./explorer_controls.js";
-import { linked, listenToLinks, listenToSaving, viewOfLink, writeLink } from "./explorer_saving.js";
-import { colorTables, drawMap, paint, raster, theme } from "./map_drawing.js";
-import { SCALES, describe, hundredths, lambdasOf, meaningOf, nameOfHead, number, ordinal, thousandths, titlesOf } from "./map_words.js";
+import { addressOf, listenToLinks, listenToSaving, viewOfLink, writeLink } from "./explorer_saving.js";
+import { colorTables, drawMap, overlayBar, paint, raster, theme } from "./map_drawing.js";
+import { SCALES, describe, hundredths, lambdasOf, marksOf, meaningOf, nameOfHead, number, ordinal, thousandths, titlesOf } from "./map_words.js";
 import { MEAN, clamp, indexAt, isSigned, latticeOf, limitOf, modeOf, nameOf, prepare, rowsOfHeads, total } from "./maps.js";
-import { Panel, writeFigure } from "./panel.js";
+import { Panel, make, press, writeFigure } from "./panel.js";
 
-const AWAITED = "The view of this link waits for its picture: drop it on the left.";
 const STAGES = ["λ₁", "λ₂"];
 
 export class Explorer extends Panel {
@@ -24,6 +23,7 @@ export class Explorer extends Panel {
 
   constructor(host) {
     super(host, ".vx");
+    this.address = addressOf(this.root);
     this.large = this.find(".vx-large canvas");
     this.figures = [...this.root.querySelectorAll(".vv-panels figure")];
     this.colors = colorTables(this.props.palette);
@@ -33,6 +33,7 @@ export class Explorer extends Panel {
       block: Infinity,
       head: MEAN,
       scale: "map",
+      look: "cells",
       query: { x: 0.5, y: 0.5, prefix: null },
       ...this.props.view,
       ...viewOfLink(),
@@ -41,14 +42,19 @@ export class Explorer extends Panel {
 
   async receive() {
     const received = this.props.value ? JSON.parse(this.props.value) : null;
+    if (received?.stale) {
+      this.run = this.current = null;
+      return this.expire();
+    }
     const run = received?.token ? received : null;
+    this.isStale = false;
     this.run = run;
     this.layers = [];
     this.table = [];
     this.current = this.whatIf = null;
     this.root.dataset.state = run ? "loading" : "empty";
     this.find(".vx-body").hidden = !run;
-    if (!run) return this.note(received?.problem ?? (isAwaited() ? AWAITED : this.hint), { style: received ? "vv-problem" : "" });
+    if (!run) return this.note(received?.problem ?? this.hint, { style: received ? "vv-problem" : "" });
     this.note("");
     this.photo = Object.assign(new Image(), { src: run.image });
     await this.photo.decode();
@@ -77,6 +83,8 @@ export class Explorer extends Panel {
     }
     if (state.scale === "all") this.draw();
     this.root.dataset.state = "complete";
+    const isLost = document.activeElement === document.body && navigator.userActivation?.hasBeenActive;
+    if (isLost) this.large.focus({ preventScroll: true }); // it was on a button of another tab
   }
 
   noteLoss({ expired }) {
@@ -191,6 +199,7 @@ export class Explorer extends Panel {
       prefixNames: isLarge ? this.run.prefixNames : null,
       point: this.state.query,
       hover: this.hover,
+      isSmooth: isLarge && this.state.look === "smooth",
     });
   }
 
@@ -225,6 +234,10 @@ export class Explorer extends Panel {
     }
     const title = titles[signed ? state.stream : "positive"];
     const shown = `${title}${whatIf === null || state.stream !== "differential" ? "" : ` with λ = ${hundredths(whatIf)}`}`;
+    const over = this.streamOf(state.block);
+    this.find(".vx-large i").style.background = overlayBar(this.props.palette, over === "differential", over === "negative");
+    this.find(".vx-large .vv-marks").replaceChildren(...marksOf(over, this.limitOf(over)).map((textContent) => make("span", { textContent })));
+    for (const button of this.find(".vx-looks").children) press(button, button.dataset.look === state.look);
     this.find(".vx-large figcaption").textContent = `${shown} over the image: the stronger the colour, the larger the value.`;
     this.large.setAttribute("aria-label", `${shown} over the image: ${this.summary(this.streamOf(state.block))} Arrow keys move the query.`);
     this.find(".vx-strip h2").textContent = `${title}, of the same query in every head`;
@@ -247,6 +260,7 @@ export class Explorer extends Panel {
     const { info, whatIf } = this;
     const values = this.current[stream];
     const sum = total(values);
+    if (this.mode === "effective" && stream === "negative" && sum === 0) return "pushes nothing away";
     const lambda = whatIf ?? info[`lambda${this.stage}`];
     if (info.patches && info.slots > values.reduce((seen, v) => seen + !Number.isNaN(v), 0)) {
       return `row sum ${sum.toFixed(3)}, the rest on padding`;
@@ -263,8 +277,6 @@ export class Explorer extends Panel {
     return `block ${this.info.label}, ${this.headName}, query ${this.queryName}; strongest at ${where}, ${number(values[strongest])}.`;
   }
 }
-
-const isAwaited = () => linked().get("model") && !linked().get("image");
 
 export function mount(host) {
   const view = new Explorer(host);

@@ -27,6 +27,11 @@ export function listen(view) {
   for (const button of view.find(".vx-modes").children) button.onclick = () => view.show({ mode: button.dataset.mode });
   for (const button of view.find(".vx-scales").children) button.onclick = () => view.show({ scale: button.dataset.scale });
   for (const figure of view.figures) figure.querySelector("button").onclick = () => view.show({ stream: figure.dataset.stream });
+  for (const button of view.find(".vx-looks").children) button.onclick = () => view.show({ look: button.dataset.look });
+  view.root.addEventListener("keydown", (event) => {
+    const isTyped = event.ctrlKey || event.metaKey || event.altKey;
+    if (event.key === "c" && !isTyped && view.current) view.show({ look: view.state.look === "cells" ? "smooth" : "cells" });
+  });
   view.find(".vx-again").onclick = () => view.trigger("submit");
   for (const canvas of [view.large, ...view.figures.map((figure) => figure.querySelector("canvas"))]) listenToPointer(view, canvas);
   listenToKeys(view.root, {

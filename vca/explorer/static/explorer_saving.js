@@ -1,5 +1,6 @@
 // What can be taken away from the explorer: the link of a view, and files.
 
+import { Address, linked } from "./links.js";
 import { drawingOf } from "./map_figure.js";
 import { SCALES, hundredths, lambdasOf, marksOf, titlesOf } from "./map_words.js";
 import { MEAN, STREAMS, clamp, indexAt, isSigned } from "./maps.js";
@@ -7,14 +8,12 @@ import { make, redrawOnChange } from "./panel.js";
 
 // ---- The link of a view: #explore?model=...&image=...&map=...
 
-const PREFIX = "#explore?";
+const TAB = "explore";
 
-export function linked() {
-  return new URLSearchParams(location.hash.startsWith(PREFIX) ? location.hash.slice(PREFIX.length) : "");
-}
+export const addressOf = (root) => new Address(TAB, root);
 
 export function viewOfLink() {
-  const link = linked();
+  const link = linked(TAB);
   const view = {};
   const take = (key, pattern, read) => pattern.test(link.get(key) ?? "") && Object.assign(view, read(link.get(key)));
   take("map", /^(effective|stage1|stage2)$/, (mode) => ({ mode }));
@@ -30,35 +29,25 @@ export function viewOfLink() {
   return view;
 }
 
-export function writeLink({ run, state }) {
-  if (!run?.model) return clearLink(run);
+export function writeLink({ run, state, props, address }) {
+  if (!run || props.offline) return;
   const { mode, stream, scale, block, head, query } = state;
-  const link = new URLSearchParams({ model: run.model });
-  if (run.example) link.set("image", run.example);
   const point = query.prefix === null ? `${query.x.toFixed(4)},${query.y.toFixed(4)}` : `token${query.prefix + 1}`;
   const view = { map: mode, stream, block: block + 1, head: head === MEAN ? "mean" : head + 1, query: point, scale };
-  for (const [key, value] of Object.entries(view)) link.set(key, value);
-  history.replaceState(history.state, "", PREFIX + link);
-}
-
-function clearLink(run) {
-  if (run && location.hash.startsWith(PREFIX)) history.replaceState(history.state, "", location.pathname + location.search);
+  address.write(run.base, view, run.path);
 }
 
 // Follows a link that is typed or clicked, and keeps the page's address up to date while the explorer is on show.
 export function listenToLinks(view) {
   addEventListener("hashchange", () => {
-    const { run } = view;
-    const link = linked();
-    if (!link.get("model")) return;
     Object.assign(view.state, viewOfLink());
-    if (run && link.get("model") === run.model && (link.get("image") ?? run.example) === run.example) view.show({});
-    else view.trigger("select");
+    if (view.run && view.root.clientWidth) view.show({});
   });
   redrawOnChange(view.root, () => {
+    view.address.note();
+    if (view.isStale && view.root.clientWidth) return view.renew();
     view.draw();
-    if (view.root.clientWidth) writeLink(view);
-    else clearLink(view.run);
+    writeLink(view);
   });
 }
 
@@ -78,7 +67,7 @@ function figure(view) {
     point: state.query,
     palette: view.props.palette,
     title: [run.model, `block ${info.label}`, view.headName].filter(Boolean).join(" · "),
-    lines: [`${term}: ${words}. Query: ${view.queryName}.`, [...lambdas, SCALES[state.scale]].join(", ").replace(/^./, (first) => first.toUpperCase())],
+    lines: [`${term}: ${words}. Query: ${view.queryName}.`, [...lambdas, SCALES[state.scale]].join(", ").replace(/^[a-z]/, (first) => first.toUpperCase())],
     over: view.streamOf(state.block),
     maps: (isSigned(info, mode) ? STREAMS : ["positive"]).map((stream) => {
       const limit = view.limitOf(stream);

@@ -38,6 +38,11 @@ export function barOf(palette, scheme, stream) {
   return `linear-gradient(to right, ${stops.join(", ")})`;
 }
 
+// The colour bar of what is laid over a photo.
+export function overlayBar({ overlay: { positive, negative } }, isSigned, isNegative = false) {
+  return `linear-gradient(to right, ${isSigned ? `${negative}, ` : ""}#b9b9bd, ${isNegative ? negative : positive})`;
+}
+
 // The values of a stream as pixels; the negative stream is positive in number and blue in colour.
 export function paint(values, stream, limit, colors) {
   const scale = limit ? (stream === "negative" ? -STEPS : STEPS) / limit : 0;
@@ -77,8 +82,9 @@ export function raster(canvas, info, mode, painted) {
 //   painted              the colour of every key
 //   photo                drawn below the map, if given
 //   prefixNames          written beside the squares of the prefix tokens, if given
+//   isSmooth             blend the cells into each other
 //   point, hover         the query's point, and the key under the pointer or null
-export function drawMap(canvas, { info, mode, aspect, painted, photo = null, prefixNames = null, point, hover = null }) {
+export function drawMap(canvas, { info, mode, aspect, painted, photo = null, prefixNames = null, point, hover = null, isSmooth = false }) {
   const [queries, keys] = [latticeOf(info, mode, "query"), latticeOf(info, mode, "key")];
   const boxes = layout(canvas, info, aspect, prefixNames);
   const scale = window.devicePixelRatio;
@@ -89,7 +95,8 @@ export function drawMap(canvas, { info, mode, aspect, painted, photo = null, pre
   context.scale(scale, scale);
 
   if (photo) context.drawImage(photo, ...boxes.image);
-  context.imageSmoothingEnabled = false;
+  context.imageSmoothingEnabled = isSmooth;
+  context.imageSmoothingQuality = "high";
   context.drawImage(raster(document.createElement("canvas"), info, mode, painted), ...boxes.image);
 
   if (info.patches) drawWindows(context, info, boxes.image, photo ? 1 : 0.5);

@@ -57,6 +57,9 @@ export function describe({ kind, grid, tokens, keys, window }) {
   return `${KINDS[kind] ?? kind}: ${parts.join(", ")}`;
 }
 
+// A probability; small ones with a decimal.
+export const percent = (part) => (part < 0.0995 ? `${(100 * part).toFixed(1)} %` : `${Math.round(100 * part)} %`);
+
 export const hundredths = (value) => value.toFixed(2).replace("-", "−");
 export const thousandths = (value) => value.toFixed(3).replace("-", "−");
 

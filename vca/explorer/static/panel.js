@@ -29,6 +29,18 @@ export class Panel {
     return this.root.querySelector(selector);
   }
 
+  // Another photo or model is on the page: the server is asked about it once the visitor looks here.
+  expire() {
+    this.isStale = true;
+    this.root.dataset.state = "loading";
+    if (this.root.clientWidth) this.renew();
+  }
+
+  renew() {
+    this.isStale = false;
+    this.trigger("submit");
+  }
+
   // Says something above the view, or nothing. `button` selects the one of the note's buttons that is shown.
   note(text, { style = "", button = null } = {}) {
     const note = this.find(".vv-note");

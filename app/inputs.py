@@ -1,0 +1,134 @@
+"""The photo and the model of the page, which all tabs share, and the examples that belong to the model."""
+
+import json
+from pathlib import Path
+
+import gradio as gr
+
+from app.components import ModelChoice
+from app.runtime import assets
+from app.runtime.checkpoints import Checkpoints
+from app.runtime.examples import Answer, Chosen, Example, chosen_for, examples
+from app.runtime.images import read_image
+from app.runtime.validation import refused
+from vca import drawing
+
+TILE = 200  # pixels
+OTHERS = 4  # examples shown of each other model, at most
+
+
+class Gallery:
+    """The examples of every model of `weights/`; those of another model are found when it is chosen."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+        self._chosen: dict[str, Chosen] = {}
+
+    def chosen(self, name: str | None) -> Chosen:
+        """The examples that a model gets right, and its mistake."""
+        if not isinstance(name, str):
+            return Chosen()
+        if name not in self._chosen:
+            try:
+                chosen = chosen_for(self.checkpoints.load(name))
+            except gr.Error:  # a damaged checkpoint: the tabs say so
+                return Chosen()
+            if name not in (*self.checkpoints.classifiers, *self.checkpoints.finer):  # a visitor's own: not kept
+                return chosen
+            self._chosen[name] = chosen
+        return self._chosen[name]
+
+    def first(self, name: str | None) -> Example | None:
+        """The example that the page opens on: the surest answer of a model."""
+        right = self.chosen(name).right
+        return right[0].example if right else None
+
+    def tiles(self, name: str | None) -> str:
+        """What the page draws, as JSON: the tiles of a model, and those of others."""
+        chosen = self.chosen(name)
+        mine = [_tile(a.example, name, _says(a)) for a in chosen.right]
+        if chosen.mistake:
+            mine.append(_tile(chosen.mistake.example, name, _says(chosen.mistake), self._why(name, chosen.mistake)))
+        if not mine:
+            mine = [_tile(example, name, "") for example in examples().values() if example.path.suffix == ".jpg"]
+        shown = {tile["name"] for tile in mine}
+        others = []
+        for other in self.checkpoints.classifiers:
+            if other != name and "/" not in other:
+                new = [a for a in self.chosen(other).right if a.example.name not in shown][:OTHERS]
+                shown |= {a.example.name for a in new}
+                others += [_tile(a.example, other, _says(a)) for a in new]
+        return json.dumps(dict(mine=mine, others=others, isKnown=bool(chosen.right)))
+
+    def _why(self, name: str, mistake: Answer) -> str:
+        labels = self.checkpoints.load(name).label_names
+        title = mistake.example.title
+        if any(map(mistake.example.fits, labels)):
+            return f"A mistake: it knows what {title} looks like from other photos, and is wrong about this one."
+        said = f"{mistake.label} {mistake.probability:.0%}"
+        return f"A mistake: none of its {len(labels)} classes is right for {title}, and it must name one: {said}."
+
+
+def build(checkpoints: Checkpoints, choice: ModelChoice) -> tuple[gr.Image, gr.Dropdown]:
+    """Builds the photo, its examples and the choice of model."""
+    gallery = Gallery(checkpoints)
+    name = next(iter(checkpoints.classifiers), None)
+    first = gallery.first(name)
+
+    def pick(event: gr.EventData, model: str) -> tuple:
+        example = examples().get(getattr(event, "name", None))
+        wanted = getattr(event, "model", None)
+        if example is None:
+            raise refused("This is not an example of this page.")
+        return example.path, gr.skip() if wanted in (None, model) else wanted
+
+    image = image_input(str(first.path) if first else None)
+    shown = gr.HTML(
+        gallery.tiles(name),
+        html_template=assets.text("examples.html"),
+        css_template=assets.text("examples.css"),
+        js_on_load=assets.script("examples.js"),
+        apply_default_css=False,
+        elem_id="examples",
+    )
+    with gr.Column(elem_classes="vca-choice", min_width=0):
+        model = choice.dropdown("Model", name)
+        choice.loader(model)
+    quiet = dict(preprocess=False, show_progress="hidden", api_visibility="private")
+    shown.select(pick, model, [image, model], **quiet)
+    model.change(gallery.tiles, model, shown, trigger_mode="always_last", **quiet)
+    return image, model
+
+
+def image_input(value: str | None) -> gr.Image:
+    """An image that is uploaded, taken with a camera or pasted.
+
+    Functions that take the image should be registered with `preprocess=False`, so that they get the uploaded file and
+    gradio does not decode it first; `images.uploaded_file` and `images.read_image` read it.
+    """
+    return gr.Image(
+        value,
+        type="filepath",
+        image_mode=None,
+        label="Photo",
+        sources=["upload", "webcam", "clipboard"],
+        buttons=[],
+        height=240,
+        elem_classes="vca-photo",
+    )
+
+
+def _says(answer: Answer) -> str:
+    return f"{answer.label} {answer.probability:.0%}"
+
+
+def _tile(example: Example, model: str | None, says: str, why: str = "") -> dict:
+    return dict(name=example.name, title=example.title, model=model, says=says, why=why, url=_thumbnail(example.path))
+
+
+def _thumbnail(path: Path) -> str:
+    image = read_image(path)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    small = image.resize((TILE, TILE), box=(left, top, left + side, top + side))
+    return drawing.data_url(small, "JPEG")

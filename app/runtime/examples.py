@@ -1,0 +1,125 @@
+"""Example images, and which of them belong to a model: those that it gets right, and one that it gets wrong."""
+
+import atexit
+import shutil
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+from PIL import Image
+from torch import nn
+
+from app.runtime import records
+from app.runtime.assets import STATIC
+from app.runtime.folders import new_folder
+from app.runtime.gradio_adapter import bundled_image
+from app.runtime.images import read_image
+from app.runtime.limits import heavy_work
+from vca import preprocessing
+
+SHOWN = 5  # examples that a model gets right, at most
+SIDE = 640
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image that comes with the app.
+
+    Attributes:
+        name: how links call it.
+        title: what it shows, in words.
+        path: its file.
+        right: the names that a class of this image may have, in lower case.
+    """
+
+    name: str
+    title: str
+    path: Path
+    right: frozenset[str]
+
+    def fits(self, label: str) -> bool:
+        """Whether a label, such as "lion" or ImageNet's "lion, king of beasts", is right for this image."""
+        return not self.right.isdisjoint(label.lower().split(", "))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of an example: its label and probability, and whether that is right."""
+
+    example: Example
+    label: str
+    probability: float
+    is_right: bool
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The examples of a model: those it gets right, surest first, and one mistake, if it makes it."""
+
+    right: list[Answer] = field(default_factory=list)
+    mistake: Answer | None = None
+
+
+def _photos() -> dict[str, tuple[str, Image.Image, set[str]]]:
+    """Pictures of scikit-image and gradio: what they show, and the labels that are right."""
+    return {
+        "lion": ("a lion", Image.open(bundled_image("lion.jpg")), {"lion"}),
+        "cat": (
+            "a cat",
+            Image.fromarray(skimage.data.cat()),
+            {"cat", "tabby", "tabby cat", "tiger cat", "egyptian cat"},
+        ),
+        "motorcycle": (
+            "a motorcycle",
+            Image.fromarray(skimage.data.stereo_motorcycle()[0]),
+            {"motorcycle", "motor scooter", "moped"},
+        ),
+        "coffee": ("a cup of espresso", Image.fromarray(skimage.data.coffee()), {"espresso"}),
+        "galaxies": ("galaxies", Image.fromarray(skimage.data.hubble_deep_field()), {"galaxies", "galaxy"}),
+        "rocket": ("a rocket", Image.fromarray(skimage.data.rocket()), {"rocket", "missile", "projectile"}),
+    }
+
+
+MISTAKES = ("galaxies", "rocket")  # those that may be shown as one, in this order
+GENERATED = sorted((STATIC / "examples").glob("*.png"))
+# The first picture of each class by `python -m training.sample weights/vca_sit_xs_4_cifar10 --count 10 --guidance 3`.
+
+
+@cache
+def examples() -> dict[str, Example]:
+    """All examples by name: the photos, written as JPEG files into a temporary folder, then generated pictures."""
+    folder = new_folder("examples")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    found = {}
+    for name, (title, image, right) in _photos().items():
+        image = image.convert("RGB")
+        image.thumbnail((SIDE, SIDE))
+        path = folder / f"{name}.jpg"
+        image.save(path, quality=92)
+        found[name] = Example(name, title, path, frozenset(right))
+    for path in GENERATED:
+        label = path.stem.removeprefix("generated-")
+        found[path.stem] = Example(path.stem, f"a generated {label}", path, frozenset({label}))
+    return found
+
+
+def chosen_for(model: nn.Module) -> Chosen:
+    """Runs a classifier on the examples whose class it knows, and on those that may be a mistake."""
+    known = [e for e in examples().values() if any(map(e.fits, model.label_names))]
+    answers = [_answer(model, example) for example in known]
+    right = sorted((a for a in answers if a.is_right), key=lambda a: -a.probability)
+    if not right:
+        return Chosen()
+    candidates = (_answer(model, examples()[name]) for name in MISTAKES)
+    return Chosen(right[:SHOWN], next((a for a in candidates if not a.is_right), None))
+
+
+def _answer(model: nn.Module, example: Example) -> Answer:
+    with heavy_work():
+        x = preprocessing.preprocess(model, read_image(example.path))
+        probabilities = records.classify(model, x)
+    best = int(np.argmax(probabilities))
+    label = model.label_names[best]
+    return Answer(example, label, float(probabilities[best]), example.fits(label))
