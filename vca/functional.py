@@ -1,5 +1,7 @@
 """The equations of Visual-Contrast Attention as pure tensor functions (arXiv 2511.00833, section 3).
 
+Those that ask for a type, a size or the grad mode are leaves of a graph that torch.fx traces, by timm's tracer or another.
+
 Shapes: B batch, H heads, BH = B * H, d channels per head, C = H * d, T = P + N tokens (P prefix tokens, then N patches
 of an `Hg x Wg` grid, row-major), n = h * w contrast tokens, S streams: 2, (positive, negative), or the positive alone.
 """
@@ -8,6 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_function
 from torch import Tensor
 
 RMS_EPS = 1e-5
@@ -25,6 +28,8 @@ def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
 
 
+@register_notrace_function
+@torch.fx.wrap
 def contrast_lambda(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, init: float) -> Tensor:
     """lambda = exp(q1 . k1) - exp(q2 . k2) + init, a scalar, in at least float32. Vectors have shape (d,)."""
     return torch.dot(upcast(q1), upcast(k1)).exp() - torch.dot(upcast(q2), upcast(k2)).exp() + init
@@ -42,6 +47,8 @@ def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
     return tokens.view(batch, length, num_heads, dim // num_heads).transpose(1, 2).flatten(0, 1)
 
 
+@register_notrace_function
+@torch.fx.wrap
 def pool_queries(
     q: Tensor, grid_size: tuple[int, int], token_grid: tuple[int, int], query: Tensor | None = None
 ) -> Tensor:
@@ -73,6 +80,8 @@ def pool_queries(
     return pooled.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+@register_notrace_function
+@torch.fx.wrap
 def contrast_tokens(pooled: Tensor | None, embeds: tuple[Tensor, Tensor] | None, num_heads: int, batch: int) -> Tensor:
     """The two streams t+- = pool + e+-, one after the other, scaled by d^-1/2 for both stages.
 
@@ -151,6 +160,8 @@ def apply_map(difference: Tensor, values: Tensor, axes: tuple[int, ...]) -> Tens
     return torch.bmm(rows.to(values.dtype), values)
 
 
+@register_notrace_function
+@torch.fx.wrap
 def contrast(
     tokens: Tensor, x: Tensor, values: Tensor, lam: Tensor | None, gain: float, axes: tuple[int, ...]
 ) -> Tensor:
@@ -170,6 +181,13 @@ def contrast(
     out = apply_map(subtract_streams(streams, lam, in_place), values, axes)
     scale = rms_scale(out, gain).to(out.dtype)
     return out.mul_(scale) if in_place else out * scale
+
+
+@register_notrace_function
+@torch.fx.wrap
+def add_product(base: Tensor, x: Tensor, gain: Tensor) -> Tensor:
+    """base + x * gain, in the memory of `base` if no gradient is recorded."""
+    return base.addcmul(x, gain) if torch.is_grad_enabled() else base.addcmul_(x, gain)
 
 
 def effective_map(d1: Tensor, r1: Tensor | None, d2: Tensor | None = None, r2: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 Their kernels are Triton's on a GPU (`vca.kernels.triton_kernels`) and C++ on a CPU (`vca.kernels.cpu`). They are off
 until a layer's `fused_attn` is True, which is its initial value under the environment variable VCA_FUSED=1. They have
-first derivatives, and torch.compile, torch.export, autocast and FlopCounterMode know them.
+first derivatives in reverse mode (`contrast` takes the plain path for those in forward mode), and torch.compile, torch.export, autocast and FlopCounterMode know them.
 """
 
 import importlib.util
@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils.flop_counter import register_flop_formula
 
 from vca import functional as VF
@@ -79,6 +80,10 @@ def contrast(tokens: Tensor, x: Tensor, values: Tensor, lam: Tensor, gain: float
     Returns:
         (BH, n, d) in Stage I, (B, H, T, d) in Stage II.
     """
+    if any(unpack_dual(tensor).tangent is not None for tensor in (tokens, x, values, lam)):
+        values = values.flatten(0, 1) if axes == VF.STAGE1 else values
+        out = VF.contrast(tokens, x.flatten(0, 1), values, lam, gain, axes)
+        return out if axes == VF.STAGE1 else out.unflatten(0, x.shape[:2])
     if axes == VF.STAGE1:
         return contrast_stage1(tokens, x, values, lam, gain)[0]
     return contrast_stage2(tokens, x, values, lam, gain)

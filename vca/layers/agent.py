@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from vca import functional as VF
 from vca.layers.change import UNCHANGED, Change
 from vca.layers.depthwise import add_local, depthwise_conv3x3
-from vca.layers.grid import OnGrid, check_token_grid, refuse_mask
+from vca.layers.grid import OnGrid, check_token_grid
 from vca.layers.layer_maps import LayerMaps, StageMaps, TwoStageMaps
 
 
@@ -73,8 +73,8 @@ class AgentAttention(OnGrid, nn.Module):
         return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True, change=change)
 
     def _attend(self, x: Tensor, attn_mask: None, is_causal: bool, grid_size, keep_maps: bool, change: Change):
-        refuse_mask(attn_mask, is_causal)
-        grid_size, prefix = self.checked_grid(x.shape[1], grid_size), self.num_prefix_tokens
+        x, grid_size = self.checked(x, grid_size, attn_mask, is_causal)
+        prefix = self.num_prefix_tokens
         qkv = self.qkv(x)  # (B, T, 3C)
         pooled = VF.pool_queries(qkv[:, prefix:, : x.shape[2]], grid_size, self.token_grid)  # (B, n, C)
         agents = pooled.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, n, d)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from vca import functional as VF
 from vca.layers.change import UNCHANGED, Change
-from vca.layers.grid import OnGrid, refuse_mask
+from vca.layers.grid import OnGrid
 from vca.layers.layer_maps import GlobalMaps, LayerMaps, StageMaps
 
 
@@ -61,8 +61,8 @@ class DepthwiseConvAttention(OnGrid, Attention):
         return self._attend(x, attn_mask, is_causal, grid_size, keep_maps=True, change=change)
 
     def _attend(self, x: Tensor, attn_mask: None, is_causal: bool, grid_size, keep_maps: bool, change: Change):
-        refuse_mask(attn_mask, is_causal)
-        grid_size, prefix = self.checked_grid(x.shape[1], grid_size), self.num_prefix_tokens
+        x, grid_size = self.checked(x, grid_size, attn_mask, is_causal)
+        prefix = self.num_prefix_tokens
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
         maps: LayerMaps | None = None
         if keep_maps:

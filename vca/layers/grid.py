@@ -4,6 +4,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 _in_this_thread = threading.local()
@@ -38,22 +40,35 @@ class OnGrid:
     num_prefix_tokens: int = 0
     dynamic_grid: bool = False
 
-    def checked_grid(self, length: int, grid_size: tuple[int, int] | None) -> tuple[int, int]:
-        """The grid of a call with `length` tokens.
+    def checked(
+        self, x: Tensor, grid_size: tuple[int, int] | None, attn_mask: None = None, is_causal: bool = False
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """The tokens x (B, T, ...) of a call, and their grid.
 
         Raises:
-            ValueError: the number of tokens is not P + Hg * Wg.
+            ValueError: T is not P + Hg * Wg, or a mask is given.
         """
         if grid_size is None and self.dynamic_grid:
             grid_size = getattr(_in_this_thread, "grid_size", None)
         rows, cols = self.grid_size if grid_size is None else grid_size
-        prefix = self.num_prefix_tokens
-        if length != prefix + rows * cols:
-            raise ValueError(
-                f"got {length} tokens, but this layer is set to {prefix} prefix tokens and a {rows}x{cols} grid "
-                f"({prefix + rows * cols} tokens); set its grid_size to the grid of the input."
-            )
-        return rows, cols
+        return checked_tokens(x, self.num_prefix_tokens, (rows, cols), attn_mask, is_causal), (rows, cols)
+
+
+@register_notrace_function
+@torch.fx.wrap
+def checked_tokens(
+    x: Tensor, prefix: int, grid_size: tuple[int, int], attn_mask: None = None, is_causal: bool = False
+) -> Tensor:
+    """x itself, so that the check stays in a traced graph; see `OnGrid.checked`."""
+    if attn_mask is not None or is_causal:
+        raise ValueError("this attention has no masked form: attn_mask and is_causal are not supported.")
+    length, (rows, cols) = x.shape[1], grid_size
+    if length != prefix + rows * cols:
+        raise ValueError(
+            f"got {length} tokens, but this layer is set to {prefix} prefix tokens and a {rows}x{cols} grid "
+            f"({prefix + rows * cols} tokens); set its grid_size to the grid of the input."
+        )
+    return x
 
 
 def attend(layer: nn.Module, x: Tensor) -> Tensor:
@@ -94,8 +109,3 @@ class GridBlock(nn.Module):
         """Tells the attention its new grid. The window arguments of Swin's stages have no meaning here."""
         if isinstance(self.attn, OnGrid):
             self.attn.grid_size = feat_size[0], feat_size[1]
-
-
-def refuse_mask(attn_mask: None, is_causal: bool) -> None:
-    if attn_mask is not None or is_causal:
-        raise ValueError("attn_mask and is_causal are not supported by this attention.")

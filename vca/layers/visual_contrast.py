@@ -205,10 +205,9 @@ class VisualContrastAttention(OnGrid, nn.Module):
         change: Change,
     ):  # fmt: skip
         """The layer on x (B, T, C); H heads of d channels, n contrast tokens, BH = B * H."""
-        if attn_mask is not None or is_causal:
-            raise ValueError("Visual-Contrast Attention has no masked form: attn_mask and is_causal are not supported.")
+        x, grid_size = self.checked(x, grid_size, attn_mask, is_causal)
         batch, length, dim = x.shape
-        grid_size, prefix = self.checked_grid(length, grid_size), self.num_prefix_tokens
+        prefix = self.num_prefix_tokens
 
         q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).unbind(2)  # (B, T, H, d)
         q_patches, v_patches = ((y[:, prefix:] if prefix else y).flatten(2) for y in (q, v))  # (B, N, C)
@@ -230,12 +229,11 @@ class VisualContrastAttention(OnGrid, nn.Module):
             out = out * gain
         else:
             local = local_term(self.dwc, v_patches, grid_size).unflatten(-1, (self.num_heads, -1))  # (B, N, H, d)
-            add = local.addcmul if torch.is_grad_enabled() else local.addcmul_
             if prefix:
                 head, rest = out.split([prefix, length - prefix], dim=1)  # (B, P, H, d), (B, N, H, d)
-                out = torch.cat([head * gain, add(rest, gain)], dim=1)
+                out = torch.cat([head * gain, VF.add_product(local, rest, gain)], dim=1)
             else:
-                out = add(out, gain)
+                out = VF.add_product(local, out, gain)
         out = self.proj_drop(self.proj(out.reshape(batch, length, dim)))
 
         if recorded1 is None or recorded2 is None:
@@ -265,7 +263,7 @@ class VisualContrastAttention(OnGrid, nn.Module):
             pooled = VF.pool_queries(q, grid_size, self.token_grid, self.pool_query)
         if self.tokens != "pool":
             embeds = self.positive_embed, self.negative_embed
-        return VF.contrast_tokens(pooled, embeds, self.num_heads, len(q))
+        return VF.contrast_tokens(pooled, embeds, self.num_heads, q.shape[0])
 
     def _stage(
         self, kernel: Kernel | None, number: int, tokens: Tensor, x: Tensor, values: Tensor, change: Change

@@ -68,9 +68,9 @@ class StripeAttention(OnGrid, nn.Module):
         return self._attend(qkv, grid_size, keep_maps=True, change=change)
 
     def _attend(self, qkv: Tensor, grid_size: tuple[int, int] | None, keep_maps: bool, change: Change):
-        grid_size = self.checked_grid(qkv.shape[1], grid_size)
+        qkv, grid_size = self.checked(qkv, grid_size)
         window = self.window_size(grid_size)
-        batch, dim = len(qkv), qkv.shape[-1]
+        batch, dim = qkv.shape[0], qkv.shape[-1]
         stripes = VF.split_windows(qkv.flatten(2).unflatten(1, grid_size), window)  # (B, stripes, M, 3C)
         heads = stripes.flatten(0, 1).unflatten(-1, (3, self.num_heads, -1))  # (B * stripes, M, 3, H, d)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B * stripes, H, M, d)
@@ -118,7 +118,7 @@ class CrossShapedAttention(OnGrid, nn.Module):
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
         """Attends over (B, N, C) and returns the same shape."""
-        grid_size = self.checked_grid(x.shape[1], grid_size)
+        x, grid_size = self.checked(x, grid_size)
         parts = self.qkv(x).unflatten(-1, (3, -1)).chunk(len(self.branches), dim=-1)
         out = [branch(part, grid_size=grid_size) for branch, part in zip(self.branches, parts, strict=True)]
         return self.proj_drop(self.proj(torch.cat(out, dim=-1)))

@@ -56,7 +56,7 @@ class SpatialReductionAttention(OnGrid, nn.Module):
         return self._attend(x, grid_size, keep_maps=True, change=change)
 
     def _attend(self, x: Tensor, grid_size: tuple[int, int] | None, keep_maps: bool, change: Change):
-        grid_size = self.checked_grid(x.shape[1], grid_size)
+        x, grid_size = self.checked(x, grid_size)
         key_grid = grid_size[0] // self.ratio, grid_size[1] // self.ratio
         reduced = x
         if self.sr is not None and self.norm is not None:
