@@ -34,8 +34,12 @@ IG_STEPS = 32
 
 
 def cell_size(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """Rows and columns of pixels of a cell: a patch of the model, or several, so that there are at most 16x16 cells."""
-    patch = model.patch_embed.proj.stride
+    """Rows and columns of pixels of a cell: a patch of the model, or several, so that there are at most 16x16 cells.
+
+    For a model without patches, such as a CNN, a cell is so many pixels.
+    """
+    embeds = (getattr(getattr(module, "patch_embed", None), "proj", None) for module in model.modules())
+    patch = next((proj.stride for proj in embeds if isinstance(proj, nn.Conv2d)), (1, 1))
     merged = max(ceil(ceil(side / p) / CELLS) for side, p in zip(images.shape[-2:], patch, strict=True))
     return patch[0] * merged, patch[1] * merged
 
@@ -200,6 +204,8 @@ def _whole_grid_maps(model: nn.Module, images: Tensor, blocks: Sequence[int] | N
         raise ValueError("this model's keys lie on a coarser grid than its queries: its maps cannot be multiplied.")
     if len({layer.grid_size for layer in layers}) > 1:
         raise ValueError("this model's blocks work on grids of different sizes: their maps cannot be multiplied.")
+    if len({tokens.shape[2] for layer in layers for tokens in (layer.values, layer.gathered)}) > 1:
+        raise ValueError("this model's blocks do not all work on the same tokens: their maps cannot be multiplied.")
     return layers
 
 

@@ -4,14 +4,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from vca.layers.grid import GridBlock
-from vca.layers.layer_maps import LayerMaps, StageMaps, WindowMaps, readout
+from vca.layers.layer_maps import GlobalMaps, LayerMaps, StageMaps, WindowMaps, readout
 from vca.recorded import Maps
 from vca.taps import Tap, Watcher, attention_layers, chosen_layers, run_layer, tapped
-from vca.timm_internals import FORWARD_OF_ATTENTION
+from vca.timm_internals import FORWARD_OF_ATTENTION, GRID_BLOCKS
 
 __all__ = ["attention_layers", "record"]
 
@@ -21,35 +21,54 @@ class _Recording(Watcher):
 
     Args:
         layers: the layers, each with `block` and `name` of its `LayerMaps`.
-        model: `grid_size` and `num_prefix_tokens` of the layers that do not know theirs.
+        owners: the model that each layer is part of, the innermost with a patch embedding, or None.
         watched: all modules that this recording taps.
-        owner: the module with the classifier, or None.
+
+    Attributes:
+        located: `grid_size`, and `shift_size` of windows, that blocks and patch embeddings have noted on the way.
     """
 
     keeps_maps = True
 
-    def __init__(self, layers: dict[nn.Module, dict], model: dict, watched: set[nn.Module], owner: nn.Module | None):
+    def __init__(
+        self, layers: dict[nn.Module, dict], owners: dict[nn.Module, nn.Module | None], watched: set[nn.Module]
+    ):
         super().__init__(watched)
         self.layers = layers
-        self.model = model
-        self.owner = owner
+        self.owners = owners
         self.located: dict[nn.Module | None, dict] = {}
         self.maps = Maps()
 
     def add(self, layer: nn.Module, maps: LayerMaps) -> None:
-        new = replace(maps, **self.layers[layer])
+        new, owner = replace(maps, **self.layers[layer]), self.owners[layer]
         if maps.grid_size is None:  # a layer of timm, which does not know where it stands
-            found = self.model | (self.located.get(layer) or self.located.get(None, {}))
-            shift_size = found.pop("shift_size", (0, 0))
-            new = replace(new, **found)
+            patch_embed = getattr(owner, "patch_embed", None)
+            found = self.located.get(layer) or self.located.get(patch_embed, {})
+            shift_size = found.get("shift_size", (0, 0))
+            grid_size = found.get("grid_size") or getattr(patch_embed, "grid_size", None)
+            new = replace(new, grid_size=grid_size, num_prefix_tokens=getattr(owner, "num_prefix_tokens", 0))
+            if isinstance(new, GlobalMaps) and grid_size is not None:
+                new = replace(new, num_prefix_tokens=_prefix_tokens(new, grid_size))
             if isinstance(new, WindowMaps):
                 new = replace(new, shift_size=shift_size)
                 if (patches := new.window_patches) is not None:
                     attention = new.stage1.positive[0].unflatten(0, (-1, len(patches)))  # (B, windows, H, M, M)
                     new = replace(new, stage1=StageMaps(attention))
-        with suppress(ValueError):  # it reads no row of a map
-            new = replace(new, readout=readout(self.owner, new))
+        if owner is not None:
+            with suppress(ValueError):  # it reads no row of a map
+                new = replace(new, readout=readout(owner, new))
         self.maps[:] = sorted([m for m in self.maps if m.block != new.block] + [new], key=lambda m: m.block)
+
+
+def _prefix_tokens(maps: LayerMaps, grid_size: tuple[int, int]) -> int:
+    """How many of a layer's keys stand before the patches of its model's grid: all prefix tokens, or none (CaiT)."""
+    (rows, cols), prefix, keys = grid_size, maps.num_prefix_tokens, maps.stage1.positive.shape[-1]
+    if keys - rows * cols not in (0, prefix):
+        raise ValueError(
+            f"{maps.name}: its {keys} tokens are not the {prefix} prefix tokens and {rows}x{cols} patches of the image."
+            " Models that pool, merge or drop patches on the way cannot be recorded."
+        )
+    return keys - rows * cols
 
 
 def _note_block(recordings: list[_Recording], block: nn.Module, x: Tensor) -> Tensor:
@@ -64,7 +83,7 @@ def _note_block(recordings: list[_Recording], block: nn.Module, x: Tensor) -> Te
 def _note_image(recordings: list[_Recording], patch_embed: nn.Module, x: Tensor) -> Tensor:
     """The patch embedding of a ViT knows the grid of all its layers."""
     for recording in recordings:
-        recording.located[None] = dict(grid_size=tuple(patch_embed.dynamic_feat_size(x.shape[-2:])))
+        recording.located[patch_embed] = dict(grid_size=tuple(patch_embed.dynamic_feat_size(x.shape[-2:])))
     return type(patch_embed).forward(patch_embed, x)
 
 
@@ -84,23 +103,26 @@ def record(model: nn.Module, blocks: Sequence[int] | None = None) -> Iterator[Ma
         `maps.overview(image)`, `maps[3].plot(image)`.
 
     Raises:
-        ValueError: `model` has no attention layer that can be recorded, or a block index is out of range.
+        ValueError: `model` has no attention layer that can be recorded, a block index is out of range, or its patches
+            are not those of one grid. The last may be known only when the model runs.
     """
     chosen = chosen_layers(model, blocks)
-    owner = next((m for m in model.modules() if hasattr(m, "patch_embed")), None)
-    patch_embed = getattr(owner, "patch_embed", None)
-    whole = dict(
-        grid_size=getattr(patch_embed, "grid_size", None), num_prefix_tokens=getattr(owner, "num_prefix_tokens", 0)
-    )
-    layers = {layer: dict(block=block, name=name) for block, name, layer in chosen}
+    if any(isinstance(module, NaFlexVit) for module in model.modules()):
+        raise ValueError("a NaFlexVit cannot be recorded: its patches come from images of several sizes, not one grid.")
+    models = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "patch_embed", None), nn.Module)}
+    layers, owners = {}, {}
+    for block, name, layer in chosen:
+        layers[layer] = dict(block=block, name=name)
+        within = [outer for outer in models if not outer or f"{name}.".startswith(f"{outer}.")]
+        owners[layer] = models[max(within, key=len)] if within else None
     taps: list[Tap] = [(layer, "forward", run_layer) for layer in layers]
     taps += [
         (m, FORWARD_OF_ATTENTION, _note_block)
         for m in model.modules()
-        if isinstance(m, SwinTransformerBlock | GridBlock) and m.attn in layers
+        if isinstance(m, GRID_BLOCKS | GridBlock) and m.attn in layers
     ]
-    if patch_embed is not None and hasattr(patch_embed, "dynamic_feat_size"):
-        taps.append((patch_embed, "forward", _note_image))
-    recording = _Recording(layers, whole, {module for module, _, _ in taps}, owner)
+    patch_embeds = {owner.patch_embed for owner in owners.values() if owner is not None}
+    taps += [(m, "forward", _note_image) for m in patch_embeds if hasattr(m, "dynamic_feat_size")]
+    recording = _Recording(layers, owners, {module for module, _, _ in taps})
     with tapped(recording, taps):
         yield recording.maps

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from functools import reduce
 from types import MethodType
 
+import torch
 from torch import Tensor, nn
 
 from vca.layers.change import UNCHANGED, Change
 from vca.layers.layer_maps import LayerMaps
-from vca.timm_internals import TIMM_MAPS
+from vca.timm_internals import timm_maps
 
 
 class Watcher:
@@ -40,7 +41,7 @@ def attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (name, module)
         for name, module in model.named_modules()
-        if type(module) in TIMM_MAPS or hasattr(module, "forward_with_maps")
+        if timm_maps(module) or hasattr(module, "forward_with_maps")
     ]
 
 
@@ -65,8 +66,8 @@ def run_layer(watchers: list[Watcher], layer: nn.Module, *args, **kwargs) -> Ten
     if change != UNCHANGED:
         kwargs["change"] = change
     recording = [watcher for watcher in watchers if watcher.keeps_maps]
-    if type(layer) in TIMM_MAPS:
-        y, maps = TIMM_MAPS[type(layer)](layer, *args, **kwargs)
+    if (maps_of := timm_maps(layer)) is not None:
+        y, maps = maps_of(layer, *args, **kwargs)
     elif recording:
         y, maps = layer.forward_with_maps(*args, **kwargs)
     else:
@@ -85,6 +86,7 @@ def _tap(module: nn.Module, method: str, watch: Callable) -> None:
     """Puts `method` on the instance: `watch` for threads that watch the module, the class's own for all others."""
     fast = getattr(type(module), method)
 
+    @torch.compiler.disable  # whoever compiled the model: the graph breaks here while it is tapped
     def watched(module, *args, **kwargs):
         watchers = [w for w in getattr(_in_this_thread, "watchers", ()) if module in w.watched]
         return watch(watchers, module, *args, **kwargs) if watchers else fast(module, *args, **kwargs)

@@ -1,26 +1,36 @@
 """What this library uses of timm beyond its public API, in one place: a new version of timm is checked here.
 
-The maps of timm's own layers are here too, since they restate the forward passes of these layers, under a change if
-one is given.
+The maps of timm's own layers are here too, under a change if one is given. They are those that the layer itself
+computes; only `DiffAttention`'s forward pass is restated.
 """
 
+import copy
 from collections.abc import Callable
 
-from timm.layers import Attention, DiffAttention
+from timm.layers import Attention, AttentionRope, DiffAttention
 from timm.layers.trace_utils import _assert
 from timm.models._features import feature_take_indices
-from timm.models.swin_transformer import SwinTransformer, WindowAttention
+from timm.models._input import update_model_args, update_model_input_size
+from timm.models.beit import Attention as BeitAttention
+from timm.models.cait import ClassAttn, TalkingHeadAttn
+from timm.models.eva import EvaAttention
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vca import functional as VF
 from vca.layers.change import UNCHANGED, Change
 from vca.layers.layer_maps import DifferentialMaps, GlobalMaps, LayerMaps, StageMaps, WindowMaps
 
 __all__ = [
-    "FORWARD_OF_ATTENTION", "TIMM_MAPS", "creation_arguments", "feature_take_indices", "trace_assert", "window_sizes",
+    "FORWARD_OF_ATTENTION", "GRID_BLOCKS", "creation_arguments", "feature_take_indices", "timm_maps", "trace_assert",
+    "update_model_args", "update_model_input_size", "window_sizes",
 ]  # fmt: skip
 
-FORWARD_OF_ATTENTION = "_attn"  # the method of `SwinTransformerBlock` that runs its attention over (B, Hg, Wg, C)
+GRID_BLOCKS = SwinTransformerBlock | SwinTransformerV2Block
+FORWARD_OF_ATTENTION = "_attn"  # the method of `GRID_BLOCKS` that runs their attention over (B, Hg, Wg, C)
 trace_assert = _assert
 
 
@@ -34,21 +44,53 @@ def window_sizes(model: SwinTransformer) -> list[tuple[int, int]]:
     return model._ref_window_sizes
 
 
-def _mhsa_maps(layer: Attention, x: Tensor, attn_mask=None, is_causal=False, change: Change = UNCHANGED):
-    """timm's `Attention.forward` with an explicit softmax. Its map leaves out attention dropout."""
-    if attn_mask is not None or is_causal:
-        raise ValueError("masked self-attention can be neither recorded nor changed.")
-    batch, length, _ = x.shape
-    qkv = layer.qkv(x).view(batch, length, 3, layer.num_heads, layer.head_dim).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)  # (B, H, T, d)
-    q, k = layer.q_norm(q) * layer.scale, layer.k_norm(k)
-    attention = change.heads(VF.softmax(q @ k.transpose(-2, -1), -1, in_place=False))  # (B, H, T, T)
-    gathered = layer.attn_drop(attention).to(v.dtype) @ v
-    out = layer.norm(gathered.transpose(1, 2).reshape(batch, length, layer.attn_dim))
-    if layer.gate is not None:
-        out = out * layer.gate(x).sigmoid()
-    maps = GlobalMaps(kind="mhsa", stage1=StageMaps(attention), values=v, gathered=gathered)
-    return layer.proj_drop(layer.proj(out)), maps
+class _Kept(nn.Module):
+    """Stands for the attention dropout of a layer, the last that timm's layers do with their map, and keeps the map."""
+
+    def __init__(self, dropout: nn.Module, change: Change):
+        super().__init__()
+        self.dropout, self.change = dropout, change
+
+    def forward(self, attention: Tensor) -> Tensor:
+        self.map = self.change.heads(attention)
+        self.given = self.dropout(self.map)
+        return self.given
+
+
+class _Product(TorchFunctionMode):
+    """Sees what the kept map is multiplied with."""
+
+    def __init__(self, kept: _Kept):
+        super().__init__()
+        self.kept = kept
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if len(args) == 2 and args[0] is getattr(self.kept, "given", None) and "matmul" in func.__name__:
+            self.values, self.gathered = args[1], out
+        return out
+
+
+def _run_explicitly(layer: nn.Module, change: Change, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward pass of one of timm's layers itself, without fused attention.
+
+    Returns:
+        The output; the map (B, H, T, S) under the change, without attention dropout; the values (B, H, S, d); and the
+        product of the two.
+    """
+    kept = _Kept(layer.attn_drop, change)
+    twin = copy.copy(layer)  # with the same parameters; other threads run `layer`
+    twin._modules = dict(layer._modules, attn_drop=kept)
+    twin.fused_attn = False
+    with _Product(kept) as product:
+        y = type(layer).forward(twin, *args, **kwargs)
+    return y, VF.upcast(kept.map), product.values, product.gathered
+
+
+def _global_maps(layer: nn.Module, *args, change: Change = UNCHANGED, **kwargs) -> tuple[Tensor, LayerMaps]:
+    y, attention, values, gathered = _run_explicitly(layer, change, *args, **kwargs)
+    kind = KINDS_OF_TIMM.get(type(layer), "mhsa")
+    return y, GlobalMaps(kind=kind, stage1=StageMaps(attention), values=values, gathered=gathered)
 
 
 def _diff_maps(layer: DiffAttention, x: Tensor, attn_mask=None, is_causal=False, change: Change = UNCHANGED):
@@ -72,24 +114,29 @@ def _diff_maps(layer: DiffAttention, x: Tensor, attn_mask=None, is_causal=False,
     return y, maps
 
 
-def _window_maps(layer: WindowAttention, x: Tensor, mask: Tensor | None = None, change: Change = UNCHANGED):
-    """timm's `WindowAttention.forward` with an explicit softmax.
+def _window_maps(layer: nn.Module, *args, change: Change = UNCHANGED, **kwargs) -> tuple[Tensor, LayerMaps]:
+    """The layer does not know how many windows an image has: its map is (1, B * windows, H, M, M), by images."""
+    y, attention, _, _ = _run_explicitly(layer, change, *args, **kwargs)
+    return y, WindowMaps(kind="window", window_size=layer.window_size, stage1=StageMaps(attention[None]))
 
-    The layer does not know how many windows an image has: its map is (1, B * windows, H, M, M), image after image.
-    """
-    count, length, _ = x.shape
-    q, k, v = layer.qkv(x).view(count, length, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
-    scores = q * layer.scale @ k.transpose(-2, -1) + layer._get_rel_pos_bias()
-    if mask is not None:
-        scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
-    attention = change.heads(VF.softmax(scores, -1, in_place=False))
-    out = (layer.attn_drop(attention).to(v.dtype) @ v).transpose(1, 2).flatten(2)
-    maps = WindowMaps(kind="window", window_size=layer.window_size, stage1=StageMaps(attention[None]))
-    return layer.proj_drop(layer.proj(out)), maps
+
+KINDS_OF_TIMM = {TalkingHeadAttn: "talking_heads", ClassAttn: "class"}  # of `LayerMaps.kind`; all others are "mhsa"
 
 
 TIMM_MAPS: dict[type[nn.Module], Callable[..., tuple[Tensor, LayerMaps]]] = {
-    Attention: _mhsa_maps,
+    Attention: _global_maps,
+    AttentionRope: _global_maps,
+    BeitAttention: _global_maps,
+    ClassAttn: _global_maps,
     DiffAttention: _diff_maps,
+    EvaAttention: _global_maps,
+    TalkingHeadAttn: _global_maps,
     WindowAttention: _window_maps,
+    WindowAttentionV2: _window_maps,
 }
+
+
+def timm_maps(layer: nn.Module) -> Callable[..., tuple[Tensor, LayerMaps]] | None:
+    """What gives the maps of a layer whose forward pass is that of one of timm's; None for all other modules."""
+    cls = next((cls for cls in type(layer).__mro__ if cls in TIMM_MAPS), None)
+    return TIMM_MAPS[cls] if cls and type(layer).forward is cls.forward else None

@@ -237,6 +237,26 @@ def test_cells_are_patches_or_several(stride, size, want):
     assert attribution.cell_size(model, torch.empty(1, 3, *size)) == want
 
 
+def test_a_cnn_is_explained_where_a_method_is_defined_for_it():
+    model = timm.create_model("resnet10t", num_classes=3).eval()
+    x, classes = torch.randn(1, 3, 64, 64), torch.tensor([1])
+    assert attribution.cell_size(model, x) == (4, 4)
+    for name, method in METHODS.items():
+        if name in MAPS:
+            with pytest.raises(ValueError, match="ResNet has no attention layer"):
+                method(model, x, classes)
+        else:
+            assert method(model, x, classes).shape == (1, 64, 64)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_model_behind_its_own_normalization(name):
+    model, x, classes = make("class token"), pictures(), torch.tensor([1, 2])
+    for wrapped in (nn.Sequential(nn.Identity(), model).eval(), nn.DataParallel(model).eval()):
+        want = METHODS[name](model, x, classes)
+        torch.testing.assert_close(METHODS[name](wrapped, x, classes), want, rtol=0, atol=1e-6)
+
+
 READOUTS = {  # what the classifier reads: its arguments, the tokens that decide, and their name
     "class token": (dict(class_token=True, global_pool="token", reg_tokens=2), [0], "the class token"),
     "average beside a class token": (dict(class_token=True, global_pool="avg"), range(1, 7), "the average patch"),

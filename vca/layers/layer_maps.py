@@ -73,7 +73,8 @@ class LayerMaps(_Lacking):
     Each family of attention has a subclass with what it has beyond this; what a family lacks is None.
 
     Attributes:
-        kind: the kind of attention, such as "vca"; see `vca.layers.factory.KINDS`, and "sr", "window" and "stripes".
+        kind: the kind of attention, such as "vca"; see `vca.layers.factory.KINDS`; and "sr", "window", "stripes", and
+            CaiT's "talking_heads", whose maps are mixed after the softmax, and "class", with the class token's row.
         stage1: the maps of the only stage, or of the first of two.
         block: index of the layer among all attention layers of the model.
         name: its name in the model.
@@ -189,12 +190,14 @@ class WindowMaps(LayerMaps):
 def readout(model: nn.Module, layer: LayerMaps) -> Readout:
     """What a classifier reads of the tokens of a layer: the class token, or the average of the patches.
 
-    timm's distilled models average what a class and a distillation token say.
+    timm's distilled models average what a class and a distillation token say. `model` may be one in a wrapper.
 
     Raises:
         ValueError: it reads something else, such as the maximum over the patches.
     """
-    prefix, pool = layer.num_prefix_tokens, getattr(model, "global_pool", None)
+    prefix = layer.num_prefix_tokens
+    model = next((m for m in model.modules() if hasattr(m, "patch_embed")), model)
+    pool = getattr(model, "global_pool", None)
     if pool == "token":
         if getattr(model, "head_dist", None) is not None:
             name, tokens = "the average of the class token and the distillation token", slice(0, 2)
