@@ -254,7 +254,10 @@ def open_weights(file: Path) -> Iterator[safe_open]:
     except CheckpointError:
         raise
     except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: file not found; a checkpoint needs safetensors weights.") from error
+        message = f"{file}: file not found; a checkpoint needs safetensors weights"
+        if file.with_name("pytorch_model.bin").exists():
+            message += ", and pytorch_model.bin is a pickle. timm writes both with safe_serialization='both'"
+        raise CheckpointError(f"{message}.") from error
     except Exception as error:  # the reader has no error of its own for all that a damaged file may say
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}).") from error
 

@@ -30,6 +30,10 @@ PREPROCESSING_FIELDS = {
 }  # fmt: skip
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
+TIMM_NOTES = {  # of `pretrained_cfg`: what timm also writes there, and nothing here depends on
+    "tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes", "test_input_size",
+    "test_crop_pct", "test_pool_size", "min_input_size", "label_names", "label_descriptions",
+}  # fmt: skip
 LOADING_ARGS = {
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path", "cache_dir",
 }  # fmt: skip
@@ -83,7 +87,12 @@ def read_json(file: Path) -> dict:
 
 
 def check_config(config: dict, file: Path) -> dict:
-    """A config as `vca.save` writes it, with its optional fields filled in; errors are those of `read_config`."""
+    """A config as `vca.save` writes it, with its optional fields filled in; errors are those of `read_config`.
+
+    One that timm wrote (`save_for_hf`, `push_to_hf_hub`) is translated first.
+    """
+    if "training" not in config:
+        config = _from_timm(config, file)
     config = {"model_args": {}, "training": []} | config
     fields = GENERATOR_FIELDS if str(config.get("architecture")) in GENERATORS else CONFIG_FIELDS
     for field, kind in FIELD_TYPES.items():
@@ -114,6 +123,31 @@ def check_config(config: dict, file: Path) -> dict:
     if len(config["label_names"]) != config["num_classes"]:
         raise CheckpointError(f"{file}: {len(config['label_names'])} label_names for {config['num_classes']} classes.")
     return config
+
+
+def _from_timm(config: dict, file: Path) -> dict:
+    """A config of timm's as `vca.save` would have written it. Classes without names are "0", "1", ...
+
+    What timm repeats in `model_args` must agree; faults that `check_config` finds are left to it.
+    """
+    count = config.get("num_classes")
+    if type(count) is not int or not 0 <= count <= MOST_CLASSES:
+        return config
+    translated = {key: value for key, value in config.items() if key != "label_descriptions"}
+    stated, arguments = config.get("pretrained_cfg"), config.get("model_args")
+    if isinstance(arguments, dict):
+        if (repeated := arguments.get("num_classes", count)) != count:
+            raise CheckpointError(f"{file}: num_classes is {count}, but model_args.num_classes {repeated!r}.")
+        translated["model_args"] = {key: value for key, value in arguments.items() if key != "num_classes"}
+    if isinstance(stated, dict):
+        translated["pretrained_cfg"] = {key: value for key, value in stated.items() if key not in TIMM_NOTES}
+    texts = (stated if isinstance(stated, dict) else {}) | config
+    names, descriptions = texts.get("label_names") or {}, texts.get("label_descriptions")
+    if isinstance(names, dict):  # class -> name, with gaps
+        names = [names.get(str(index), str(index)) for index in range(count)]
+    if isinstance(descriptions, dict) and isinstance(names, list) and all(isinstance(name, str) for name in names):
+        names = [descriptions.get(name, name) for name in names]
+    return translated | dict(label_names=names)
 
 
 def check_labels(names: list, file: Path) -> None:

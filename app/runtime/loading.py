@@ -177,8 +177,9 @@ def _load_ours(folder: Path, config: dict) -> nn.Module:
     def check(config: dict) -> None:
         if task_of(config["architecture"]) == "generation":
             raise vca.CheckpointError(f"{folder}: {config['architecture']} is a generator, not a classifier.")
-        arguments = dict(num_classes=config["num_classes"], **config["model_args"])
-        _check_size(folder, config["architecture"], lambda: vca.create_model(config["architecture"], **arguments))
+        architecture, arguments = config["architecture"], config["model_args"]
+        build = lambda: vca.create_model(architecture, num_classes=config["num_classes"], **arguments)  # noqa: E731
+        _check_size(folder, architecture, build)
 
     return load_folder(folder, check_config(config, folder / CONFIG), check)
 

@@ -5,6 +5,7 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from timm.models import create_feature_extractor, get_graph_node_names
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
@@ -114,6 +115,74 @@ def test_fx_tracing_gives_equal_outputs(name):
         out = traced(x)
         assert torch.equal(out["logits"], model(x))
     assert not attention or out["attention"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_are_made_where_and_as_the_factory_is_told(name):
+    """timm's `create_model(device=, dtype=)`, without a device context; what is frozen stays so."""
+    model = small(name, device="meta", dtype=torch.float64)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float64}
+    assert not {"device", "dtype"} & set(model.model_args)
+    model.requires_grad_(False)
+    model.reset_classifier(0)
+    model.set_input_size(img_size=(128, 128))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "vca_sit_xs_4"])
+def test_init_weights_sets_every_parameter(name):
+    """A model of the meta device gets memory, and then its weights by `init_weights` alone."""
+    with torch.device("meta"):
+        model = small(name) if name in FAMILIES else vca.create_model(name, depth=1)
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    model.init_weights()
+    torch.manual_seed(0)
+    built = dict((small(name) if name in FAMILIES else vca.create_model(name, depth=1)).named_parameters())
+    for key, parameter in model.named_parameters():
+        assert parameter.isfinite().all(), key
+        if parameter.numel() >= 256:
+            assert parameter.mean().item() == pytest.approx(built[key].mean().item(), abs=0.1), key
+            assert parameter.std().item() == pytest.approx(built[key].std().item(), rel=0.3, abs=0.01), key
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "vca_swin_tiny"])  # timm's windows cannot
+def test_a_batch_of_no_images(name):
+    model = small(name).eval()
+    x = images(model)[:0]
+    with torch.no_grad():
+        assert model(x).shape == (0, 4)
+        assert len(model.forward_features(x)) == 0
+
+
+@pytest.mark.parametrize("name", ["pvt_tiny", "vca_pvt_tiny", "cswin_tiny", "vca_cswin_tiny"])
+def test_features_of_pyramids_are_nhwc_and_say_so(name):
+    model = small(name).eval()
+    assert model.output_fmt == "NHWC"
+    with torch.no_grad():
+        assert model.forward_features(images(model)).shape == (2, 2, 2, model.num_features)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_options_that_the_attention_cannot_follow_are_refused(name):
+    if name in ("cswin_tiny", "pvt_tiny") or name.startswith("vca"):
+        with pytest.raises(ValueError, match="attention dropout"):
+            small(name, attn_drop_rate=0.1)
+        small(name, attn_drop_rate=0.0)
+    if "deit" not in name and "swin_tiny" not in name:
+        with pytest.raises(ValueError, match="dynamic_img_size: these models have one size"):
+            small(name, dynamic_img_size=True)
+    if "deit" in name:
+        with pytest.raises(ValueError, match="patch_drop_rate: attention='vca' needs all patches"):
+            small(name, patch_drop_rate=0.5)
+        assert small(name, patch_drop_rate=0.5, attention="mhsa").patch_drop.prob == 0.5
+        for block in (ParallelScalingBlock, ParallelThingsBlock):
+            with pytest.raises(ValueError, match=f"block 0 is a {block.__name__}, which has no attention layer"):
+                small(name, block_fn=block)
 
 
 SIZES = [(288, 288), (448, 448), (192, 320)]

@@ -134,7 +134,17 @@ def test_timesteps():
         for steps in (0, 1001):
             with pytest.raises(ValueError, match=f"steps={steps} must lie between 1 and 1000"):
                 times(steps)
-    assert ddpm.even_times(1) == [999]
+    assert ddpm.even_times(1) == [0], "DiT's script takes the cleanest timestep alone"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 50, 250, 277, 999, 1000])
+def test_timesteps_are_spaced_as_in_dit(steps):
+    """DiT adds up a stride and rounds to even, which tells where the position is halfway, as at 277 steps."""
+    position, stride, want = 0.0, 999 / (steps - 1) if steps > 1 else 1.0, []
+    for _ in range(steps):
+        want.append(round(position))
+        position += stride
+    assert ddpm.even_times(steps) == want[::-1]
 
 
 def test_a_callback_that_raises_ends_the_sampling():

@@ -13,6 +13,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.kernels import needs_compiler
@@ -244,6 +245,26 @@ def test_a_layer_has_the_output_and_gradients_of_the_plain_one(options):
     for name, grad, target in zip(names, gradients(layer, x, weight), targets, strict=True):
         tolerance = 1e-4 if "lambda" in name else 1e-5  # lambda's gradient is a sum that cancels
         assert relative_error(grad, target) < tolerance, name
+
+
+@only_float32
+def test_derivatives_in_forward_mode_are_those_of_the_plain_layer():
+    layer, exact, x = fused_and_exact()
+    tangent = torch.randn_like(x)
+    want = torch.func.jvp(exact, (x.double(),), (tangent.double(),))[1]
+    assert relative_error(torch.func.jvp(layer, (x,), (tangent,))[1], want.detach()) < 1e-5
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+    assert relative_error(got, want.detach()) < 1e-5
+    change = torch.randn_like(layer.positive_embed)
+
+    def of_the_weights(net: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+        def run(embed: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(net, dict(positive_embed=embed), (x.to(dtype),))
+
+        return torch.func.jvp(run, (layer.positive_embed.detach().to(dtype),), (change.to(dtype),))[1].detach()
+
+    assert relative_error(of_the_weights(layer, torch.float32), of_the_weights(exact, torch.float64)) < 1e-5
 
 
 def test_autocast():

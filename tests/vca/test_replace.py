@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.layers import DiffAttention
 from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
 import vca
@@ -91,6 +92,18 @@ def test_options_and_stages_of_replace_attention():
         (lambda: timm_model("vit_tiny_patch16_224", qk_norm=True), {}, "block 0: attention with q_norm, k_norm cannot"),
         (lambda: timm_model("vit_tiny_patch16_224", proj_bias=False), {}, "unusual projections"),
         (lambda: timm_model("vit_tiny_patch16_224", attn_layer=DiffAttention), {}, "has DiffAttention, not timm's"),
+        (
+            lambda: timm_model("vit_tiny_patch16_224", block_fn=ParallelScalingBlock),
+            {},
+            "block 0 is a ParallelScalingBlock, which has no attention layer",
+        ),
+        (
+            lambda: timm_model("vit_tiny_patch16_224", attn_drop_rate=0.1),
+            {},
+            "attention dropout .* would be lost",
+        ),
+        (lambda: timm_model("swin_tiny_patch4_window7_224", attn_drop_rate=0.1), {}, "attention dropout .* would be"),
+        (lambda: timm_model("vit_tiny_patch16_224", patch_drop_rate=0.5), {}, "patch_drop_rate: attention='vca' needs"),
         (lambda: timm_model("vit_tiny_patch16_224"), dict(token_grid=(5, 5)), r"token_grid=\(5, 5\) must lie"),
         (lambda: timm_model("swin_tiny_patch4_window7_224"), dict(token_grid=(5, 5)), r"token_grid=\(5, 5\) must lie"),
         (lambda: timm_model("swin_tiny_patch4_window7_224", head_dim=8), {}, "do not add up to 12"),

@@ -8,6 +8,7 @@ bounds (arXiv 2102.09672). Coefficients are computed in float64; x keeps its own
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -24,9 +25,14 @@ def alpha_bars() -> Tensor:
 
 
 def even_times(steps: int) -> list[int]:
-    """`steps` timesteps from 999 down to 0, both included, evenly spread and rounded: DiT's choice for DDPM."""
+    """`steps` timesteps from 999 down to 0, both included, evenly spread and rounded; 0 alone for one step.
+
+    DiT's choice for DDPM. As there, they are rounded sums, which decides where the exact value lies between two.
+    """
     _check_steps(steps)
-    return torch.linspace(NUM_TIMESTEPS - 1, 0, steps, dtype=torch.float64).round().int().tolist()
+    stride = (NUM_TIMESTEPS - 1) / max(1, steps - 1)
+    sums = accumulate([stride] * (steps - 1), initial=0.0)
+    return [round(position) for position in sums][::-1]
 
 
 def leading_times(steps: int) -> list[int]:

@@ -2,7 +2,8 @@
 
 Their kernels are Triton's on a GPU (`vca.kernels.triton_kernels`) and C++ on a CPU (`vca.kernels.cpu`). They are off
 until a layer's `fused_attn` is True, which is its initial value under the environment variable VCA_FUSED=1. They have
-first derivatives in reverse mode (`contrast` takes the plain path for those in forward mode), and torch.compile, torch.export, autocast and FlopCounterMode know them.
+first derivatives in reverse mode; `contrast` takes the plain path for those in forward mode. torch.compile,
+torch.export, autocast and FlopCounterMode know them.
 """
 
 import importlib.util

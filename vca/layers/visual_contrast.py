@@ -209,7 +209,7 @@ class VisualContrastAttention(OnGrid, nn.Module):
         batch, length, dim = x.shape
         prefix = self.num_prefix_tokens
 
-        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).unbind(2)  # (B, T, H, d)
+        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads).unbind(2)  # (B, T, H, d)
         q_patches, v_patches = ((y[:, prefix:] if prefix else y).flatten(2) for y in (q, v))  # (B, N, C)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, d), as the fused operators take them
         explicit = keep_maps or change.needs_maps
@@ -223,7 +223,7 @@ class VisualContrastAttention(OnGrid, nn.Module):
         v_hat = (v_hat * self.stage1.norm.weight).to(v.dtype)  # (BH, n, d)
         out, recorded2 = self._stage(kernel, 2, tokens, q, v_hat, change)  # (B, H, T, d) or (BH, T, d)
 
-        gathered = change.heads(out.view(batch, self.num_heads, length, -1))  # (B, H, T, d)
+        gathered = change.heads(out.view(batch, self.num_heads, length, dim // self.num_heads))  # (B, H, T, d)
         out, gain = gathered.transpose(1, 2), self.stage2.norm.weight.to(out.dtype)  # (B, T, H, d), (d)
         if self.dwc is None:
             out = out * gain

@@ -1,17 +1,19 @@
 """What the model families share: building with timm, the arguments that rebuild a model, parameters not to decay."""
 
 import copy
+from contextlib import nullcontext
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import nn
 
-from vca.timm_internals import creation_arguments
+from vca.timm_internals import creation_arguments, update_model_args, update_model_input_size
 
 CLASSIFICATION, GENERATION = "classification", "generation"  # what `model.task` is
 NOT_OF_A_CHECKPOINT = (
-    "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "num_classes", "features_only", "out_indices",
-    "feature_cls",
+    "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "num_classes", "features_only",
+    "out_indices", "feature_cls", "device", "dtype",
 )  # fmt: skip
 UNDECAYED = (
     "positive_embed", "negative_embed", "pool_query", "pos_embed", "cls_token", "reg_token", "dist_token",
@@ -40,13 +42,16 @@ def note_arguments(model: nn.Module, arguments: dict) -> None:
     """Notes the task, the arguments that a checkpoint is rebuilt from, and the input size."""
     model.task = CLASSIFICATION
     model.model_args = of_a_checkpoint(arguments)
+    update_model_args(model, **model.model_args)
     model.pretrained_cfg["input_size"] = input_size(model)
 
 
 def note_input_size(model: nn.Module, **arguments) -> None:
     """Lets the preprocessing, and the arguments that a checkpoint is rebuilt from, follow a new input size."""
+    arguments = arguments | dict(img_size=tuple(model.patch_embed.img_size))
+    update_model_input_size(model, **arguments)
     if hasattr(model, "model_args"):
-        model.model_args |= dict(img_size=tuple(model.patch_embed.img_size)) | arguments
+        model.model_args |= arguments
         model.pretrained_cfg["input_size"] = input_size(model)
 
 
@@ -74,11 +79,24 @@ def create_classifier(
         pretrained: as timm's registry calls the entry point.
         feature_cfg: how timm takes features out of this family.
         spec: the arguments that make it this model.
-        arguments: those of the caller, which come first and are noted for checkpoints.
+        arguments: those of the caller, which come first and are noted for checkpoints. `device` and `dtype` are
+            those of the weights, as in timm.
     """
+    arguments = dict(arguments)
+    device, dtype = arguments.pop("device", None), arguments.pop("dtype", None)
     replaced = {"token_grid"} if arguments.get("num_tokens") is not None else set()
     defaults = {key: value for key, value in spec.items() if key not in replaced}
-    model = build_model_with_cfg(cls, name, pretrained, feature_cfg=dict(feature_cfg), **(defaults | arguments))
+    with nullcontext() if device is None else torch.device(device):
+        model = build_model_with_cfg(
+            cls,
+            name,
+            pretrained,
+            feature_cfg=dict(feature_cfg),
+            pretrained_filter_fn=cls.filter_checkpoint,
+            **(defaults | arguments),
+        )
+    if dtype is not None:
+        model.to(dtype)
     if not arguments.get("features_only"):
         note_arguments(model, arguments)
     return model

@@ -121,14 +121,21 @@ class DiffusionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, layer, mlp_ratio) for layer in layers)
         self.final_layer = FinalLayer(dim, 2 * in_channels * patch_size**2)
         self.grad_checkpointing = False
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
-    def init_weights(self) -> None:
-        """Xavier for projections, 0.02 normal for the conditions, and zeros for all that adaLN-Zero starts at zero."""
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Xavier for projections, 0.02 normal for the conditions, and zeros for all that adaLN-Zero starts at zero.
+
+        Args:
+            needs_reset: let attention layers initialise what else they have; False if they have just been made.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+            elif needs_reset and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self.pos_embed.data.copy_(sincos_positions(self.pos_embed.shape[-1], self.grid_size))
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.out_channels, -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         for weight in (self.y_embedder.embedding_table.weight, *(self.t_embedder.mlp[i].weight for i in (0, 2))):

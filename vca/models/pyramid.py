@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
+from timm.layers import DropPath, Mlp, resample_abs_pos_embed_nhwc, to_2tuple, trunc_normal_
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
@@ -16,10 +15,10 @@ from vca.timm_internals import feature_take_indices, trace_assert
 class ConvEmbed(nn.Module):
     """Convolution and LayerNorm that lower the resolution: (B, C, H, W) -> (B, Hg, Wg, C')."""
 
-    def __init__(self, in_chans: int, dim: int, kernel: int, stride: int, padding: int, eps: float):
+    def __init__(self, in_chans: int, dim: int, kernel: int, stride: int, padding: int):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, kernel, stride, padding)
-        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
@@ -50,9 +49,8 @@ class Stage(nn.Module):
 
     def set_input_size(self, grid_size: tuple[int, int]) -> None:
         if self.pos_embed is not None and self.pos_embed.shape[1:3] != grid_size:
-            old = self.pos_embed.detach().float().permute(0, 3, 1, 2)
-            new = F.interpolate(old, grid_size, mode="bicubic", antialias=True).permute(0, 2, 3, 1)
-            self.pos_embed = nn.Parameter(new.to(self.pos_embed.dtype), self.pos_embed.requires_grad)
+            new = resample_abs_pos_embed_nhwc(self.pos_embed.detach(), list(grid_size))
+            self.pos_embed = nn.Parameter(new, self.pos_embed.requires_grad)
         for layer in self.modules():
             if isinstance(layer, OnGrid):
                 layer.grid_size = grid_size
@@ -74,14 +72,20 @@ class Pyramid(nn.Module):
         merge: kernel, stride and padding of the convolutions between stages.
         positions: a learned position embedding in each stage.
         final_norm: a LayerNorm before pooling.
-        eps: of every LayerNorm.
+        eps: of every LayerNorm in blocks, and of the final one; those of `ConvEmbed` have 1e-5.
         img_size: height and width of the images, multiples of the last stage's patch, or one number for both.
         in_chans, num_classes: channels of the images, and classes; no classes, no head.
         global_pool: "avg", or "" for the map of features.
         embed_dims, depths, num_heads, mlp_ratios: one for each stage.
         drop_rate, proj_drop_rate, drop_path_rate: of the head, of projections, and of whole blocks (the last block's;
             it rises linearly from 0).
+        attn_drop_rate, dynamic_img_size: of timm's ViTs; refused unless 0 and False.
+
+    Attributes:
+        output_fmt: the format of `forward_features`, and of the features of `features_only`.
     """
+
+    output_fmt = "NHWC"
 
     def __init__(
         self,
@@ -103,15 +107,21 @@ class Pyramid(nn.Module):
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        dynamic_img_size: bool = False,
     ):
         super().__init__()
+        if attn_drop_rate:
+            raise ValueError(f"attn_drop_rate={attn_drop_rate}: these models have no attention dropout; leave it out.")
+        if dynamic_img_size:
+            raise ValueError("dynamic_img_size: these models have one size; give img_size, or call set_input_size.")
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = embed_dims[-1]
         self.grad_checkpointing = False
         self._check_pool(global_pool)
         self.global_pool = global_pool
 
-        self.patch_embed = PatchEmbed(in_chans, embed_dims[0], *stem, eps)
+        self.patch_embed = PatchEmbed(in_chans, embed_dims[0], *stem)
         self.feature_info = [
             dict(num_chs=dim, reduction=stem[1] * 2**i, module=f"stages.{i}") for i, dim in enumerate(embed_dims)
         ]
@@ -128,22 +138,28 @@ class Pyramid(nn.Module):
                 norms = [nn.LayerNorm(dim, eps=eps) for _ in range(2)]
                 blocks.append(GridBlock(norms[0], layer, path[0], norms[1], mlp, path[1]))
                 depth += 1
-            downsample = ConvEmbed(embed_dims[stage - 1], dim, *merge, eps) if stage else None
+            downsample = ConvEmbed(embed_dims[stage - 1], dim, *merge) if stage else None
             stages.append(Stage(downsample, blocks, dim, grids[stage] if positions else None))
             stages[-1].set_input_size(grids[stage])
         self.stages = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(embed_dims[-1], eps=eps) if final_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dims[-1], num_classes) if num_classes else nn.Identity()
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
-    def init_weights(self) -> None:
-        """Linear weights and position embeddings truncated normal of 0.02, biases zero; layers initialise the rest."""
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Linear weights and position embeddings truncated normal of 0.02, biases zero; layers initialise the rest.
+
+        Args:
+            needs_reset: let layers do that; False if they have just been made.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif needs_reset and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
         for stage in self.stages:
             if stage.pos_embed is not None:
                 trunc_normal_(stage.pos_embed, std=0.02)
@@ -170,6 +186,15 @@ class Pyramid(nn.Module):
         for stage, grid_size in zip(self.stages, grids, strict=True):
             stage.set_input_size(grid_size)
         note_input_size(self)
+
+    @staticmethod
+    def filter_checkpoint(state_dict: dict[str, Tensor], model: "Pyramid") -> dict[str, Tensor]:
+        """Weights of another image size as those of `model`: what timm calls a `pretrained_filter_fn`."""
+        for index, stage in enumerate(model.stages):
+            if stage.pos_embed is not None and (key := f"stages.{index}.pos_embed") in state_dict:
+                grid_size = list(stage.pos_embed.shape[1:3])
+                state_dict = state_dict | {key: resample_abs_pos_embed_nhwc(state_dict[key], grid_size)}
+        return state_dict
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, beside all of fewer than two dimensions."""

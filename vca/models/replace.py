@@ -46,7 +46,8 @@ def replace_attention(model: nn.Module, kind: str = "vca", **options) -> nn.Modu
     is_swin = isinstance(model, SwinTransformer)
     blocks = [block for layer in model.layers for block in layer.blocks] if is_swin else list(model.blocks)
     for index, block in enumerate(blocks):
-        _check_layer(index, block.attn)
+        if hasattr(block, "attn"):  # those without are refused by `exchange`
+            _check_layer(index, block.attn)
     exchange = swin.exchange_attention if is_swin else vit.exchange_attention
     trained = {name: parameter for name, parameter in model.named_parameters() if ".attn." in name}
     mode, like = model.training, next(model.parameters())

@@ -4,15 +4,19 @@ Names read `{attention}_vit_{size}_patch{patch}_{image size}`. Those for small i
 are averaged. `vit_small_patch14_224` is the architecture of DINOv2's ViT-S/14, to be converted from it.
 """
 
+from collections.abc import Sequence
+
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vca.layers.factory import AttentionConfig
 from vca.layers.grid import OnGrid, running_on
 from vca.models.common import create_classifier, note_input_size, undecayed
+from vca.timm_internals import creation_arguments
 
 PICO = dict(embed_dim=128, depth=6, num_heads=4)
 NANO = dict(embed_dim=192, depth=9, num_heads=6)
@@ -24,6 +28,8 @@ FEATURES = dict(out_indices=3, feature_cls="getter")
 
 class ContrastViT(VisionTransformer):
     """What a timm `VisionTransformer` needs beside its own methods if its attention must know the patch grid."""
+
+    filter_checkpoint = staticmethod(checkpoint_filter_fn)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, beside all of fewer than two dimensions."""
@@ -40,8 +46,9 @@ class ContrastViT(VisionTransformer):
             if isinstance(layer, OnGrid):
                 layer.grid_size = self.patch_embed.grid_size
                 token_grid = dict(token_grid=layer.token_grid) if layer.token_grid else {}
-        if token_grid and hasattr(self, "model_args"):
-            self.model_args.pop("num_tokens", None)
+        if token_grid:
+            for arguments in (getattr(self, "model_args", {}), creation_arguments(self)):
+                arguments.pop("num_tokens", None)
         note_input_size(self, patch_size=self.patch_embed.patch_size, **token_grid)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -89,10 +96,17 @@ class ContrastVisionTransformerDistilled(ContrastViT, VisionTransformerDistilled
 
 
 def exchange_attention(model: VisionTransformer, config: AttentionConfig) -> None:
-    """Gives every block of `model` a new, untrained attention layer of the width and heads of its old one."""
+    """Gives every block of `model` a new, untrained attention layer of the width and heads of its old one.
+
+    Raises:
+        ValueError: the arguments contradict one another, or the model has what the new layers would drop.
+    """
     grid_size = model.patch_embed.grid_size
-    half = tuple(min(MOST_TOKENS, max(1, side // 2)) for side in grid_size)
-    (token_grid,) = config.token_grids([half])
+    (token_grid,) = config.token_grids([half_grid(grid_size)])
+    for index, block in enumerate(model.blocks):
+        if not isinstance(getattr(block, "attn", None), nn.Module):
+            raise ValueError(f"block {index} is a {type(block).__name__}, which has no attention layer to exchange.")
+        check_dropout(index, block.attn)
     layers = [
         config.create(
             model.embed_dim,
@@ -106,10 +120,27 @@ def exchange_attention(model: VisionTransformer, config: AttentionConfig) -> Non
         )
         for depth, block in enumerate(model.blocks)
     ]
+    if isinstance(layers[0], OnGrid) and not isinstance(model.patch_drop, nn.Identity):
+        raise ValueError(f"patch_drop_rate: attention={config.attention!r} needs all patches; leave it out.")
     for block, layer in zip(model.blocks, layers, strict=True):
         block.attn = layer
         if isinstance(layer, OnGrid):
             layer.dynamic_grid = model.dynamic_img_size
+
+
+def half_grid(grid_size: Sequence[int]) -> tuple[int, int]:
+    """Half a patch grid in each direction, at most `MOST_TOKENS`: the contrast tokens unless asked for."""
+    rows, cols = (min(MOST_TOKENS, max(1, side // 2)) for side in grid_size)
+    return rows, cols
+
+
+def check_dropout(index: int, layer: nn.Module) -> None:
+    """Refuses a layer with dropout of its maps, which the new layers do not have."""
+    if layer.attn_drop.p:
+        raise ValueError(
+            f"block {index}: attention dropout ({layer.attn_drop.p}) would be lost, as the new attention has none; "
+            "set attn_drop_rate=0."
+        )
 
 
 def _cfg(image: int, **more) -> dict:
@@ -159,6 +190,11 @@ def _small(
     """A ViT for small images: without a class token, the patches are averaged."""
     geometry = dict(patch_size=patch, img_size=image, class_token=False, global_pool="avg")
     spec = dict(size, attention=attention, **geometry)
+    stored = arguments.get("pretrained_cfg")
+    if pretrained and isinstance(stored, dict) and not {"token_grid", "num_tokens"} & set(arguments):
+        trained_on = arguments.get("pretrained_model_args", {}).get("img_size") or stored["input_size"][-2:]
+        patches = [side // arguments.get("patch_size", patch) for side in to_2tuple(trained_on)]
+        arguments = arguments | dict(token_grid=half_grid(patches))  # at another image size, too
     return create_classifier(ContrastVisionTransformer, name, pretrained, FEATURES, spec, arguments)
 
 
