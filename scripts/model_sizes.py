@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vca
 
-PRINTED = {  # parameters in millions and GMACs, as the paper prints them; None where it does not itemise the model
+PRINTED = {  # parameters in millions and GMACs, as the paper prints them; None where its print is not known
     "deit_tiny_patch16_224": (5.7, 1.2),
     "vca_deit_tiny_patch16_224": (6.0, 1.2),
     "deit_small_patch16_224": (22.1, 4.6),
@@ -19,10 +19,20 @@ PRINTED = {  # parameters in millions and GMACs, as the paper prints them; None 
     "vca_deit_base_patch16_224": None,
     "pvt_tiny": (13.2, 1.9),
     "vca_pvt_tiny": (11.6, 2.0),
+    "pvt_small": None,
+    "vca_pvt_small": None,
+    "pvt_medium": None,
+    "vca_pvt_medium": None,
     "swin_tiny_patch4_window7_224": (28.9, 4.5),
     "vca_swin_tiny": (28.5, 4.6),
+    "swin_small_patch4_window7_224": None,
+    "vca_swin_small": None,
+    "swin_base_patch4_window7_224": None,
+    "vca_swin_base": None,
     "cswin_tiny": (20.5, 4.3),
     "vca_cswin_tiny": (20.4, 4.3),
+    "cswin_small": None,
+    "vca_cswin_small": None,
 }
 NOTES = {
     "swin_tiny_patch4_window7_224": "the print is that of Agent-Swin-T (28,902,964)",

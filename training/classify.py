@@ -11,11 +11,12 @@ command resumes an interrupted run. --plan says what a run costs, --smoke tries 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup, create_transform
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torchvision.transforms import Compose
@@ -83,12 +84,24 @@ def create_scheduler(recipe: ClassifierRecipe, optimizer: torch.optim.Optimizer,
     )  # fmt: skip
 
 
+def groups_with_embeds_decayed(recipe: ClassifierRecipe, model: nn.Module) -> list[dict]:
+    """The parameter groups of timm's optimizers, but that contrast embeddings are decayed, too."""
+    embeds = ("positive_embed", "negative_embed")
+    spared = {name for name in model.no_weight_decay() if not name.endswith(embeds)}
+    options = dict(weight_decay=recipe.weight_decay, no_weight_decay_list=spared)
+    if not recipe.layer_decay:
+        return param_groups_weight_decay(model, **options)
+    no_opt_scale = recipe.layer_decay_no_opt_scale or None
+    return param_groups_layer_decay(model, layer_decay=recipe.layer_decay, no_opt_scale=no_opt_scale, **options)
+
+
 def create_optimizer(recipe: ClassifierRecipe, model: nn.Module, trained: nn.Module) -> torch.optim.Optimizer:
     """The recipe's optimizer over `model`, with layer decay if it has that, and over what `trained` has beside it."""
     options = dict(lr=recipe.lr * recipe.lr_scale, weight_decay=recipe.weight_decay)
     optimizer = create_optimizer_v2(
         model, recipe.optimizer, layer_decay=recipe.layer_decay or None,
-        layer_decay_no_opt_scale=recipe.layer_decay_no_opt_scale or None, **options,
+        layer_decay_no_opt_scale=recipe.layer_decay_no_opt_scale or None,
+        param_groups_fn=partial(groups_with_embeds_decayed, recipe) if recipe.embed_decay else None, **options,
     )  # fmt: skip
     if trained is not model:
         own = {id(parameter) for parameter in model.parameters()}

@@ -14,10 +14,20 @@ PAPER = {  # parameters, and GMACs at 224 px on the fast path
     "vca_deit_base_patch16_224": (87_570_664, 17.3985),
     "pvt_tiny": (13_227_240, 1.9264),
     "vca_pvt_tiny": (11_555_560, 2.0172),
+    "pvt_small": (24_483_816, 3.8060),
+    "vca_pvt_small": (20_593_704, 4.0228),
+    "pvt_medium": (44_206_056, 6.6494),
+    "vca_pvt_medium": (35_811_624, 7.1410),
     "swin_tiny_patch4_window7_224": (28_288_354, 4.4906),
     "vca_swin_tiny": (28_546_680, 4.5641),
+    "swin_small_patch4_window7_224": (49_606_258, 8.7409),
+    "vca_swin_small": (50_341_752, 8.9996),
+    "swin_base_patch4_window7_224": (87_768_224, 15.4309),
+    "vca_swin_base": (88_746_536, 15.7760),
     "cswin_tiny": (20_393_320, 4.3419),
     "vca_cswin_tiny": (20_413_928, 4.3122),
+    "cswin_small": (34_643_304, 6.8007),
+    "vca_cswin_small": (34_663_912, 6.7711),
 }
 
 

@@ -37,7 +37,8 @@ def read(name, **overrides):
 
 def test_there_is_a_recipe_for_every_row_of_the_paper_and_its_controls():
     for model in ("deit_tiny", "deit_small", "pvt_tiny", "swin_tiny", "cswin_tiny", "dit_s_2", "dit_s_4", "dit_b_2",
-                  "sit_s_2", "sit_b_2"):  # fmt: skip
+                  "sit_s_2", "sit_b_2", "pvt_small", "pvt_medium", "swin_small", "swin_base", "cswin_small", "dit_s_8",
+                  "dit_b_4", "dit_b_8", "sit_s_8", "sit_b_4", "sit_b_8"):  # fmt: skip
         ours, baseline = read(f"imagenet_vca_{model}"), read(f"imagenet_{model}")
         assert ours.model.startswith("vca_") and not baseline.model.startswith("vca_")
         assert replace(ours, model=baseline.model) == baseline
@@ -49,6 +50,9 @@ def test_there_is_a_recipe_for_every_row_of_the_paper_and_its_controls():
             agent=dict(attention="agent"),
         ).items():  # fmt: skip
             assert read(f"imagenet_vca_{model}_{row}") == replace(whole, **keys)
+    for model in ("deit_tiny", "deit_small", "pvt_tiny", "swin_tiny", "cswin_tiny", "dit_s_2", "sit_s_2"):
+        joint = replace(read(f"imagenet_vca_{model}"), stage2_softmax="joint")
+        assert read(f"imagenet_vca_{model}_joint") == joint
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -119,6 +123,14 @@ def test_nothing_but_weights_of_products_is_decayed_and_drop_paths_rise_to_the_r
     spared = set(named.values()) - decayed
     for part in ("lambda_", "positive_embed", "negative_embed", "pos_embed", "cls_token", "bias", "norm"):
         assert all(key in spared for key in named.values() if part in key)
+
+    for layer_decay in (0.0, 0.75):
+        optimizer = classify.create_optimizer(replace(recipe, embed_decay=True, layer_decay=layer_decay), model, model)
+        more = {named[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+        assert more - decayed == {key for key in spared if key.endswith(("positive_embed", "negative_embed"))}
+        optimizer = classify.create_optimizer(replace(recipe, layer_decay=layer_decay), model, model)
+        same = {named[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+        assert same == decayed
 
     blocks = [module for module in model.modules() if hasattr(module, "drop_path1")]
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in blocks]
@@ -200,6 +212,8 @@ COUNTS = {  # DESIGN's tables: parameters, and multiply-adds of the fast path in
     "imagenet_pvt_tiny": (13227240, 1.9264), "imagenet_vca_pvt_tiny": (11555560, 2.0172),
     "imagenet_swin_tiny": (28288354, 4.4906), "imagenet_vca_swin_tiny": (28546680, 4.5641),
     "imagenet_cswin_tiny": (20393320, 4.3419), "imagenet_vca_cswin_tiny": (20413928, 4.3122),
+    "imagenet_vca_pvt_medium": (35811624, 7.1410), "imagenet_vca_swin_base": (88746536, 15.7760),
+    "imagenet_vca_cswin_small": (34663912, 6.7711),
     "imagenet_dit_s_2": (32963360, 6.0557), "imagenet_vca_dit_s_2": (33606944, 5.9153),
     "imagenet_dit_s_4": (32945024, 1.4126), "imagenet_vca_dit_s_4": (33146240, 1.4058),
     "imagenet_dit_b_2": (130512416, 23.0051), "imagenet_vca_dit_b_2": (131791904, 22.7243),

@@ -19,6 +19,7 @@ class ClassifierRecipe(recipes.BaseRecipe):
     lr: float
     lr_batch: int = key(0, "batch size that lr, warmup_lr and min_lr are for, scaled linearly; 0: batch_size")
     weight_decay: float = key(0.05, "not applied to norms, biases, positions, lambdas and contrast embeddings")
+    embed_decay: bool = key(False, "decay contrast embeddings, too, as the code of Agent Attention would")
     warmup_epochs: float = key(5.0, "epochs of linear warm-up")
     warmup_lr: float = key(1e-6, "learning rate at the first step")
     min_lr: float = key(1e-5, "learning rate at the end of the cosine")

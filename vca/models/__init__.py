@@ -14,7 +14,10 @@ from vca.models import cswin, deit, dit, pvt, swin, vit
 from vca.models.common import CLASSIFICATION, GENERATION, input_size, note_arguments
 from vca.models.replace import replace_attention
 
-BASELINES = ("deit_tiny_patch16_224", "deit_small_patch16_224", "swin_tiny_patch4_window7_224")
+BASELINES = (
+    "deit_tiny_patch16_224", "deit_small_patch16_224", "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224",
+    "swin_base_patch4_window7_224",
+)  # fmt: skip
 CLASSIFIERS = vit.MODELS + deit.MODELS + pvt.MODELS + swin.MODELS + cswin.MODELS + BASELINES
 GENERATORS = dit.MODELS
 CONVERTIBLE = {"vision_transformer", "deit", "swin_transformer"}  # modules of timm

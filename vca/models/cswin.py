@@ -1,7 +1,7 @@
 """CSwin Transformer (arXiv 2107.00652) with cross-shaped windows, or Visual-Contrast Attention in its early stages.
 
-`cswin_tiny` has the depths 2-4-18-1 and cross-shaped attention everywhere. `vca_cswin_tiny` attends over the whole grid
-in stages 1 and 2; there the depthwise convolution of the layer is what LePE is in a stripe.
+`cswin_*` has cross-shaped attention everywhere; `cswin_tiny` has the depths 2-4-18-1. `vca_cswin_*` attends over the
+whole grid in stages 1 and 2; there the depthwise convolution of the layer is what LePE is in a stripe.
 """
 
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ class StripeAttention(OnGrid, nn.Module):
     def _attend(self, qkv: Tensor, grid_size: tuple[int, int] | None, keep_maps: bool, change: Change):
         qkv, grid_size = self.checked(qkv, grid_size)
         window = self.window_size(grid_size)
-        batch, dim = qkv.shape[0], qkv.shape[-1]
+        dim = qkv.shape[-1]
         stripes = VF.split_windows(qkv.flatten(2).unflatten(1, grid_size), window)  # (B, stripes, M, 3C)
         heads = stripes.flatten(0, 1).unflatten(-1, (3, self.num_heads, -1))  # (B * stripes, M, 3, H, d)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B * stripes, H, M, d)
@@ -78,12 +78,12 @@ class StripeAttention(OnGrid, nn.Module):
         if keep_maps:
             attention = change.heads(VF.softmax_map(q, k))  # (B * stripes, H, M, M)
             out = attention.to(v.dtype) @ v
-            stage1 = StageMaps(attention.unflatten(0, (batch, -1)))
+            stage1 = StageMaps(attention.unflatten(0, stripes.shape[:2]))
             maps = WindowMaps(kind="stripes", grid_size=grid_size, window_size=window, stage1=stage1)
         else:
             out = change.heads(F.scaled_dot_product_attention(q, k, v))
         out = out.transpose(1, 2).flatten(2) + local_term(self.lepe, stripes.flatten(0, 1)[..., 2 * dim :], window)
-        return VF.join_windows(out.unflatten(0, (batch, -1)), window, grid_size).flatten(1, 2), maps
+        return VF.join_windows(out.unflatten(0, stripes.shape[:2]), window, grid_size).flatten(1, 2), maps
 
 
 @register_notrace_module
@@ -185,17 +185,38 @@ class CSwinTransformer(Pyramid):
 
 
 FEATURES = dict(out_indices=(0, 1, 2, 3), feature_cls="getter")
-default_cfgs = generate_default_cfgs({"cswin_tiny": imagenet_cfg(), "vca_cswin_tiny": imagenet_cfg()})
+DEPTHS = {"tiny": (2, 4, 18, 1), "small": (2, 4, 32, 2)}
+default_cfgs = generate_default_cfgs(
+    {f"{prefix}cswin_{size}": imagenet_cfg() for prefix in ("", "vca_") for size in DEPTHS}
+)
 MODELS = tuple(default_cfgs)
+
+
+def _create(size: str, attention: str, pretrained: bool, arguments: dict) -> nn.Module:
+    name = f"cswin_{size}" if attention == "cross" else f"{attention}_cswin_{size}"
+    spec = dict(attention=attention, depths=DEPTHS[size])
+    return create_classifier(CSwinTransformer, name, pretrained, FEATURES, spec, arguments)
 
 
 @register_model
 def cswin_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
     """CSwin-Tiny, 224 px, with stripes 1-2-7 wide and whole-grid attention."""
-    return create_classifier(CSwinTransformer, "cswin_tiny", pretrained, FEATURES, dict(attention="cross"), kwargs)
+    return _create("tiny", "cross", pretrained, kwargs)
+
+
+@register_model
+def cswin_small(pretrained: bool = False, **kwargs) -> nn.Module:
+    """CSwin-Small, 224 px, with stripes 1-2-7 wide and whole-grid attention."""
+    return _create("small", "cross", pretrained, kwargs)
 
 
 @register_model
 def vca_cswin_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
     """CSwin-Tiny, 224 px, with 3x3 and 4x4 contrast tokens in stages 1 and 2."""
-    return create_classifier(CSwinTransformer, "vca_cswin_tiny", pretrained, FEATURES, dict(attention="vca"), kwargs)
+    return _create("tiny", "vca", pretrained, kwargs)
+
+
+@register_model
+def vca_cswin_small(pretrained: bool = False, **kwargs) -> nn.Module:
+    """CSwin-Small, 224 px, with 3x3 and 4x4 contrast tokens in stages 1 and 2."""
+    return _create("small", "vca", pretrained, kwargs)

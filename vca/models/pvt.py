@@ -1,7 +1,7 @@
 """Pyramid Vision Transformer (arXiv 2102.12122) with spatial-reduction or Visual-Contrast Attention.
 
-`pvt_tiny` is PVT v1 without its class token: features are averaged. `vca_pvt_tiny` attends over the whole grid in all
-four stages, so the convolutions and norms of the spatial reduction are gone.
+`pvt_*` is PVT v1 without its class token: features are averaged. `vca_pvt_*` attends over the whole grid in all four
+stages, so the convolutions and norms of the spatial reduction are gone.
 """
 
 from collections.abc import Sequence
@@ -129,19 +129,50 @@ class PyramidVisionTransformer(Pyramid):
 
 
 FEATURES = dict(out_indices=(0, 1, 2, 3), feature_cls="getter")
-default_cfgs = generate_default_cfgs({"pvt_tiny": imagenet_cfg(), "vca_pvt_tiny": imagenet_cfg()})
+DEPTHS = {"tiny": (2, 2, 2, 2), "small": (3, 4, 6, 3), "medium": (3, 4, 18, 3)}
+default_cfgs = generate_default_cfgs(
+    {f"{prefix}pvt_{size}": imagenet_cfg() for prefix in ("", "vca_") for size in DEPTHS}
+)
 MODELS = tuple(default_cfgs)
+
+
+def _create(size: str, attention: str, pretrained: bool, arguments: dict) -> nn.Module:
+    name = f"pvt_{size}" if attention == "sr" else f"{attention}_pvt_{size}"
+    spec = dict(attention=attention, depths=DEPTHS[size])
+    return create_classifier(PyramidVisionTransformer, name, pretrained, FEATURES, spec, arguments)
 
 
 @register_model
 def pvt_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
     """PVT-Tiny, 224 px, with spatial reduction 8-4-2-1."""
-    spec = dict(attention="sr")
-    return create_classifier(PyramidVisionTransformer, "pvt_tiny", pretrained, FEATURES, spec, kwargs)
+    return _create("tiny", "sr", pretrained, kwargs)
+
+
+@register_model
+def pvt_small(pretrained: bool = False, **kwargs) -> nn.Module:
+    """PVT-Small, 224 px, with spatial reduction 8-4-2-1."""
+    return _create("small", "sr", pretrained, kwargs)
+
+
+@register_model
+def pvt_medium(pretrained: bool = False, **kwargs) -> nn.Module:
+    """PVT-Medium, 224 px, with spatial reduction 8-4-2-1."""
+    return _create("medium", "sr", pretrained, kwargs)
 
 
 @register_model
 def vca_pvt_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
     """PVT-Tiny, 224 px, with 3x3, 4x4, 7x7 and 7x7 contrast tokens."""
-    spec = dict(attention="vca")
-    return create_classifier(PyramidVisionTransformer, "vca_pvt_tiny", pretrained, FEATURES, spec, kwargs)
+    return _create("tiny", "vca", pretrained, kwargs)
+
+
+@register_model
+def vca_pvt_small(pretrained: bool = False, **kwargs) -> nn.Module:
+    """PVT-Small, 224 px, with 3x3, 4x4, 7x7 and 7x7 contrast tokens."""
+    return _create("small", "vca", pretrained, kwargs)
+
+
+@register_model
+def vca_pvt_medium(pretrained: bool = False, **kwargs) -> nn.Module:
+    """PVT-Medium, 224 px, with 3x3, 4x4, 7x7 and 7x7 contrast tokens."""
+    return _create("medium", "vca", pretrained, kwargs)

@@ -1,17 +1,18 @@
-"""Swin Transformer with Visual-Contrast Attention over the whole grid of its early stages (`vca_swin_tiny`).
+"""Swin Transformer with Visual-Contrast Attention over the whole grid of its early stages (`vca_swin_*`).
 
-The baseline is timm's own `swin_tiny_patch4_window7_224`. The last stage keeps its shifted windows.
+The baselines are timm's own `swin_*_patch4_window7_224`. The last stage keeps its shifted windows.
 """
 
 from collections.abc import Sequence
 
 from timm.models import generate_default_cfgs, register_model
-from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 from torch import nn
 
 from vca.layers.factory import AttentionConfig
 from vca.layers.grid import GridBlock
 from vca.models.common import create_classifier, imagenet_cfg, note_input_size, undecayed
+from vca.models.vit import check_dropout
 from vca.timm_internals import window_sizes
 
 TOKEN_GRIDS = [(3, 3), (4, 4), (7, 7)]
@@ -25,6 +26,8 @@ class ContrastSwinTransformer(SwinTransformer):
             `vca.layers.factory.AttentionConfig`: `attention` (default "vca"), `token_grid` or `num_tokens`, for all of
             these stages or one for each (default 3x3, 4x4, 7x7), `tokens`, `dwc`, `stage2_softmax` and `pooling`.
     """
+
+    filter_checkpoint = staticmethod(checkpoint_filter_fn)
 
     def __init__(self, **kwargs):
         config = AttentionConfig.pop_from(kwargs, default="vca")
@@ -58,6 +61,7 @@ def exchange_attention(model: SwinTransformer, config: AttentionConfig, *, stage
     new = {}
     for stage, token_grid in zip(stages, grids, strict=True):
         for index, block in enumerate(model.layers[stage].blocks):
+            check_dropout(sum(depths[:stage]) + index, block.attn)
             new[stage, index] = config.create(
                 block.dim,
                 block.attn.num_heads,
@@ -74,13 +78,29 @@ def exchange_attention(model: SwinTransformer, config: AttentionConfig, *, stage
 
 
 FEATURES = dict(flatten_sequential=True, out_indices=(0, 1, 2, 3))
-default_cfgs = generate_default_cfgs({"vca_swin_tiny": imagenet_cfg(classifier="head.fc")})
+SHARED = dict(patch_size=4, window_size=7, img_size=224, attention="vca")
+TINY = dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), **SHARED)
+SMALL = dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), **SHARED)
+BASE = dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), **SHARED)
+default_cfgs = generate_default_cfgs(
+    {f"vca_swin_{size}": imagenet_cfg(classifier="head.fc") for size in ("tiny", "small", "base")}
+)
 MODELS = tuple(default_cfgs)
 
 
 @register_model
 def vca_swin_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
     """Swin-Tiny, 224 px, with 3x3, 4x4 and 7x7 contrast tokens in stages 1 to 3."""
-    spec = dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), patch_size=4, window_size=7, img_size=224)
-    spec |= dict(attention="vca")
-    return create_classifier(ContrastSwinTransformer, "vca_swin_tiny", pretrained, FEATURES, spec, kwargs)
+    return create_classifier(ContrastSwinTransformer, "vca_swin_tiny", pretrained, FEATURES, TINY, kwargs)
+
+
+@register_model
+def vca_swin_small(pretrained: bool = False, **kwargs) -> nn.Module:
+    """Swin-Small, 224 px, with 3x3, 4x4 and 7x7 contrast tokens in stages 1 to 3."""
+    return create_classifier(ContrastSwinTransformer, "vca_swin_small", pretrained, FEATURES, SMALL, kwargs)
+
+
+@register_model
+def vca_swin_base(pretrained: bool = False, **kwargs) -> nn.Module:
+    """Swin-Base, 224 px, with 3x3, 4x4 and 7x7 contrast tokens in stages 1 to 3."""
+    return create_classifier(ContrastSwinTransformer, "vca_swin_base", pretrained, FEATURES, BASE, kwargs)
