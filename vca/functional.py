@@ -1,6 +1,6 @@
 """The equations of Visual-Contrast Attention as pure tensor functions (arXiv 2511.00833, section 3).
 
-Those that ask for a type, a size or the grad mode are leaves of a graph that torch.fx traces, by timm's tracer or another.
+Those that ask for a type, a size or the grad mode are leaves of the graphs that torch.fx traces.
 
 Shapes: B batch, H heads, BH = B * H, d channels per head, C = H * d, T = P + N tokens (P prefix tokens, then N patches
 of an `Hg x Wg` grid, row-major), n = h * w contrast tokens, S streams: 2, (positive, negative), or the positive alone.
