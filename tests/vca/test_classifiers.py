@@ -1,6 +1,7 @@
 """The paper's classifiers: exact sizes and costs, structure, what timm asks of a model, image sizes, and learning."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 import timm
@@ -28,6 +29,48 @@ def test_exact_parameters_and_multiply_adds(name):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         assert model(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
     assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=5e-4)
+
+
+def added(dim: int, head_dim: int, tokens: int) -> int:
+    """What a VCA layer has beyond self-attention: 2nC of embeddings, 10C of convolution, 10d of lambdas and gains."""
+    return 2 * tokens * dim + 10 * dim + 10 * head_dim
+
+
+PVT_STAGES = [(64, 64, 9, 8), (128, 64, 16, 4), (320, 64, 49, 2), (512, 64, 49, 1)]
+
+
+def swin_stages(dim: int) -> list[int]:
+    """Of each stage with VCA, for a block: what is added, less the table of relative positions."""
+    widths = [(dim * 2**stage, tokens) for stage, tokens in enumerate((9, 16, 49))]
+    return [added(width, 32, tokens) - 169 * width // 32 for width, tokens in widths]
+
+
+DIFFERENCES = {  # docs/models.md: VCA model, baseline, blocks of each stage, and what changes in each
+    **{
+        f"vca_pvt_{size}": (
+            f"pvt_{size}",
+            depths,
+            [added(c, d, n) - (r**2 * c**2 + 3 * c if r > 1 else 0) for c, d, n, r in PVT_STAGES],
+        )
+        for size, depths in dict(tiny=(2, 2, 2, 2), small=(3, 4, 6, 3), medium=(3, 4, 18, 3)).items()
+    },
+    "vca_swin_tiny": ("swin_tiny_patch4_window7_224", (2, 2, 6), swin_stages(96)),
+    "vca_swin_small": ("swin_small_patch4_window7_224", (2, 2, 18), swin_stages(96)),
+    "vca_swin_base": ("swin_base_patch4_window7_224", (2, 2, 18), swin_stages(128)),
+    **{
+        f"vca_cswin_{size}": (f"cswin_{size}", (2, 4), [added(c, 32, n) - 10 * c for c, n in ((64, 9), (128, 16))])
+        for size in ("tiny", "small")
+    },
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_the_size_of_a_vca_model_follows_from_its_baselines(name):
+    baseline, blocks, changes = DIFFERENCES[name]
+    difference = sum(count * change for count, change in zip(blocks, changes, strict=True))
+    assert PAPER[name][0] - PAPER[baseline][0] == difference
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert all(f"{number:+,}" in page for number in (*changes, difference))
 
 
 def test_names_are_registered_and_listed():

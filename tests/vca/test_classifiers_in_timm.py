@@ -1,5 +1,10 @@
 """Classifiers do all that timm asks of a model."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -183,6 +188,24 @@ def test_options_that_the_attention_cannot_follow_are_refused(name):
         for block in (ParallelScalingBlock, ParallelThingsBlock):
             with pytest.raises(ValueError, match=f"block 0 is a {block.__name__}, which has no attention layer"):
                 small(name, block_fn=block)
+
+
+def test_a_script_of_timms_knows_the_models_by_the_documented_line(tmp_path):
+    root = Path(__file__).parents[2]
+    (code,) = re.findall(r'python -c "(import runpy.*)" \\', (root / "docs" / "models.md").read_text(encoding="utf-8"))
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import argparse, timm\n"
+        "if __name__ == '__main__':\n"
+        "    parser = argparse.ArgumentParser()\n"
+        "    parser.add_argument('data')\n"
+        "    parser.add_argument('--model')\n"
+        "    given = parser.parse_args()\n"
+        "    print(given.data, type(timm.create_model(given.model, depth=1)).__name__)\n"
+    )
+    command = [sys.executable, "-c", code, str(script), "IMAGENET", "--model", "vca_deit_tiny_patch16_224"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.stdout == "IMAGENET ContrastVisionTransformer\n", done.stderr
 
 
 SIZES = [(288, 288), (448, 448), (192, 320)]

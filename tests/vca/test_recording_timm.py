@@ -137,7 +137,7 @@ def test_a_users_own_module_may_hold_several_models():
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vca_deit_tiny_patch16_224"])
 def test_recording_within_wrappers_and_inference_mode(name, process_group):
-    model = timm_model(name)
+    model = timm_model(name, depth=1)
     x = images(model)
     with torch.no_grad():
         want = [record.effective for record in recorded(model, x)]
@@ -151,7 +151,7 @@ def test_recording_within_wrappers_and_inference_mode(name, process_group):
             before = wrapped(x)
             for _ in range(2):
                 got = [record.effective for record in recorded(wrapped, x)]
-                assert len(got) == 2 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))
+                assert len(got) == 1 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))
             assert torch.equal(wrapped(x), before)
     with torch.inference_mode():
         got = [record.effective for record in recorded(model, x)]
