@@ -101,7 +101,7 @@ def create_optimizer(recipe: ClassifierRecipe, model: nn.Module, trained: nn.Mod
     optimizer = create_optimizer_v2(
         model, recipe.optimizer, layer_decay=recipe.layer_decay or None,
         layer_decay_no_opt_scale=recipe.layer_decay_no_opt_scale or None,
-        param_groups_fn=partial(groups_with_embeds_decayed, recipe) if recipe.embed_decay else None, **options,
+        param_group_fn=partial(groups_with_embeds_decayed, recipe) if recipe.embed_decay else None, **options,
     )  # fmt: skip
     if trained is not model:
         own = {id(parameter) for parameter in model.parameters()}

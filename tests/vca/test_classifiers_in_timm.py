@@ -46,6 +46,7 @@ def test_heads(name):
         assert torch.equal(model.get_classifier()(pooled), model(x))
         model.reset_classifier(7)
         assert model.num_classes == 7 and model(x).shape == (2, 7)
+        assert not any(module.training for module in model.modules())
         model.reset_classifier(0)
         assert torch.equal(model(x), pooled)
         model.reset_classifier(0, "")

@@ -225,6 +225,7 @@ class Pyramid(nn.Module):
         self.num_classes = num_classes
         like = dict(device=self.patch_embed.proj.weight.device, dtype=self.patch_embed.proj.weight.dtype)
         self.head = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
+        self.head.train(self.training)
 
     @staticmethod
     def _check_pool(global_pool: str) -> None:
