@@ -120,6 +120,7 @@ export class Change {
   words() {
     const values = this.chosen.flatMap(({ lambdas }) => lambdas).filter((value) => value !== null);
     if (!values.length) return "This attention has no λ.";
+    if (this.off.has("negative")) return "The second map is off, so λ does nothing.";
     const now = values.map((value) => value * this.scale);
     if (this.block !== ALL) {
       const [{ lambdas }] = this.chosen;

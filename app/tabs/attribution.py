@@ -189,7 +189,7 @@ def figure(values: np.ndarray, crop: Image.Image, method: str, label: str, proba
         <figcaption><p><b>{words}</b></p>
         <p><b class="vca-positive">{plus}</b> <b class="vca-negative">{minus}</b></p>
         <div class="vca-bar" aria-hidden="true"></div>
-        <div class="vca-bar-numbers"><span>{-limit:+.2g}</span><span>0</span><span>{limit:+.2g}</span></div>
+        <div class="vca-bar-numbers"><span>−{limit:.2g}</span><span>0</span><span>{limit:+.2g}</span></div>
         <p>The numbers are per pixel. Whether the model relies on what is marked can be measured:</p>
         </figcaption></figure>"""
 
