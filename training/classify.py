@@ -60,8 +60,7 @@ def open_batches(recipe: ClassifierRecipe, images: Images, cfg: dict, device: to
         )  # fmt: skip
     except (AssertionError, ValueError) as error:  # what timm says to a text that it does not know
         raise recipes.RecipeError(f"auto_augment = {recipe.auto_augment!r} is not known to timm: {error}.") from None
-    reduce = [RandomDownscale(recipe.downscale, recipe.downscale_prob)] if recipe.downscale else []
-    images.transform = Compose([*reduce, transform])
+    images.transform = Compose([RandomDownscale(recipe.downscale), transform]) if recipe.downscale else transform
     groups = recipe.batch_size // recipe.mix_group if recipe.mix_group else 1
     return FolderBatches(images, workers=recipe.workers, repeats=recipe.repeats, groups=groups, **shared)
 

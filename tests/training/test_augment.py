@@ -1,14 +1,9 @@
 """Augmentation of batches: each function against what its numbers say it does."""
 
-import random
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from training.core.classifier_recipe import ClassifierRecipe
 from training.data import augment
 
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -73,21 +68,3 @@ def test_nothing_depends_on_the_other_images():
     ):
         draws = torch.rand(2, count, generator=generator)
         torch.testing.assert_close(function(IMAGES, draws, *options)[1:], function(IMAGES[1:], draws[1:], *options))
-
-
-def test_downscale_gives_every_source_the_same_sharpness():
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (144, 192, 3), dtype=np.uint8))
-    random.seed(0)
-    sizes = [augment.RandomDownscale((48, 72), 0.8)(photo).size for _ in range(500)]
-    reduced = [size for size in sizes if size != photo.size]
-    assert 0.75 < len(reduced) / 500 < 0.85
-    assert {min(size) for size in reduced} == set(range(48, 73))
-    assert all(abs(width / height - 192 / 144) < 0.03 for width, height in reduced)
-    small = photo.resize((40, 40))
-    assert augment.RandomDownscale((48, 72), 1.0)(small) is small
-
-
-@pytest.mark.parametrize("downscale", [[64], [72, 48], [0, 10], [48, 72.5]])
-def test_downscale_is_two_sides(downscale):
-    with pytest.raises(ValueError, match="two sides in pixels"):
-        ClassifierRecipe("vca_deit_tiny_patch16_224", 1, 8, 1e-3, memory=False, downscale=downscale)

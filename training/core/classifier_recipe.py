@@ -37,10 +37,9 @@ class ClassifierRecipe(recipes.BaseRecipe):
     color_jitter: float = key(0.0, "brightness, contrast and saturation; from files for images without auto_augment")
     erasing: float = key(0.0, "probability of random erasing")
     crop_scale: float = key(0.08, "from files: smallest area of the random resized crop")
-    downscale: list = key(
-        [], "from files: smallest and largest shorter side that images are first reduced to, so that blur tells nothing"
+    downscale: int = key(
+        0, "from files: half of the images are first reduced to this shorter side, so that blur tells nothing"
     )
-    downscale_prob: float = key(0.8, "share of the images that downscale reduces")
     img_sizes: list = key(
         [], "image size in pixels from a share of the steps on: [[0, 112], [0.9, 224]]; empty: the model's own"
     )
@@ -64,17 +63,15 @@ class ClassifierRecipe(recipes.BaseRecipe):
             positive=("epochs", "eval_every", "crop_scale", "smallest_crop", "repeats"),
             not_negative=(
                 "lr_batch", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "mixup",
-                "cutmix", "mix_group", "padding", "rotation", "color_jitter", "crop_pct", "layer_decay",
-                "layer_decay_no_opt_scale", "teacher_weight", "teacher_size",
+                "cutmix", "mix_group", "padding", "rotation", "color_jitter", "crop_pct", "downscale",
+                "layer_decay", "layer_decay_no_opt_scale", "teacher_weight", "teacher_size",
             ),
-            shares=("drop_path", "label_smoothing", "erasing", "downscale_prob"),
+            shares=("drop_path", "label_smoothing", "erasing"),
         )  # fmt: skip
         if self.img_sizes and not _grows(self.img_sizes):
             raise ValueError(
                 f"img_sizes = {self.img_sizes} must be [share, pixels] pairs, shares rising from 0 to below 1."
             )
-        if self.downscale and not _is_range(self.downscale):
-            raise ValueError(f"downscale = {self.downscale} must be two sides in pixels, the smaller one first.")
         if self.memory and (self.img_sizes or self.downscale):
             raise ValueError("img_sizes and downscale need memory = false.")
         if not is_classifier(self.model):
@@ -128,7 +125,3 @@ def _grows(img_sizes: list) -> bool:
         )
     except (TypeError, ValueError):
         return False
-
-
-def _is_range(sides: list) -> bool:
-    return len(sides) == 2 and all(type(side) is int for side in sides) and 0 < sides[0] <= sides[1]

@@ -3,7 +3,6 @@
 Images are float (B, 3, H, W) in [0, 1], draws uniform numbers in [0, 1), a row for each image.
 """
 
-import io
 import math
 import random
 
@@ -98,25 +97,17 @@ def pad_crop_flip(pixels: Tensor, draws: Tensor, padding: int) -> Tensor:
 
 
 class RandomDownscale:
-    """Reduces images (Pillow's) and saves them as JPEG, so that sharpness does not tell where they come from.
+    """Reduces half of the images (Pillow's) to a shorter side, so that sharpness does not tell where they come from.
 
     Args:
-        sides: smallest and largest shorter side in pixels; each image draws one, and a smaller one stays as it is.
-        probability: share of the images that are reduced.
+        side: the shorter side in pixels; smaller images stay as they are.
     """
 
-    QUALITY = (70, 95)
-
-    def __init__(self, sides: tuple[int, int], probability: float):
-        self.sides = sides
-        self.probability = probability
+    def __init__(self, side: int):
+        self.side = side
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        side, chosen = random.randint(*self.sides), random.random() < self.probability
-        if not chosen or min(image.size) <= side:
+        if min(image.size) <= self.side or random.random() < 0.5:
             return image
-        scale = side / min(image.size)
-        reduced = image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
-        file = io.BytesIO()
-        reduced.save(file, "JPEG", quality=random.randint(*self.QUALITY))
-        return Image.open(file)
+        scale = self.side / min(image.size)
+        return image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
