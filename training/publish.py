@@ -110,7 +110,8 @@ def main() -> None:
     if not args.checkpoints:
         parser.error("name a checkpoint.")
     if args.repo and (len(folders) != 1 or (repositories and not args.space)):
-        parser.error("--repo publishes exactly one folder.")
+        missing = f" There is no folder {repositories[0]}." if repositories else ""
+        parser.error(f"--repo publishes exactly one folder.{missing}")
     try:
         targets = []
         if args.repo:

@@ -280,7 +280,9 @@ def test_a_folder_that_could_not_be_loaded_is_not_published(owner, checkpoints, 
 def test_wrong_arguments(hub, monkeypatch, capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
         run(*arguments, monkeypatch=monkeypatch)
-    assert stopped.value.code == 2 and "error: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "error: " in said
+    assert ("There is no folder a/b." in said) == ("a/b" in arguments)
     assert hub.requests == []
 
 
