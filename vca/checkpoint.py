@@ -10,7 +10,7 @@ import os
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ FILES = ("config.json", "model.safetensors", "README.md")
 STORED_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PENDING = ".model.safetensors."  # and their sha256: weights that a config.json may state already
 MOST_HEADER = 10_000_000
-ATTEMPTS = 20
+ATTEMPTS = 4  # at loading beside writers; they are kept waiting during the last one
 
 
 def save(
@@ -147,20 +147,21 @@ def load_folder(
         check: is given the config before a model is built, and may refuse it.
     """
     config = read_config(folder) if config is None else config
-    for _ in range(ATTEMPTS):
-        stamp = _stamp(folder)
-        check(config)
-        model = _build(config, folder / "config.json")
-        try:
-            _fill_verified(model, folder, config.get("weights_sha256"))
-            break
-        except CheckpointError:
-            newer = read_config(folder)
-            if newer == config and stamp == _stamp(folder):
-                raise
-            config = newer  # another process is saving
-    else:
-        raise CheckpointError(f"{folder}: is being written all the time.")
+    for attempt in range(ATTEMPTS):
+        is_last = attempt == ATTEMPTS - 1
+        with _one_writer(folder) if is_last else nullcontext():
+            config = read_config(folder) if is_last else config
+            stamp = _stamp(folder)
+            check(config)
+            model = _build(config, folder / "config.json")
+            try:
+                _fill_verified(model, folder, config.get("weights_sha256"))
+                break
+            except CheckpointError:
+                newer = read_config(folder)
+                if is_last or (newer == config and stamp == _stamp(folder)):
+                    raise
+                config = newer  # another process is saving
     if task_of(config["architecture"]) == CLASSIFICATION:
         if (stated := tuple(config["pretrained_cfg"]["input_size"])) != (takes := input_size(model)):
             raise CheckpointError(f"{folder / 'config.json'}: input_size is {stated}, but the model takes {takes}.")

@@ -22,6 +22,7 @@ from app.tabs import about
 from app.ui import build
 from tests.helpers.app import LABELS, MHSA, PLAIN, PREFIXED, SMALL_PYRAMID, photo, recorded
 from vca import preprocessing
+from vca.explorer.packing import pack
 
 
 @pytest.fixture
@@ -204,7 +205,7 @@ def test_server_functions_give_maps_only_for_a_token(url, function):
 
 def test_float16_survives_the_way_to_the_page(weights, picture):
     _, _, maps = recorded(weights, PLAIN, picture)
-    array = packing.pack(maps[0]).arrays["positive1"]
+    array = pack(maps[0]).arrays["positive1"]
     copy = np.frombuffer(base64.b64decode(base64.b64encode(array.tobytes())), np.float16).reshape(array.shape)
     np.testing.assert_allclose(copy, maps[0].stage1.positive[0], atol=5e-4)
 
