@@ -63,7 +63,7 @@ def tiles(columns: Sequence[np.ndarray], photo: Image.Image | None = None) -> Im
 
     Args:
         columns: of each column the maps of its rows, (rows, Hg, Wg).
-        photo: the image below every map; default white.
+        photo: the image below every map; default nearly white.
     """
     width, height = photo.size if photo else columns[0].shape[:0:-1]
     size = (TILE, max(1, round(TILE * height / width)))

@@ -169,7 +169,7 @@ def test_a_tile_is_orange_where_a_map_is_largest_and_blue_where_it_is_negative()
     red, green, blue = tile[3 * edge, edge]
     assert red > 240 and blue < 40 and green < 140
     assert tile[edge, 3 * edge][2] > 240 and tile[edge, 3 * edge][0] < 60
-    assert tile[edge, edge] == tile[3 * edge, 3 * edge] == (255, 255, 255)
+    assert tile[edge, edge] == tile[3 * edge, 3 * edge] == (242, 242, 242)
 
 
 def test_an_attribution_is_drawn(photo):
