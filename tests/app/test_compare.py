@@ -142,8 +142,8 @@ def test_what_each_model_says_and_costs(page, weights, picture):
 @needs_browser
 def test_models_of_other_depths_are_met_at_the_same_part_of_the_way(page, picture, timm_folder):
     assert "is loaded" in load_another(page, "Compare", str(timm_folder))
-    panel = panel_of(page, "Compare")
-    panel.locator("input[type=file]").first.set_input_files(picture)
+    panel_of(page, "Compare")
+    send(page, picture)
     page.wait_for_selector(".vc[data-state=complete]")
     assert page.locator(".vc-depth").inner_text() == "Depth"
     for depth, blocks in enumerate(((1, 1), (2, 2), (3, 2))):
