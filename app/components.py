@@ -8,7 +8,7 @@ import gradio as gr
 
 import vca
 from app import settings
-from app.runtime import loading, sampling
+from app.runtime import assets, loading, sampling
 from app.runtime.checkpoints import Checkpoints
 
 FILE_TYPES = [".json", ".safetensors", ".zip"]
@@ -16,6 +16,24 @@ HINT = """<p class='vca-hint'>One of ours, or any ViT, DeiT or Swin of timm: by 
 model.safetensors, or a zip file of these, up to {limit}. Nobody else sees what you upload.</p>"""
 
 NEW_SEED = "() => Math.floor(Math.random() * 2 ** 32)"
+
+
+def page_part(html: str, script: str, styles: tuple[str, ...], value: str, **options) -> gr.HTML:
+    """A part of the page that a script of ours draws.
+
+    Args:
+        html, script, styles: its files, see `app.runtime.assets`.
+        value: what it shows first.
+        **options: those of `gr.HTML`; others are the script's `props`.
+    """
+    return gr.HTML(
+        value,
+        html_template=assets.text(html),
+        css_template=assets.text(*styles),
+        js_on_load=assets.script(script),
+        apply_default_css=False,
+        **options,
+    )
 
 
 class ModelChoice:

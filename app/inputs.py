@@ -5,8 +5,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from app.components import ModelChoice
-from app.runtime import assets
+from app.components import ModelChoice, page_part
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.examples import Answer, Chosen, Example, chosen_for, examples
 from app.runtime.images import read_image
@@ -83,12 +82,11 @@ def build(checkpoints: Checkpoints, choice: ModelChoice) -> tuple[gr.Image, gr.D
         return example.path, gr.skip() if wanted in (None, model) else wanted
 
     image = image_input(str(first.path) if first else None)
-    shown = gr.HTML(
+    shown = page_part(
+        "examples.html",
+        "examples.js",
+        ("examples.css",),
         gallery.tiles(name),
-        html_template=assets.text("examples.html"),
-        css_template=assets.text("examples.css"),
-        js_on_load=assets.script("examples.js"),
-        apply_default_css=False,
         elem_id="examples",
     )
     with gr.Column(elem_classes="vca-choice", min_width=0):

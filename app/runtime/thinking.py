@@ -115,12 +115,13 @@ def _blocks(model: nn.Module, maps: list[vca.LayerMaps]) -> dict:
             tokens=layer.token_grid,
             lambdas=[None if value is None else float(value) for value in (layer.lambda1, layer.lambda2)],
             changeable=sorted(changes[layer.block]),
-            rows=_packed(reader.rows(layer.effective[0]).flatten(1).numpy()),
+            rows=packed(reader.rows(layer.effective[0])),
         )
         for layer, reader in zip(layers, reads, strict=True)
     ]
     return dict(blocks=blocks, reader=reads[-1].name, problem="")
 
 
-def _packed(rows: np.ndarray) -> str:
-    return base64.b64encode(rows.astype("<f4").tobytes()).decode()
+def packed(values: torch.Tensor) -> str:
+    """Numbers as the page takes them: float32, little-endian, in base64."""
+    return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()

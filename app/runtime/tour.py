@@ -3,9 +3,6 @@
 Every number in a sentence is the model's own. A scene that has no counterpart in a kind of attention is left out.
 """
 
-import base64
-
-import numpy as np
 import torch
 from torch import nn
 
@@ -130,7 +127,7 @@ def _lens(lens: list[dict], best: str, place: str) -> dict:
 
 def _scene(id: str, title: str, text: str, words: list[str], values=None, second=None, applied=None, **drawn) -> dict:
     arrays = dict(values=values, second=second, applied=applied)
-    packed = {name: _packed(array) for name, array in arrays.items() if array is not None}
+    packed = {name: thinking.packed(array) for name, array in arrays.items() if array is not None}
     return dict(id=id, title=title, text=text, words={word: WORDS[word] for word in words}, **packed, **drawn)
 
 
@@ -146,7 +143,3 @@ def _percent(part: float) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
-
-
-def _packed(row: torch.Tensor) -> str:
-    return base64.b64encode(np.ascontiguousarray(row.numpy(), "<f4").tobytes()).decode()

@@ -11,8 +11,9 @@ import gradio as gr
 from torch import nn
 
 from app import links
+from app.components import page_part
 from app.context import Context
-from app.runtime import assets, thinking, tour
+from app.runtime import thinking, tour
 from app.runtime.images import ImageError, uploaded_file
 from app.runtime.records import Recorded
 from app.runtime.validation import page_request
@@ -62,12 +63,11 @@ def build(context: Context) -> None:
 
     known = checkpoints.configs[model.value]["label_names"] if model.value else []
     opened, _ = classify(image.value, model.value) if image.value else ("", "")
-    view = gr.HTML(
+    view = page_part(
+        "think.html",
+        "think.js",
+        ("view.css", "think.css"),
         opened,  # what the page opens on is there without a request
-        html_template=assets.text("think.html"),
-        css_template=assets.text("view.css", "think.css"),
-        js_on_load=assets.script("think.js"),
-        apply_default_css=False,
         server_functions=[look_inside, what_if, take_tour, reduce],
         palette=drawing.PALETTE,
         elem_id="think",

@@ -8,8 +8,9 @@ import json
 import gradio as gr
 from torch import nn
 
+from app.components import page_part
 from app.context import STALE, Context
-from app.runtime import assets, cost, packing
+from app.runtime import cost, packing
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.limits import heavy_work
 from app.runtime.validation import page_request
@@ -54,12 +55,11 @@ def build(context: Context) -> None:
         classifiers.build()
     with gr.Column(visible=False) as of_generators:
         generators.build()
-    view = gr.HTML(
+    view = page_part(
+        "compare.html",
+        "compare.js",
+        ("view.css", "compare.css"),
         STALE,
-        html_template=assets.text("compare.html"),
-        css_template=assets.text("view.css", "compare.css"),
-        js_on_load=assets.script("compare.js"),
-        apply_default_css=False,
         server_functions=[fetch_maps, measure, look],
         palette=drawing.PALETTE,
         elem_id="compare",

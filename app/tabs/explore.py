@@ -10,8 +10,9 @@ import json
 import gradio as gr
 
 from app import links
+from app.components import page_part
 from app.context import STALE, STALE_NOW, Context
-from app.runtime import assets, export, records
+from app.runtime import export, records
 from app.runtime.images import ImageError, uploaded_file
 from app.runtime.limits import heavy_work
 from app.runtime.packing import fetched, run_of
@@ -61,12 +62,11 @@ def build(context: Context) -> None:
         with heavy_work():
             return dict(text=export.page(json.loads(request["run"]), maps, request["view"]))
 
-    view = gr.HTML(
+    view = page_part(
+        "explorer.html",
+        "explorer.js",
+        ("view.css", "explorer.css"),
         STALE,
-        html_template=assets.text("explorer.html"),
-        css_template=assets.text("view.css", "explorer.css"),
-        js_on_load=assets.script("explorer.js"),
-        apply_default_css=False,
         server_functions=[fetch_maps, export_numbers, export_page],
         palette=drawing.PALETTE,
         view={},

@@ -12,9 +12,9 @@ from html import escape
 import gradio as gr
 from PIL import Image
 
-from app.components import sampling_settings
+from app.components import page_part, sampling_settings
 from app.context import Context
-from app.runtime import assets, sampling
+from app.runtime import sampling
 from app.runtime.gradio_adapter import nobody_listens, png_file
 from app.runtime.limits import heavy_work
 from app.runtime.packing import run_of
@@ -147,12 +147,11 @@ def build(context: Context) -> None:
             sampler = gr.Dropdown(samplers, label="Sampler", value=samplers[0])
             button = gr.Button("Generate", variant="primary")
         with gr.Column(scale=7, min_width=320):
-            viewer = gr.HTML(
+            viewer = page_part(
+                "generate.html",
+                "generate.js",
+                ("view.css", "generate.css"),
                 "",
-                html_template=assets.text("generate.html"),
-                css_template=assets.text("view.css", "generate.css"),
-                js_on_load=assets.script("generate.js"),
-                apply_default_css=False,
                 server_functions=[fetch_frame, fetch_predicted, fetch_run, save_run, stop_run],
                 elem_id="generated",
             )
