@@ -11,6 +11,8 @@ EVERYDAY holds links:
     val_tinyimagenet      Tiny-ImageNet-100's
     other_sources         pictures of a class from the source that it was not trained on
     unlabeled/train, val  all training and validation images, those of --unlabeled too, for training.transfer
+
+With --per-class N, train has no more than N links of a class, evenly from all that it would have.
 """
 
 import argparse
@@ -36,11 +38,20 @@ def link(file: Path, target: Path) -> None:
     target.symlink_to(file.resolve())
 
 
+def thin(folder: Path, most: int) -> None:
+    """Removes links, evenly over their names, until there are `most` in the folder."""
+    links = sorted(folder.iterdir())
+    kept = {links[i * len(links) // most] for i in range(most)} if len(links) > most else set(links)
+    for path in set(links) - kept:
+        path.unlink()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--photos", "--tinyimagenet", "--vocabulary", "--out"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--unlabeled", type=Path, nargs="*", default=[], help="more ImageFolders for the transfer")
+    parser.add_argument("--per-class", type=int, help="at most so many images of a class in train")
     args = parser.parse_args()
     vocabulary = json.loads(args.vocabulary.read_text())
     sources = dict(photos=(args.photos, REPEATS), tinyimagenet100=(args.tinyimagenet, 1))
@@ -59,6 +70,9 @@ def main() -> None:
                         link(file, out / split / name / f"{copy}-{own}")
                 elif split == "val" or source == "photos":
                     link(file, out / "other_sources" / name / own)
+    if args.per_class:
+        for folder in (out / "train").iterdir():
+            thin(folder, args.per_class)
     for folder in args.unlabeled:
         for split in ("train", "val"):
             for file in images(folder / split):

@@ -159,9 +159,10 @@ class Pictures extends Panel {
     if (this.run?.timeline?.[this.at]?.step === step && this.isExpected(run.timeline[index]) === isExpected) this.show(kept[step]);
   }
 
-  // Whether at this place of the timeline the picture is shown that the network expects, and not the state.
-  isExpected({ t }) {
-    return t !== undefined && !this.find(".vg-noisy input").checked;
+  // Whether at this place of the timeline the picture is shown that the network expects, and not the state; never where
+  // the run has ended.
+  isExpected({ step, t }) {
+    return t !== undefined && step !== this.run.step && !this.find(".vg-noisy input").checked;
   }
 
   async save(form) {

@@ -12,7 +12,7 @@ from PIL import Image
 
 from app.runtime.images import read_image
 from app.tabs.attribution import BOTTOM, HEIGHT, STEPS
-from tests.helpers.app import MHSA, PLAIN, PREFIXED, recorded
+from tests.helpers.app import MHSA, PLAIN, PREFIXED, photo, recorded
 from tests.helpers.browser import needs_browser
 from tests.helpers.compare_page import send
 from tests.helpers.page import PIXELS, READ, cell, expected_rows, our_faults, points_in_cells, signed_colors
@@ -34,6 +34,13 @@ def upload(page, path, tab: str = "Classify", model: str | None = None) -> None:
 def explore(page, path, model: str) -> None:
     upload(page, path, "Explore", model)
     page.wait_for_selector(".vx[data-state=complete]")
+
+
+@pytest.fixture
+def other_picture(tmp_path):
+    """Another photo than `picture`: a page that has one already does not look at the same one again."""
+    photo(160, 200, seed=4).save(path := tmp_path / "other.png")
+    return path
 
 
 def test_upload_is_classified(page, weights, picture):
@@ -148,27 +155,27 @@ def test_forgotten_maps_are_fetched_anew(page, picture):
     page.wait_for_selector(".vx[data-state=complete]")
 
 
-def test_a_phone_never_scrolls_sideways(page, picture):
+def test_a_phone_never_scrolls_sideways(page, picture, other_picture):
     page.set_viewport_size(dict(width=390, height=844))
     upload(page, picture)
     page.wait_for_selector(".vt[data-state=complete]")
     for tab in ("Classify", "Explore", "About"):
         page.get_by_role("tab", name=tab).click()
         if tab == "Explore":
-            explore(page, picture, PREFIXED)
+            explore(page, other_picture, PREFIXED)
         page.wait_for_timeout(300)
         assert page.evaluate("() => document.documentElement.scrollWidth") == 390, tab
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_every_tab_is_accessible(page, url, picture, theme):
+def test_every_tab_is_accessible(page, url, picture, other_picture, theme):
     page.goto(f"{url}?__theme={theme}")
     for tab in ("Classify", "Explore", "About"):
         if tab == "Classify":
             upload(page, picture)
             page.wait_for_selector(".vt[data-state=complete]")
         elif tab == "Explore":
-            explore(page, picture, PREFIXED)
+            explore(page, other_picture, PREFIXED)
         else:
             page.get_by_role("tab", name=tab).click()
         page.wait_for_timeout(500)  # tabs and buttons fade in

@@ -129,10 +129,20 @@ def test_a_worker_that_was_killed_is_a_line():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_run(number):
     batches = iter(open_loader(range(40), 2, num_workers=2))
-    first, workers = next(batches), batches._workers
+    first, workers = [next(batches), next(batches)], batches._workers  # one of each: both are at work
     for worker in workers:
         os.kill(worker.pid, number)
-    assert [first.tolist(), *(batch.tolist() for batch in batches)] == [[i, i + 1] for i in range(0, 40, 2)]
+    assert [batch.tolist() for batch in (*first, *batches)] == [[i, i + 1] for i in range(0, 40, 2)]
     for worker in workers:
         worker.join(PATIENCE)
         assert worker.exitcode == 0
+
+
+def test_a_program_ends_that_still_holds_its_batches():
+    program = """
+from tests.training.test_workers import Slow
+from training.data.loading import open_loader
+batches = iter(open_loader(Slow(), 2, num_workers=2))
+next(batches), next(batches)
+"""
+    subprocess.run([sys.executable, "-c", program], env=environment(), check=True, timeout=PATIENCE)

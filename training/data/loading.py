@@ -1,9 +1,11 @@
 """Worker processes that read images, and end with the process that started them."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Iterator
 from functools import partial
 
@@ -12,6 +14,20 @@ from torch.utils.data import DataLoader, Dataset
 from training.data.errors import DataError
 
 PR_SET_PDEATHSIG = 1
+
+
+class _Loader(DataLoader):
+    """PyTorch's loader, whose workers are killed at exit: multiprocessing would terminate them, which they ignore."""
+
+    def __iter__(self):
+        batches = super().__iter__()
+        weakref.finalize(batches, _kill, getattr(batches, "_workers", ()))
+        return batches
+
+
+def _kill(workers: list) -> None:
+    for worker in set(workers).intersection(multiprocessing.active_children()):
+        worker.kill()
 
 
 def open_loader(dataset: Dataset, *args, num_workers: int = 0, **options) -> DataLoader:
@@ -24,7 +40,7 @@ def open_loader(dataset: Dataset, *args, num_workers: int = 0, **options) -> Dat
         options |= dict(worker_init_fn=partial(_bind, os.getpid()))
         if sys.platform == "linux":  # from Python 3.14 on not the default
             options |= dict(multiprocessing_context="fork")
-    return DataLoader(dataset, *args, num_workers=num_workers, **options)
+    return _Loader(dataset, *args, num_workers=num_workers, **options)
 
 
 def _bind(parent: int, _: int) -> None:

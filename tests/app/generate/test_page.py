@@ -1,5 +1,6 @@
 """Generating in a real browser."""
 
+import json
 import time
 
 import numpy as np
@@ -50,6 +51,14 @@ def shown(page) -> np.ndarray:
     data = page.evaluate("""() => [...document.querySelectorAll(".vg-grid canvas")].map((canvas) => [canvas.height,
         canvas.width, [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data]])""")
     return np.stack([np.array(pixels, np.uint8).reshape(rows, cols, 4)[..., :3] for rows, cols, pixels in data])
+
+
+def ask_for_too_much(route) -> None:
+    """Lets a request to generate ask for more pictures and steps than are allowed."""
+    asked = route.request.post_data_json
+    if SIT in asked["data"] and len(asked["data"]) == 7:
+        asked["data"][2], asked["data"][4] = 16, 250
+    route.continue_(post_data=json.dumps(asked))
 
 
 def ended(page, state: str) -> None:
@@ -156,8 +165,10 @@ def test_the_slider_of_steps_ends_where_a_request_is_refused(page):
 
 @needs_browser
 def test_problems_are_said_in_a_sentence(page):
-    generate(page, count=16, steps=250)
+    page.route("**/queue/join?*", ask_for_too_much)  # the page itself would not
+    generate(page)
     page.wait_for_selector(".vg .vv-problem:has-text('count times steps may be at most 1600 with euler.')")
+    page.unroute("**/queue/join?*")
     choose(page, "Model", LATENT)
     page.wait_for_selector(".vca-hint:has-text('335 MB')")
     generate(page)
