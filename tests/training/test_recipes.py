@@ -78,6 +78,14 @@ SETTINGS = {  # what the papers and their code state
                                    ema=0),
     "imagenet_vca_cswin_tiny": dict(lr=1e-3, warmup=2e-6, min=2e-5, warmup_epochs=20, clip=0, repeats=1, path=0.2,
                                     ema=0.99984),
+    "imagenet_vca_pvt_small": dict(lr=1e-3, warmup=1e-6, min=1e-5, warmup_epochs=5, clip=0, repeats=3, path=0.1, ema=0),
+    "imagenet_vca_pvt_medium": dict(lr=1e-3, warmup=1e-6, min=1e-5, warmup_epochs=5, clip=1, repeats=3, path=0.3, ema=0),
+    "imagenet_vca_swin_small": dict(lr=1e-3, warmup=1e-6, min=1e-5, warmup_epochs=20, clip=5, repeats=1, path=0.3,
+                                    ema=0),
+    "imagenet_vca_swin_base": dict(lr=1e-3, warmup=1e-6, min=1e-5, warmup_epochs=20, clip=5, repeats=1, path=0.5,
+                                   ema=0),
+    "imagenet_vca_cswin_small": dict(lr=1e-3, warmup=2e-6, min=2e-5, warmup_epochs=20, clip=0, repeats=1, path=0.4,
+                                     ema=0.99984),
 }  # fmt: skip
 
 
