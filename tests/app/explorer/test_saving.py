@@ -141,7 +141,7 @@ def test_a_broken_link_breaks_nothing(running, url, link, sentence):
     faults = []
     page = watched(running.new_page(), faults, url)
     page.goto(f"{url}#explore?{link}")
-    page.wait_for_selector(f"text={sentence}")
+    page.wait_for_selector(f"text={sentence} >> visible=true")
     page.locator(".ve-mine button").first.click()
     page.wait_for_selector(".vx[data-state=complete]")
     page.close()

@@ -57,7 +57,7 @@ def ask_for_too_much(route) -> None:
     """Lets a request to generate ask for more pictures and steps than are allowed."""
     asked = route.request.post_data_json
     if SIT in asked["data"] and len(asked["data"]) == 7:
-        asked["data"][2], asked["data"][4] = 16, 250
+        asked["data"][2], asked["data"][3] = 16, 250
     route.continue_(post_data=json.dumps(asked))
 
 
