@@ -15,6 +15,7 @@ FILE_TYPES = [".json", ".safetensors", ".zip"]
 HINT = """<p class='vca-hint'>One of ours, or any ViT, DeiT or Swin of timm: by its id on the Hub, or as config.json and
 model.safetensors, or a zip file of these, up to {limit}. Nobody else sees what you upload.</p>"""
 
+SHOW_ID = "(name) => {{ document.querySelector('#{} input').title = name ?? ''; }}"
 NEW_SEED = "() => Math.floor(Math.random() * 2 ** 32)"
 
 
@@ -36,6 +37,14 @@ def page_part(html: str, script: str, styles: tuple[str, ...], value: str, **opt
     )
 
 
+def model_dropdown(label: str, choices: list[tuple[str, str]], chosen: str | None) -> gr.Dropdown:
+    """A choice of models: it shows their titles, and the id of the chosen one in a tooltip."""
+    id = f"model-{label.lower().replace(' ', '-')}"
+    dropdown = gr.Dropdown(choices, label=label, value=chosen, elem_classes="vca-model", elem_id=id)
+    gr.on(None, None, dropdown, js=SHOW_ID.format(id), show_progress="hidden", api_visibility="private")
+    return dropdown
+
+
 class ModelChoice:
     """The choice of a classifier in every tab that has one, and the control "Load another model".
 
@@ -49,11 +58,11 @@ class ModelChoice:
 
     def dropdown(self, label: str, chosen: str | None) -> gr.Dropdown:
         """A dropdown of all classifiers, of which one is `chosen` when the page opens."""
-        names = self.checkpoints.classifiers
-        self._dropdowns.append(
-            gr.Dropdown([*names, *self.checkpoints.finer], label=label, value=chosen, elem_classes="vca-model")
-        )
+        self._dropdowns.append(model_dropdown(label, self._served(), chosen))
         return self._dropdowns[-1]
+
+    def _served(self) -> list[tuple[str, str]]:
+        return self.checkpoints.choices([*self.checkpoints.classifiers, *self.checkpoints.finer])
 
     def loader(self, chosen_in: gr.Dropdown) -> None:
         """The control "Load another model". The model that it loads is then chosen in `chosen_in`."""
@@ -75,7 +84,7 @@ class ModelChoice:
 
         def add(tab: int, label: str, value: str, known: list):
             known = [entry for entry in known if entry[1] != value] + [(label, value)]
-            choices = [*self.checkpoints.classifiers, *self.checkpoints.finer, *known]
+            choices = [*self._served(), *known]
             here = self._loaders[tab][0]
             dropdowns = [
                 gr.Dropdown(choices=choices, value=value) if dropdown is here else gr.Dropdown(choices=choices)

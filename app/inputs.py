@@ -45,19 +45,26 @@ class Gallery:
     def tiles(self, name: str | None) -> str:
         """What the page draws, as JSON: the tiles of a model, and those of others."""
         chosen = self.chosen(name)
-        mine = [_tile(a.example, name, _says(a)) for a in chosen.right]
+        mine = [self._tile(a.example, name, _says(a)) for a in chosen.right]
         if chosen.mistake:
-            mine.append(_tile(chosen.mistake.example, name, _says(chosen.mistake), self._why(name, chosen.mistake)))
+            mine.append(
+                self._tile(chosen.mistake.example, name, _says(chosen.mistake), self._why(name, chosen.mistake))
+            )
         if not mine:
-            mine = [_tile(example, name, "") for example in examples().values() if example.path.suffix == ".jpg"]
+            mine = [self._tile(example, name, "") for example in examples().values() if example.path.suffix == ".jpg"]
         shown = {tile["name"] for tile in mine}
         others = []
         for other in self.checkpoints.classifiers:
             if other != name and "/" not in other:
                 new = [a for a in self.chosen(other).right if a.example.name not in shown][:OTHERS]
                 shown |= {a.example.name for a in new}
-                others += [_tile(a.example, other, _says(a)) for a in new]
+                others += [self._tile(a.example, other, _says(a)) for a in new]
         return json.dumps(dict(mine=mine, others=others, isKnown=bool(chosen.right)))
+
+    def _tile(self, example: Example, model: str | None, says: str, why: str = "") -> dict:
+        of = self.checkpoints.title(model) if model else ""
+        shown = dict(title=example.title, says=says, why=why, of=of, url=_thumbnail(example.path))
+        return shown | dict(name=example.name, model=model)
 
     def _why(self, name: str, mistake: Answer) -> str:
         labels = self.checkpoints.load(name).label_names
@@ -118,10 +125,6 @@ def image_input(value: str | None) -> gr.Image:
 
 def _says(answer: Answer) -> str:
     return f"{answer.label} {answer.probability:.0%}"
-
-
-def _tile(example: Example, model: str | None, says: str, why: str = "") -> dict:
-    return dict(name=example.name, title=example.title, model=model, says=says, why=why, url=_thumbnail(example.path))
 
 
 def _thumbnail(path: Path) -> str:

@@ -11,7 +11,7 @@ from threading import Lock, Thread
 from torch import nn
 
 import vca
-from app.runtime import loading
+from app.runtime import loading, names
 from app.runtime.store import Store
 from app.runtime.validation import refused
 from vca.checkpoint import read_config
@@ -40,6 +40,7 @@ class Checkpoints:
         classifiers, generators: their names, those with VCA first, then by number of classes; the first is the default.
         finer: names of classifiers at a larger image size, such as "NAME @ 336 px".
         configs: the `config.json` of each.
+        titles: what each is called on the page.
         problems: what is wrong with each checkpoint that cannot be used.
     """
 
@@ -60,9 +61,21 @@ class Checkpoints:
         self.classifiers = self._names_of("classification")
         self.generators = self._names_of("generation")
         self.finer = [f"{name} @ {side} px" for name in self.classifiers for side in self._finer_sizes(name)]
+        self.titles = names.titles(self.configs)
+        for finer in self.finer:
+            own_size, side = AT_SIZE.fullmatch(finer).groups()
+            self.titles[finer] = f"{self.titles[own_size]}, {side} px"
         self._models: Store[nn.Module] = Store(limit, loading.bytes_of, "This model is too large to be kept here.")
         self._opening: dict[str, Future] = {}
         self._lock = Lock()
+
+    def title(self, name: str) -> str:
+        """What a model is called on the page: one that is not served here, by its name."""
+        return self.titles.get(name, name)
+
+    def choices(self, names: Sequence[str]) -> list[tuple[str, str]]:
+        """Models as a dropdown takes them: their titles, and their names as values."""
+        return [(self.title(name), name) for name in names]
 
     def _names_of(self, task: str) -> list[str]:
         names = [name for name, config in self.configs.items() if task_of(config["architecture"]) == task]

@@ -1,5 +1,5 @@
 // The examples. `props.value` is what inputs.py sends (JSON): { mine, others, isKnown }, tiles { name, title, model,
-// says, why, url }. A click selects a tile's photo and its model.
+// of, says, why, url }, where `of` is what the model is called. A click selects a tile's photo and its model.
 
 import { make } from "./panel.js";
 
@@ -23,7 +23,7 @@ export function mount(host) {
     const mistake = mine.find(({ why }) => why);
     find("h2").textContent = isKnown ? "Examples, and what the model says" : "Examples: this model knows none of their classes";
     find(".ve-mine").replaceChildren(...mine.map((tile) => tileOf(tile, trigger)));
-    find(".ve-others").replaceChildren(...others.map((tile) => tileOf({ ...tile, says: "", title: `${tile.title}, for ${tile.model}` }, trigger)));
+    find(".ve-others").replaceChildren(...others.map((tile) => tileOf({ ...tile, says: "", title: `${tile.title}, for ${tile.of}` }, trigger)));
     find(".ve-more").hidden = !others.length;
     find(".ve-why").hidden = !mistake;
     find(".ve-why").textContent = mistake?.why ?? "";

@@ -6,6 +6,7 @@ from PIL import Image
 from app.context import Context
 from app.runtime.assets import STATIC
 from app.runtime.checkpoints import Checkpoints
+from app.runtime.names import dataset_of
 from vca import drawing
 from vca.diffusion.vae import STRIDE
 from vca.models import GENERATORS
@@ -93,10 +94,11 @@ def table(checkpoints: Checkpoints) -> str:
         config = checkpoints.configs[name]
         task = "classifies" if name in checkpoints.classifiers else "generates"
         last = config["training"][-1] if config["training"] else {}
-        data = _entry(last, "recipe", "dataset") or "-"
         top1 = _entry(last, "results", "top1")
         top1 = f"{top1:.2f} %" if isinstance(top1, int | float) else "-"
-        cells = [name, task, config["num_classes"], _size(config), data, top1]
+        data = dataset_of(config) or "-"
+        titled = f"{checkpoints.title(name)}<br>`{name}`"
+        cells = [titled, task, config["num_classes"], _size(config), data, top1]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

@@ -69,12 +69,15 @@ class Classifiers:
         names = records.prefix_names(model)
         run = packing.run_of(self.context.maps, recorded.maps, picture, ("", ""), names)
         uploaded = name.startswith(loading.UPLOADED)
+        title = (
+            f"{model.pretrained_cfg['architecture']} (uploaded)" if uploaded else self.context.checkpoints.title(name)
+        )
         return run | dict(
             model=name,
-            name=f"{model.pretrained_cfg['architecture']} (uploaded)" if uploaded else name,
+            name=title,
             top=list(records.top_labels(model, recorded.probabilities, 5).items()),
             box=_part_seen(model, recorded.image),
-            facts=_facts(model, recorded),
+            facts=dict(Id="none" if uploaded else name) | _facts(model, recorded),
         )
 
 

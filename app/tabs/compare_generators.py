@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import gradio as gr
 
-from app.components import sampling_settings
+from app.components import model_dropdown, sampling_settings
 from app.context import Context
 from app.runtime import cost, loading, packing, sampling
 from app.runtime.checkpoints import Checkpoints
@@ -49,7 +49,7 @@ class Generators:
         names = self.checkpoints.generators
 
         def dropdown(label: str, value: str | None) -> gr.Dropdown:
-            return gr.Dropdown(names, label=label, value=value, elem_classes="vca-model")
+            return model_dropdown(label, self.checkpoints.choices(names), value)
 
         self._models = [
             dropdown("First generator", next(iter(names), None)),
@@ -93,7 +93,7 @@ class Generators:
                     sent += 1
                     if nobody_listens(self.context.page, request, sent):
                         return
-                    yield json.dumps(dict(working=name, step=step, steps=run.request.steps))
+                    yield json.dumps(dict(working=self.checkpoints.title(name), step=step, steps=run.request.steps))
         except gr.Error as error:
             yield json.dumps(dict(problem=error.message))
         except DecoderError as error:
@@ -127,7 +127,7 @@ class Generators:
             caption = ("", run.caption(seen, picture, without_class))
             side = packing.run_of(self.context.maps, maps, large, caption, [])
             frame = drawing.data_url(run.frame(step), "PNG")
-            sides.append(side | dict(model=name, name=name, box=[0, 0, 1, 1], frame=frame))
+            sides.append(side | dict(model=name, name=self.checkpoints.title(name), box=[0, 0, 1, 1], frame=frame))
         return sides
 
     def _facts(self, side: dict) -> dict[str, str]:
@@ -137,6 +137,7 @@ class Generators:
         loss = model.training_history[-1]["results"].get("val_loss") if model.training_history else None
         channels, height, width = model.sample_shape
         return {
+            "Id": name,
             "Architecture": model.architecture,
             "Attention": ", ".join(sorted({block["kind"] for block in side.get("blocks", [])})),
             "Trained on": card.trained_on or "not said",

@@ -41,7 +41,8 @@ def build(context: Context) -> None:
         says = ("The model says", f"{label} {probability:.0%}")
         run = run_of(store, recorded.maps, crop, says, records.prefix_names(network))
         base = links.base_of(name, path)
-        return json.dumps(run | dict(repeatable=True, model=name if base else None, base=base, path=str(path)))
+        named = dict(model=name, title=checkpoints.title(name)) if base else {}
+        return json.dumps(run | named | dict(repeatable=True, base=base, path=str(path)))
 
     @page_request
     def fetch_maps(request: dict) -> dict:

@@ -12,7 +12,7 @@ from html import escape
 import gradio as gr
 from PIL import Image
 
-from app.components import page_part, sampling_settings
+from app.components import model_dropdown, page_part, sampling_settings
 from app.context import Context
 from app.runtime import sampling
 from app.runtime.gradio_adapter import nobody_listens, png_file
@@ -137,9 +137,7 @@ def build(context: Context) -> None:
     labels, samplers, about_first = _choices(checkpoints.configs[checkpoints.generators[0]])
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            name = gr.Dropdown(
-                checkpoints.generators, label="Model", value=checkpoints.generators[0], elem_classes="vca-model"
-            )
+            name = model_dropdown("Generator", checkpoints.choices(checkpoints.generators), checkpoints.generators[0])
             note = gr.HTML(about_first, visible=bool(about_first))
             label = gr.Dropdown(labels, label="Class", value=_first(labels))
             count = gr.Slider(1, sampling.MAX_COUNT, 8, step=1, label="Pictures", buttons=[])

@@ -322,5 +322,5 @@ def test_classifiers_and_generators_are_told_apart(weights, tmp_path):
         with pytest.raises(gr.Error, match=f"model must be one of: {known}"):
             load(name)
     table = about.table(checkpoints)
-    assert "| pixels | generates | 4 | 32×16 |" in table
-    assert "| vca_latents | generates | 4 | 256×256 |" in table
+    assert "| pixels<br>`pixels` | generates | 4 | 32×16 |" in table
+    assert "| vca_latents<br>`vca_latents` | generates | 4 | 256×256 |" in table

@@ -14,6 +14,7 @@ from tests.helpers.page import our_faults
 pytestmark = needs_browser
 
 VCA, MHSA = "vca_vit_pico_patch4_32_cifar10", "mhsa_vit_pico_patch4_32_cifar10"
+TITLES = {VCA: "VCA ViT-Pico/4 · CIFAR-10", MHSA: "Self-attention ViT-Pico/4 · CIFAR-10"}
 COMPLETE = ".vt[data-state=complete]"
 SCENE = ".vt-scene:visible"
 
@@ -67,13 +68,13 @@ def test_the_page_opens_on_an_example_that_the_model_gets_right(page, chosen):
 def test_an_example_of_another_model_changes_the_model(page, chosen):
     page.wait_for_selector(COMPLETE)
     page.get_by_label("Model", exact=True).click()
-    page.get_by_role("option", name=MHSA, exact=True).click()
+    page.get_by_role("option", name=TITLES[MHSA], exact=True).click()
     page.wait_for_function(f"() => location.hash.includes('model={MHSA}&')")
-    page.wait_for_selector(f".ve-others button[title*='{VCA}']")
-    page.locator(f".ve-others button[title*='{VCA}']").first.click()
+    page.wait_for_selector(f".ve-others button[title*='{TITLES[VCA]}']")
+    page.locator(f".ve-others button[title*='{TITLES[VCA]}']").first.click()
     page.wait_for_function(f"() => location.hash.includes('model={VCA}&')")
     page.wait_for_selector(COMPLETE)
-    assert page.get_by_label("Model", exact=True).input_value() == VCA
+    assert page.get_by_label("Model", exact=True).input_value() == TITLES[VCA]
     page.go_back()
     page.wait_for_function(f"() => location.hash.includes('model={MHSA}&')")
 

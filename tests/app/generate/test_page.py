@@ -31,7 +31,7 @@ def open_tab(page, url: str) -> None:
 
 def choose_pixels(page) -> None:
     """Chooses the model of pixels, and waits until the form offers what it has."""
-    choose(page, "Model", SIT)
+    choose(page, "Generator", SIT)
     page.wait_for_function("() => document.querySelector('input[aria-label=Sampler]').value === 'euler'")
 
 
@@ -169,7 +169,7 @@ def test_problems_are_said_in_a_sentence(page):
     generate(page)
     page.wait_for_selector(".vg .vv-problem:has-text('count times steps may be at most 1600 with euler.')")
     page.unroute("**/queue/join?*")
-    choose(page, "Model", LATENT)
+    choose(page, "Generator", LATENT)
     page.wait_for_selector(".vca-hint:has-text('335 MB')")
     generate(page)
     page.wait_for_selector(".vg .vv-problem:has-text('cannot load the autoencoder')")

@@ -66,7 +66,7 @@ function figure(view) {
     photo: run.image,
     point: state.query,
     palette: view.props.palette,
-    title: [run.model, `block ${info.label}`, view.headName].filter(Boolean).join(" · "),
+    title: [run.title ?? run.model, `block ${info.label}`, view.headName].filter(Boolean).join(" · "),
     lines: [`${term}: ${words}. Query: ${view.queryName}.`, [...lambdas, SCALES[state.scale]].join(", ").replace(/^[a-z]/, (first) => first.toUpperCase())],
     over: view.streamOf(state.block),
     maps: (isSigned(info, mode) ? STREAMS : ["positive"]).map((stream) => {
