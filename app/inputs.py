@@ -7,7 +7,7 @@ import gradio as gr
 
 from app.components import ModelChoice, page_part
 from app.runtime.checkpoints import Checkpoints
-from app.runtime.examples import Answer, Chosen, Example, chosen_for, examples
+from app.runtime.examples import Answer, Chosen, Example, ask, chosen_for, examples, kept
 from app.runtime.images import read_image
 from app.runtime.validation import refused
 from vca import drawing
@@ -28,8 +28,11 @@ class Gallery:
         if not isinstance(name, str):
             return Chosen()
         if name not in self._chosen:
+            answers = kept(self.checkpoints.folders[name]) if name in self.checkpoints.folders else {}
             try:
-                chosen = chosen_for(self.checkpoints.load(name))
+                chosen = chosen_for(
+                    self._labels(name), lambda e: answers.get(e.name) or ask(self.checkpoints.load(name), e)
+                )
             except gr.Error:  # a damaged checkpoint: the tabs say so
                 return Chosen()
             if name not in (*self.checkpoints.classifiers, *self.checkpoints.finer):  # a visitor's own: not kept
@@ -61,13 +64,17 @@ class Gallery:
                 others += [self._tile(a.example, other, _says(a)) for a in new]
         return json.dumps(dict(mine=mine, others=others, isKnown=bool(chosen.right)))
 
+    def _labels(self, name: str) -> list[str]:
+        configs = self.checkpoints.configs
+        return configs[name]["label_names"] if name in configs else self.checkpoints.load(name).label_names
+
     def _tile(self, example: Example, model: str | None, says: str, why: str = "") -> dict:
         of = self.checkpoints.title(model) if model else ""
         shown = dict(title=example.title, says=says, why=why, of=of, url=_thumbnail(example.path))
         return shown | dict(name=example.name, model=model)
 
     def _why(self, name: str, mistake: Answer) -> str:
-        labels = self.checkpoints.load(name).label_names
+        labels = self._labels(name)
         title = mistake.example.title
         if any(map(mistake.example.fits, labels)):
             return f"A mistake: it knows what {title} looks like from other photos, and is wrong about this one."

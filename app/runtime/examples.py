@@ -1,7 +1,13 @@
-"""Example images, and which of them belong to a model: those that it gets right, and one that it gets wrong."""
+"""Example images, and which of them belong to a model: those that it gets right, and one that it gets wrong.
+
+What a model of `weights/` says of them is kept beside it, so that the app need not ask it at its start. A kept answer
+holds for the weights and the image file that it was given for, by their sha256, and for no others.
+"""
 
 import atexit
+import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,8 +23,11 @@ from app.runtime.folders import new_folder
 from app.runtime.gradio_adapter import bundled_image
 from app.runtime.images import read_image
 from app.runtime.limits import heavy_work
+from app.runtime.loading import WEIGHTS
 from vca import preprocessing
+from vca.checkpoint import sha256, write_atomically
 
+KEPT = "examples.json"
 SHOWN = 5  # examples that a model gets right, at most
 SIDE = 640
 
@@ -105,21 +114,51 @@ def examples() -> dict[str, Example]:
     return found
 
 
-def chosen_for(model: nn.Module) -> Chosen:
-    """Runs a classifier on the examples whose class it knows, and on those that may be a mistake."""
-    known = [e for e in examples().values() if any(map(e.fits, model.label_names))]
-    answers = [_answer(model, example) for example in known]
-    right = sorted((a for a in answers if a.is_right), key=lambda a: -a.probability)
+def chosen_for(label_names: list[str], answer: Callable[[Example], Answer]) -> Chosen:
+    """What `answer` says of the examples whose class a model knows, and of those that may be a mistake."""
+    known = [e for e in examples().values() if any(map(e.fits, label_names))]
+    right = sorted((a for a in map(answer, known) if a.is_right), key=lambda a: -a.probability)
     if not right:
         return Chosen()
-    candidates = (_answer(model, examples()[name]) for name in MISTAKES)
+    candidates = (answer(examples()[name]) for name in MISTAKES)
     return Chosen(right[:SHOWN], next((a for a in candidates if not a.is_right), None))
 
 
-def _answer(model: nn.Module, example: Example) -> Answer:
+def ask(model: nn.Module, example: Example) -> Answer:
+    """Runs a classifier on an example."""
     with heavy_work():
         x = preprocessing.preprocess(model, read_image(example.path))
         probabilities = records.classify(model, x)
     best = int(np.argmax(probabilities))
-    label = model.label_names[best]
-    return Answer(example, label, float(probabilities[best]), example.fits(label))
+    return _answer(example, model.label_names[best], float(probabilities[best]))
+
+
+def kept(folder: Path) -> dict[str, Answer]:
+    """The answers that are kept in a checkpoint folder, by example, as far as they are of its weights and our files."""
+    try:
+        content = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+        if content["weights_sha256"] != sha256(folder / WEIGHTS):
+            return {}
+        found = {
+            name: _answer(examples()[name], str(answer["label"]), float(answer["probability"]))
+            for name, answer in content["answers"].items()
+            if name in examples() and answer["sha256"] == sha256(examples()[name].path)
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    return found
+
+
+def keep(folder: Path, model: nn.Module) -> None:
+    """Asks a classifier about all examples, and keeps its answers in its folder."""
+    answers = {name: ask(model, example) for name, example in examples().items()}
+    described = {
+        name: dict(label=a.label, probability=round(a.probability, 6), sha256=sha256(a.example.path))
+        for name, a in answers.items()
+    }
+    content = dict(weights_sha256=sha256(folder / WEIGHTS), answers=described)
+    write_atomically(folder / KEPT, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def _answer(example: Example, label: str, probability: float) -> Answer:
+    return Answer(example, label, probability, example.fits(label))

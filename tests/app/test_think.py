@@ -2,6 +2,9 @@
 
 import base64
 import json
+import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -11,7 +14,9 @@ import pytest
 import torch
 
 import vca
+from app import inputs
 from app.runtime import examples, records, thinking
+from app.runtime.checkpoints import Checkpoints
 from app.runtime.images import read_image
 from app.runtime.records import Recorded
 from app.ui import WEIGHTS
@@ -151,6 +156,7 @@ def test_none_of_the_classes_by_the_measured_threshold(weights, picture, score):
 # ---- Examples
 
 
+SMALL = "vca_vit_pico_patch4_32_cifar10"
 CLASSIFIERS = sorted(
     file.parent.name
     for file in WEIGHTS.glob("*/config.json")
@@ -161,7 +167,7 @@ CLASSIFIERS = sorted(
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_the_examples_of_a_shipped_model_are_right_and_its_mistake_is_one(name):
     model = vca.load(WEIGHTS / name)
-    chosen = examples.chosen_for(model)
+    chosen = examples.chosen_for(model.label_names, partial(examples.ask, model))
     assert 3 <= len(chosen.right) <= examples.SHOWN and chosen.mistake is not None
 
     def says(example: examples.Example) -> str:
@@ -176,8 +182,52 @@ def test_the_examples_of_a_shipped_model_are_right_and_its_mistake_is_one(name):
     assert surest == sorted(surest, reverse=True)
 
 
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_the_kept_answers_of_a_shipped_model_are_its_own(name):
+    kept = examples.kept(WEIGHTS / name)
+    assert any(example.startswith("generated") for example in kept), "run: python -m scripts.examples"
+    model = vca.load(WEIGHTS / name)
+    for example, answer in kept.items():
+        now = examples.ask(model, examples.examples()[example])
+        assert (now.label, now.is_right) == (answer.label, answer.is_right)
+        assert now.probability == pytest.approx(answer.probability, abs=2e-3)
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A checkpoint with answers kept beside it."""
+    shutil.copytree(WEIGHTS / SMALL, tmp_path / SMALL)
+    examples.keep(tmp_path / SMALL, vca.load(tmp_path / SMALL))
+    return tmp_path
+
+
+def test_kept_answers_need_no_model(served, monkeypatch):
+    chosen = inputs.Gallery(Checkpoints(WEIGHTS)).chosen(SMALL)
+    monkeypatch.setattr(Checkpoints, "load", None)
+    assert inputs.Gallery(Checkpoints(served)).chosen(SMALL) == chosen and len(chosen.right) == examples.SHOWN
+
+
+def test_kept_answers_are_of_these_weights_and_these_files(served, monkeypatch, tmp_path):
+    folder, all_examples = served / SMALL, examples.examples()
+    assert examples.kept(folder).keys() == all_examples.keys()
+    (other := tmp_path / "lion.jpg").write_bytes(all_examples["lion"].path.read_bytes() + b"x")
+    changed = all_examples | dict(lion=replace(all_examples["lion"], path=other))
+    monkeypatch.setattr(examples, "examples", lambda: changed)
+    assert examples.kept(folder).keys() == all_examples.keys() - {"lion"}
+    with open(folder / "model.safetensors", "ab") as stream:
+        stream.write(b"x")
+    assert examples.kept(folder) == {}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weights_sha256": 7, "answers": {}}'])
+def test_kept_answers_that_cannot_be_read_are_none(text, served):
+    (served / SMALL / examples.KEPT).write_text(text)
+    assert examples.kept(served / SMALL) == {}
+
+
 def test_a_model_of_other_classes_has_no_examples(weights):
-    assert examples.chosen_for(vca.load(weights / PLAIN)) == examples.Chosen()
+    model = vca.load(weights / PLAIN)
+    assert examples.chosen_for(model.label_names, partial(examples.ask, model)) == examples.Chosen()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The Classify tab in a real browser, with two of the checkpoints that ship."""
 
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chosen(weights):
-    return examples.chosen_for(vca.load(weights / VCA))
+    model = vca.load(weights / VCA)
+    return examples.chosen_for(model.label_names, partial(examples.ask, model))
 
 
 def seen(weights, example, name: str = VCA):
