@@ -156,11 +156,15 @@ def test_init_weights_sets_every_parameter(name):
             assert parameter.std().item() == pytest.approx(built[key].std().item(), rel=0.3, abs=0.01), key
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "vca_swin_tiny"])  # timm's windows cannot
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_batch_of_no_images(name):
     model = small(name).eval()
     x = images(model)[:0]
     with torch.no_grad():
+        if name == "vca_swin_tiny":
+            with pytest.raises(AssertionError, match="the batch is empty: a Swin needs at least one image"):
+                model(x)
+            return
         assert model(x).shape == (0, 4)
         assert len(model.forward_features(x)) == 0
 

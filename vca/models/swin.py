@@ -5,9 +5,10 @@ The baselines are timm's own `swin_*_patch4_window7_224`. The last stage keeps i
 
 from collections.abc import Sequence
 
+import torch
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
-from torch import nn
+from torch import Tensor, nn
 
 from vca.layers.factory import AttentionConfig
 from vca.layers.grid import GridBlock
@@ -34,6 +35,11 @@ class ContrastSwinTransformer(SwinTransformer):
         super().__init__(**kwargs)
         exchange_attention(self, config)
         self.init_weights(needs_reset=False)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """timm's. An empty batch, of which timm cannot cut windows, is an AssertionError."""
+        torch._assert(x.shape[0] > 0, "the batch is empty: a Swin needs at least one image.")
+        return super().forward_features(x)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, beside all of fewer than two dimensions."""
