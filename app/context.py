@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import gradio as gr
 
 from app.components import ModelChoice
+from app.cropping import CropBox
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.packing import MapStore
 from app.runtime.records import Recordings
@@ -24,6 +25,7 @@ class Context:
         checkpoints: the models.
         choice: the choice of a classifier, the same wherever there is one.
         image, model: the photo and the classifier of the page, which all tabs show; see `app.inputs`.
+        crop: the crop box of the photo.
         second: the classifier to set beside `model`, in Compare.
         asking: the view that asks to follow a link, by its event `input`; see `app.links`.
         recordings: what classifiers made of photos.
@@ -38,6 +40,7 @@ class Context:
     choice: ModelChoice
     image: gr.Image
     model: gr.Dropdown
+    crop: CropBox
     recordings: Recordings = field(default_factory=Recordings)
     maps: MapStore = field(default_factory=MapStore)
     second: gr.Dropdown | None = None

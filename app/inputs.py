@@ -6,6 +6,7 @@ from pathlib import Path
 import gradio as gr
 
 from app.components import ModelChoice, page_part
+from app.cropping import CropBox
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.examples import Answer, Chosen, Example, ask, chosen_for, examples, kept
 from app.runtime.images import read_image
@@ -82,8 +83,8 @@ class Gallery:
         return f"A mistake: none of its {len(labels)} classes is right for {title}, and it must name one: {said}."
 
 
-def build(checkpoints: Checkpoints, choice: ModelChoice) -> tuple[gr.Image, gr.Dropdown]:
-    """Builds the photo, its examples and the choice of model."""
+def build(checkpoints: Checkpoints, choice: ModelChoice) -> tuple[gr.Image, gr.Dropdown, CropBox]:
+    """Builds the photo, its crop box, its examples and the choice of model."""
     gallery = Gallery(checkpoints)
     name = next(iter(checkpoints.classifiers), None)
     first = gallery.first(name)
@@ -96,6 +97,8 @@ def build(checkpoints: Checkpoints, choice: ModelChoice) -> tuple[gr.Image, gr.D
         return example.path, gr.skip() if wanted in (None, model) else wanted
 
     image = image_input(str(first.path) if first else None)
+    crop = CropBox(checkpoints)
+    crop.build(image.value, name)
     shown = page_part(
         "examples.html",
         "examples.js",
@@ -106,10 +109,11 @@ def build(checkpoints: Checkpoints, choice: ModelChoice) -> tuple[gr.Image, gr.D
     with gr.Column(elem_classes="vca-choice", min_width=0):
         model = choice.dropdown("Model", name)
         choice.loader(model)
+    crop.connect(image, model)
     quiet = dict(preprocess=False, show_progress="hidden", api_visibility="private")
     shown.select(pick, model, [image, model], **quiet)
     model.change(gallery.tiles, model, shown, trigger_mode="always_last", **quiet)
-    return image, model
+    return image, model, crop
 
 
 def image_input(value: str | None) -> gr.Image:

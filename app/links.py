@@ -1,4 +1,4 @@
-"""Links to what the page shows: #TAB?model=...&image=... and what the tab adds to it.
+"""Links to what the page shows: #TAB?model=...&image=...&crop=... and what the tab adds to it.
 
 A photo of one's own is in no link, unless its visitor asks for that: then a reduced copy of it stands in the link
 itself. It never reaches another server, nor a log of this one: what follows # stays in the browser until the page asks.
@@ -16,7 +16,7 @@ import gradio as gr
 from PIL import Image
 
 from app.context import Context
-from app.runtime import loading
+from app.runtime import crops, loading
 from app.runtime.examples import examples
 from app.runtime.gradio_adapter import kept_file
 from app.runtime.images import ImageError, read_image, uploaded_file
@@ -32,10 +32,12 @@ def base_of(name: str, path: Path) -> dict | None:
     """What every link to a photo and a model begins with; None for a visitor's own model, which is in no link."""
     if name.startswith(loading.UPLOADED):
         return None
+    path, box = crops.origin_of(path)
+    part = {} if box == crops.WHOLE else dict(crop=",".join(map(str, box)))
     if path.name == LINKED:
-        return dict(model=name, photo=base64.urlsafe_b64encode(path.read_bytes()).decode())
+        return dict(model=name, photo=base64.urlsafe_b64encode(path.read_bytes()).decode()) | part
     example = example_of(path)
-    return dict(model=name, image=example) if example else dict(model=name)
+    return dict(model=name, image=example) | part if example else dict(model=name)
 
 
 def example_of(path: Path) -> str | None:
@@ -94,22 +96,40 @@ def connect(context: Context) -> None:
 
 
 def _photo(link: dict[str, str], path: str | None, upload: dict | None):
-    """The photo of a link as an update: an example, the one in the link, or one that this visitor sent before."""
+    """The photo of a link as an update."""
+    try:
+        wanted = _wanted(link, path)
+    except ImageError:
+        wanted = None
+    if wanted is None or not wanted.is_file():
+        return gr.skip()
     try:
         shown = uploaded_file(upload)
     except ImageError:
-        shown = None
+        return str(wanted)
+    return gr.skip() if shown.is_file() and filecmp.cmp(shown, wanted, shallow=False) else str(wanted)
+
+
+def _wanted(link: dict[str, str], path: str | None) -> Path | None:
+    """The photo of a link: an example, the one in the link, or a part of either; or one that this visitor sent before.
+
+    Raises:
+        ImageError: there is none.
+    """
     if example := examples().get(link.get("image", "")):
-        return gr.skip() if shown and filecmp.cmp(shown, example.path, shallow=False) else str(example.path)
-    if "photo" in link:
+        photo = example.path
+    elif "photo" in link:
         try:
             content = base64.urlsafe_b64decode(link["photo"])
         except (binascii.Error, ValueError):
-            return gr.skip()
-        same = shown is not None and shown.read_bytes() == content
-        return gr.skip() if same or not 0 < len(content) <= MOST_BYTES else kept_file(content, LINKED)
+            return None
+        if not 0 < len(content) <= MOST_BYTES:
+            return None
+        photo = Path(kept_file(content, LINKED))
+    else:
+        return uploaded_file(dict(path=path))
     try:
-        before = uploaded_file(dict(path=path))
-    except ImageError:
-        return gr.skip()
-    return str(before) if before.is_file() and before != shown else gr.skip()
+        box = crops.box_of(link["crop"].split(","))
+    except (LookupError, ValueError):
+        return photo
+    return crops.part_of(photo, box)

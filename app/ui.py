@@ -61,9 +61,9 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
         gr.HTML(HEADER + "".join(problems) + ("" if checkpoints.classifiers else NO_WEIGHTS))
         with gr.Row(elem_classes="vca-page"):
             with gr.Column(scale=2, min_width=280, elem_classes="vca-inputs"):
-                image, model = inputs.build(checkpoints, choice)
+                image, model, crop = inputs.build(checkpoints, choice)
             with gr.Column(scale=7, min_width=320), gr.Tabs() as tabs:
-                context = Context(demo, tabs, checkpoints, choice, image, model)
+                context = Context(demo, tabs, checkpoints, choice, image, model, crop)
                 for tab in TABS:
                     name = tab.TITLE.lower()
                     with gr.Tab(tab.TITLE, id=name, elem_id=f"tab-{name}") as shown:

@@ -31,9 +31,9 @@ def build(context: Context) -> None:
         network = checkpoints.load(name)
         return network, context.recordings.get(network, uploaded_file(dict(path=path)))
 
-    def classify(upload: dict | None, name: str) -> tuple[str, str]:
+    def classify(upload: dict | None, name: str) -> tuple[str, str, str]:
         if upload is None:
-            return "", _classes(checkpoints.load(name).label_names if name else [])
+            return "", _classes(checkpoints.load(name).label_names if name else []), ""
         network = checkpoints.load(name)
         try:
             path = uploaded_file(upload)
@@ -41,7 +41,7 @@ def build(context: Context) -> None:
             seen |= dict(model=name, path=str(path), base=links.base_of(name, path))
         except ImageError as error:
             seen = dict(problem=error.message)
-        return json.dumps(seen), _classes(network.label_names)
+        return json.dumps(seen), _classes(network.label_names), context.crop.show(upload, name)
 
     @page_request
     def look_inside(request: dict) -> dict:
@@ -62,7 +62,7 @@ def build(context: Context) -> None:
         return dict(photo=links.reduced(uploaded_file(dict(path=request["path"]))))
 
     known = checkpoints.configs[model.value]["label_names"] if model.value else []
-    opened, _ = classify(image.value, model.value) if image.value else ("", "")
+    opened, *_ = classify(image.value, model.value) if image.value else [""]
     view = page_part(
         "think.html",
         "think.js",
@@ -75,7 +75,7 @@ def build(context: Context) -> None:
     attribution.build(context, image, model)
     classes = gr.HTML(_classes(known))
     quiet = dict(preprocess=False, show_progress="hidden", trigger_mode="always_last", api_visibility="private")
-    gr.on([image.change, model.change], classify, [image, model], [view, classes], **quiet)
+    gr.on([image.change, model.change], classify, [image, model], [view, classes, context.crop.view], **quiet)
     context.asking = view
 
 

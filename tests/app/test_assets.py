@@ -7,14 +7,14 @@ import pytest
 from app.runtime.assets import FOLDERS
 from vca.explorer import assets
 
-ENTRIES = ("think.js", "explorer.js", "compare.js", "generate.js", "examples.js")
+ENTRIES = ("think.js", "explorer.js", "compare.js", "generate.js", "examples.js", "crop.js")
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_module_comes_after_those_that_it_imports(entry):
     modules = assets.modules(entry, FOLDERS)
     names = [name for name, _ in modules]
-    assert names[-1] == entry and "panel.js" in names and len(names) == len(set(names))
+    assert names[-1] == entry and {"panel.js", "maps.js"} & {*names} and len(names) == len(set(names))
     for at, (_, source) in enumerate(modules):
         assert source.count("\nimport ") + source.startswith("import ") == len(assets.IMPORT.findall(source))
         assert set(assets.IMPORT.findall(source)) <= set(names[:at])

@@ -1,7 +1,7 @@
 // The address of what is on show: #TAB?model=...&image=..., and what the tab adds. `base` is what links.py gave of the
 // photo and the model. Another tab, photo or model is a step for the browser's Back; a change within one is not.
 
-const BASE = ["model", "image", "photo", "with"];
+const BASE = ["model", "image", "photo", "crop", "with"];
 const PATIENCE = 60_000; // ms until an address that leads nowhere is given up
 
 const split = () => {
