@@ -2,8 +2,8 @@
 
     python -m scripts.everyday_data --photos FOLDER --tinyimagenet FOLDER --vocabulary FILE --out EVERYDAY
 
-Of the classes that both sources have, some keep only one of them for training. The other source's pictures of them are
-the test of what a stranger brings (EVERYDAY/other_sources). The alphabet decides which, whatever their accuracy.
+Of the classes that both sources have, a quarter keep only one of them for training. The other source's pictures of them
+are the test of what a stranger brings (EVERYDAY/other_sources). The alphabet decides which, whatever their accuracy.
 EVERYDAY holds links:
 
     train, val            of every class, from the sources it is trained on; the few photos come REPEATS times in train
@@ -12,12 +12,13 @@ EVERYDAY holds links:
     other_sources         pictures of a class from the source that it was not trained on
     unlabeled/train, val  all training and validation images, those of --unlabeled too, for training.transfer
 
-With --per-class N, train has no more than N links of a class, evenly from all that it would have.
+With --per-class N, train has no more than N links of a class from each source, evenly from all that it would have.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 REPEATS = 2
@@ -26,7 +27,7 @@ REPEATS = 2
 def held_back(vocabulary: dict) -> dict[str, set[str]]:
     """The classes by the source of which none of their pictures are trained on."""
     shared = sorted(set(vocabulary["photos"].values()) & set(vocabulary["tinyimagenet100"].values()))
-    return dict(photos=set(shared[::2]), tinyimagenet100=set(shared[1::4]))
+    return dict(photos=set(shared[::8]), tinyimagenet100=set(shared[1::8]))
 
 
 def images(folder: Path) -> Iterator[Path]:
@@ -38,9 +39,8 @@ def link(file: Path, target: Path) -> None:
     target.symlink_to(file.resolve())
 
 
-def thin(folder: Path, most: int) -> None:
-    """Removes links, evenly over their names, until there are `most` in the folder."""
-    links = sorted(folder.iterdir())
+def thin(links: list[Path], most: int) -> None:
+    """Removes links, evenly over the list, until there are `most`."""
     kept = {links[i * len(links) // most] for i in range(most)} if len(links) > most else set(links)
     for path in set(links) - kept:
         path.unlink()
@@ -51,7 +51,7 @@ def main() -> None:
     for name in ("--photos", "--tinyimagenet", "--vocabulary", "--out"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--unlabeled", type=Path, nargs="*", default=[], help="more ImageFolders for the transfer")
-    parser.add_argument("--per-class", type=int, help="at most so many images of a class in train")
+    parser.add_argument("--per-class", type=int, help="at most so many images of a class and source in train")
     args = parser.parse_args()
     vocabulary = json.loads(args.vocabulary.read_text())
     sources = dict(photos=(args.photos, REPEATS), tinyimagenet100=(args.tinyimagenet, 1))
@@ -71,8 +71,8 @@ def main() -> None:
                 elif split == "val" or source == "photos":
                     link(file, out / "other_sources" / name / own)
     if args.per_class:
-        for folder in (out / "train").iterdir():
-            thin(folder, args.per_class)
+        for folder, source in product((out / "train").iterdir(), sources):
+            thin(sorted(folder.glob(f"?-{source}-*")), args.per_class)
     for folder in args.unlabeled:
         for split in ("train", "val"):
             for file in images(folder / split):

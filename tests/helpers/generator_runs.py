@@ -19,7 +19,7 @@ CLASSES = ("bird", "cat", "dog")
 
 SHORT = dict(
     steps=14, batch_size=16, warmup_steps=3, input_size=8, save_every=3, val_every=7, sample_every=7, sample_steps=2,
-    compile="false", workers=0, device="cpu",
+    compile="false", precision="fp32", workers=0, device="cpu",
 )  # fmt: skip
 
 
