@@ -116,7 +116,7 @@ def build(checkpoints: Checkpoints, choice: ModelChoice) -> tuple[gr.Image, gr.D
     return image, model, crop
 
 
-def image_input(value: str | None) -> gr.Image:
+def image_input(value: str | None, label: str = "Photo") -> gr.Image:
     """An image that is uploaded, taken with a camera or pasted.
 
     Functions that take the image should be registered with `preprocess=False`, so that they get the uploaded file and
@@ -126,7 +126,7 @@ def image_input(value: str | None) -> gr.Image:
         value,
         type="filepath",
         image_mode=None,
-        label="Photo",
+        label=label,
         sources=["upload", "webcam", "clipboard"],
         buttons=[],
         height=240,

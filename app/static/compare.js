@@ -109,9 +109,12 @@ export class Comparison extends Panel {
     this.film = pair.film.token ? { step: pair.film.steps.length - 1, picture: 0, withoutClass: false } : null;
     this.range.max = this.film ? this.film.step : 0;
     this.writeFilm();
-    writeFacts(this);
-    drawLambdas(this);
-    this.measure(pair);
+    for (const section of this.root.querySelectorAll(".vc-lambdas, .vc-numbers")) section.hidden = Boolean(pair.isOneModel);
+    if (!pair.isOneModel) {
+      writeFacts(this);
+      drawLambdas(this);
+      this.measure(pair);
+    }
     await this.open(pair);
   }
 

@@ -14,7 +14,7 @@ from app.runtime import cost, packing
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.limits import heavy_work
 from app.runtime.validation import page_request
-from app.tabs.compare_classifiers import CLASSIFIERS, GENERATORS, Classifiers
+from app.tabs.compare_classifiers import CLASSIFIERS, GENERATORS, PHOTOS, Classifiers
 from app.tabs.compare_generators import ASK, Generators
 from vca import drawing
 
@@ -45,14 +45,12 @@ def build(context: Context) -> None:
         return generators.look(request)  # gradio takes functions only, no methods
 
     def switch(what: str) -> tuple:
-        chosen = what == GENERATORS
-        value = json.dumps(dict(note=ASK)) if chosen else STALE
-        return gr.Column(visible=not chosen), gr.Column(visible=chosen), value
+        value = json.dumps(dict(note=ASK)) if what == GENERATORS else STALE
+        return *(gr.Column(visible=what == each) for each in (CLASSIFIERS, PHOTOS, GENERATORS)), value
 
-    can_choose = bool(checkpoints.generators)
-    what = gr.Radio([CLASSIFIERS, GENERATORS], value=CLASSIFIERS, label="Compare", visible=can_choose)
-    with gr.Column() as of_classifiers:
-        classifiers.build()
+    known = [CLASSIFIERS, PHOTOS, *[GENERATORS] * bool(checkpoints.generators)]
+    what = gr.Radio(known, value=CLASSIFIERS, label="Compare")
+    classifiers.build()
     with gr.Column(visible=False) as of_generators:
         generators.build()
     view = page_part(
@@ -67,7 +65,7 @@ def build(context: Context) -> None:
     classifiers.connect(view, what)
     generators.connect(view)
     quiet = dict(preprocess=False, show_progress="hidden", api_visibility="private")
-    what.change(switch, what, [of_classifiers, of_generators, view], **quiet)
+    what.change(switch, what, [classifiers.of_models, classifiers.of_photos, of_generators, view], **quiet)
 
 
 def _load(checkpoints: Checkpoints, name: str) -> nn.Module:

@@ -8,13 +8,15 @@ from torch import nn
 
 from app import links
 from app.context import STALE_NOW, Context
+from app.inputs import image_input
 from app.runtime import cost, loading, packing, records
 from app.runtime.images import ImageError, uploaded_file
 from app.runtime.limits import heavy_work
 from app.runtime.records import Recorded
 from vca import drawing, preprocessing
 
-CLASSIFIERS, GENERATORS = "Classifiers", "Generators"
+CLASSIFIERS, PHOTOS, GENERATORS = "Classifiers", "One model, two photos", "Generators"
+SECOND_PHOTO = "Choose a second photo: the model sees both, and shows the same place of each side by side."
 
 
 class Classifiers:
@@ -26,8 +28,11 @@ class Classifiers:
     def build(self) -> None:
         """Makes the inputs."""
         choice, first = self.context.choice, self.context.model
-        self._second = choice.dropdown("Second model", twin_of(first.value, self.context.checkpoints.classifiers))
-        choice.loader(self._second)
+        with gr.Column() as self.of_models:
+            self._second = choice.dropdown("Second model", twin_of(first.value, self.context.checkpoints.classifiers))
+            choice.loader(self._second)
+        with gr.Column(visible=False) as self.of_photos:
+            self._photo = image_input(None, "Second photo")
         self.context.second = self._second
 
     def connect(self, view: gr.HTML, what: gr.Radio) -> None:
@@ -35,11 +40,11 @@ class Classifiers:
 
         What it shows of generators stays, as long as `what` says so.
         """
-        image, first, second = self.context.image, self.context.model, self._second
+        image, first, second, photo = self.context.image, self.context.model, self._second, self._photo
         quiet = dict(show_progress="hidden", trigger_mode="always_last", api_visibility="private")
         stays = f"(what, shown) => what === '{GENERATORS}' ? shown : ({STALE_NOW})()"
-        gr.on([image.change, first.change, second.change], None, [what, view], view, js=stays, **quiet)
-        view.submit(self.compare, [image, first, second], view, preprocess=False, **quiet)
+        gr.on([image.change, first.change, second.change, photo.change], None, [what, view], view, js=stays, **quiet)
+        view.submit(self.compare, [image, first, second, what, photo], view, preprocess=False, **quiet)
         first.change(self.choose_twin, [first, second], second, preprocess=False, **quiet)
 
     def choose_twin(self, first: str, second: str):
@@ -47,10 +52,12 @@ class Classifiers:
         names = self.context.checkpoints.classifiers
         return twin_of(first, names) if first == second and isinstance(first, str) else gr.skip()
 
-    def compare(self, upload: dict | None, first: str, second: str) -> str:
-        """The answer that the page draws, as JSON."""
+    def compare(self, upload: dict | None, first: str, second: str, what: str = CLASSIFIERS, other=None) -> str:
+        """The answer that the page draws, as JSON; `other` is the second photo, if `what` asks for one."""
         if upload is None:
             return ""
+        if what == PHOTOS:
+            return self._compare_photos(first, [upload, other]) if other else json.dumps(dict(note=SECOND_PHOTO))
         networks = {name: self.context.checkpoints.load(name) for name in (first, second)}
         try:
             path = uploaded_file(upload)
@@ -62,6 +69,19 @@ class Classifiers:
         together = None if second.startswith(loading.UPLOADED) else links.base_of(first, path)
         link = together and together | {"with": second}
         return packing.pair_of(sides, film={}, base=link, path=str(path))
+
+    def _compare_photos(self, name: str, uploads: list[dict]) -> str:
+        """One model on two photos, at the same place of what it sees of each. No link leads to a second photo."""
+        network = self.context.checkpoints.load(name)
+        sides = []
+        try:
+            with heavy_work():
+                for upload, title in zip(uploads, ("First photo", "Second photo"), strict=True):
+                    recorded = self.context.recordings.get(network, uploaded_file(upload))
+                    sides.append(self._side(name, network, recorded) | dict(name=title, box=[0, 0, 1, 1]))
+        except ImageError as error:
+            return json.dumps(dict(problem=error.message))
+        return packing.pair_of(sides, film={}, base=None, isOneModel=True)
 
     def _side(self, name: str, model: nn.Module, recorded: Recorded) -> dict:
         """What the page needs of one classifier, as JSON values."""

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from app.runtime import cost, loading, records
 from app.runtime.images import read_image
-from tests.helpers.app import MHSA, PLAIN, PREFIXED, recorded, save_timm
+from tests.helpers.app import MHSA, PLAIN, PREFIXED, photo, recorded, save_timm
 from tests.helpers.browser import needs_browser
 from tests.helpers.compare_page import READ, facts_of, pair, panel_of, send
 from tests.helpers.page import cell, expected_rows, our_faults, points_in_cells, signed_colors
@@ -109,6 +109,32 @@ def test_one_query_and_one_scale_for_two_models(page, weights, picture):
     page.locator("[data-scale=own]").click()
     mark = page.locator(".vc-side").first.locator("figure[data-stream=positive] .vv-marks span").last.inner_text()
     assert float(mark) == pytest.approx(own, rel=6e-3)
+
+
+@needs_browser
+def test_one_model_on_two_photos(page, weights, picture, tmp_path):
+    photo(160, 200, seed=8).save(other := tmp_path / "other.png")
+    panel = panel_of(page, "Compare")
+    send(page, picture)
+    page.wait_for_selector(".vc[data-state=complete]")
+    panel.get_by_label("One model, two photos").check()
+    page.wait_for_selector(".vc .vv-note:has-text('Choose a second photo')")
+    panel.locator(".vca-photo input[type=file]").set_input_files(other)
+    page.wait_for_selector(".vc[data-state=complete]")
+    assert page.locator(".vc-side h2").all_inner_texts() == ["First photo", "Second photo"]
+    canvas, position = canvas_point(page, 1, 0.7, 0.3, 1)
+    canvas.click(position=position)
+    for side, path in enumerate((picture, other)):
+        model, probabilities, maps = recorded(weights, PLAIN, path)
+        first = page.locator(".vc-side").nth(side).locator(".vc-top li").first.inner_text()
+        assert first.split("\n")[0] == model.label_names[probabilities.argmax()]
+        rows, cols = maps[-1].grid_size
+        row = expected_rows(maps[-1], "effective", None, int(0.3 * rows) * cols + int(0.7 * cols))
+        np.testing.assert_allclose(page.evaluate(READ)[side]["differential"], row["differential"], atol=2e-3)
+    assert not page.locator(".vc-numbers").is_visible() and "#compare" not in page.url
+    panel.get_by_label("Classifiers", exact=True).check()
+    page.wait_for_selector(".vc-numbers:visible")
+    assert MHSA in page.locator(".vc-side h2").last.inner_text()
 
 
 @needs_browser
