@@ -4,6 +4,7 @@ Both models' maps are of one query. The page (compare.html, compare.css, compare
 """
 
 import json
+import time
 
 import gradio as gr
 from torch import nn
@@ -45,7 +46,7 @@ def build(context: Context) -> None:
         return generators.look(request)  # gradio takes functions only, no methods
 
     def switch(what: str) -> tuple:
-        value = json.dumps(dict(note=ASK)) if what == GENERATORS else STALE
+        value = json.dumps(dict(note=ASK) if what == GENERATORS else dict(stale=time.monotonic()))  # never as before
         return *(gr.Column(visible=what == each) for each in (CLASSIFIERS, PHOTOS, GENERATORS)), value
 
     known = [CLASSIFIERS, PHOTOS, *[GENERATORS] * bool(checkpoints.generators)]

@@ -114,10 +114,10 @@ def test_one_query_and_one_scale_for_two_models(page, weights, picture):
 @needs_browser
 def test_one_model_on_two_photos(page, weights, picture, tmp_path):
     photo(160, 200, seed=8).save(other := tmp_path / "other.png")
-    panel = panel_of(page, "Compare")
     send(page, picture)
-    page.wait_for_selector(".vc[data-state=complete]")
-    panel.get_by_label("One model, two photos").check()
+    page.wait_for_selector(".vt[data-state=complete]")
+    panel = panel_of(page, "Compare")
+    panel.get_by_label("One model, two photos").check()  # while the models are still compared
     page.wait_for_selector(".vc .vv-note:has-text('Choose a second photo')")
     panel.locator(".vca-photo input[type=file]").set_input_files(other)
     page.wait_for_selector(".vc[data-state=complete]")
