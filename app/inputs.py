@@ -26,7 +26,7 @@ class Gallery:
 
     def chosen(self, name: str | None) -> Chosen:
         """The examples that a model gets right, and its mistake."""
-        if not isinstance(name, str):
+        if name is None:
             return Chosen()
         if name not in self._chosen:
             answers = kept(self.checkpoints.folders[name]) if name in self.checkpoints.folders else {}
@@ -48,6 +48,8 @@ class Gallery:
 
     def tiles(self, name: str | None) -> str:
         """What the page draws, as JSON: the tiles of a model, and those of others."""
+        if name is not None and not isinstance(name, str):
+            raise refused("model must be a text.")
         chosen = self.chosen(name)
         mine = [self._tile(a.example, name, _says(a)) for a in chosen.right]
         if chosen.mistake:
