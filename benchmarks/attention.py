@@ -36,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vca
 from benchmarks.report import REFERENCE, Row, floors, plot, table
+from training.core.cli import interruptible
 from training.core.cost import example
 from training.core.precision import prepare_compiler
 from vca.kernels import cpu, ops
@@ -333,4 +334,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    interruptible(main)

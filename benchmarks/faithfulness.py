@@ -19,6 +19,7 @@ from scipy.stats import wilcoxon
 from torch import Tensor, nn
 
 import vca
+from training.core.cli import interruptible
 from training.data.images import DataError, Images, eval_transform
 from vca.attribution import METHODS, cell_size
 from vca.faithfulness import BASELINES, curves, infidelity, random_map, sensitivity
@@ -183,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    interruptible(main)

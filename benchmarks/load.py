@@ -36,6 +36,7 @@ from PIL import Image
 import vca
 from app.ui import LAUNCH, WEIGHTS, build
 from benchmarks.hostile import Stranger
+from training.core.cli import interruptible
 
 MOST_VISITORS, MOST_ROUNDS, PATIENCE = 50, 20, 300
 MOST_MEGABYTES = 6144  # docs/app.md says what it consists of
@@ -234,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    interruptible(main)

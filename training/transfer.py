@@ -110,7 +110,9 @@ def train(
     """
     world = join(device)
     set_tf32(recipe.tf32)
-    size = dict(dynamic_img_size=True) if len(set(recipe.img_sizes)) > 1 else dict(img_size=recipe.img_sizes[0])
+    size = dict(img_size=max(recipe.img_sizes))  # of both position tables, whatever the teacher's own
+    if len(set(recipe.img_sizes)) > 1:
+        size |= dict(dynamic_img_size=True)
     taught_by = open_teacher(teacher, **size).to(device)
     names = getattr(taught_by, "label_names", [f"class{i}" for i in range(taught_by.num_classes)])
     blocks(taught_by)  # refuses a teacher of another kind before anything is made

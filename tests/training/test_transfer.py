@@ -136,11 +136,12 @@ def test_smoke_needs_no_teacher_and_no_images(place):
     assert result.returncode == 0 and result.stdout.startswith("smoke: 3 steps of 8 images"), result.stderr
 
 
-def test_a_model_of_timm_is_taught_by_its_own_weights(place, tmp_path):
+@pytest.mark.parametrize("img_sizes", ["[64]", "[48, 64]"])
+def test_a_model_of_timm_is_taught_by_its_own_weights(place, tmp_path, img_sizes):
     name, file = "vit_tiny_patch16_224", tmp_path / "weights.safetensors"
     teacher = timm.create_model(name, num_classes=0)
     save_file(teacher.state_dict(), file)
-    more = ["--model", name, "--attention", "vca", "--num-tokens", "4", "--img-sizes", "[64]"]
+    more = ["--model", name, "--attention", "vca", "--num-tokens", "4", "--img-sizes", img_sizes]
     result = run(command(place, 12, tmp_path / "run", *more, teacher=f"timm:{name}={file}"))
     assert result.returncode == 0, result.stderr
     student = vca.load(tmp_path / "run" / "checkpoint")
