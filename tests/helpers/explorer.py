@@ -56,12 +56,15 @@ def watched(page, faults: list[str], *allowed: str):
     return page
 
 
+TITLE = "id => gradio_config.components.flatMap((c) => c.props.choices ?? []).find(([, value]) => value === id)[0]"
+
+
 def choose(page, model: str) -> None:
-    """Explores the picture on the page with another model."""
+    """Explores the picture on the page with another model, which its dropdown calls by its title."""
     if f"model={model}&" in page.url:
         return
     page.get_by_label("Model", exact=True).click()
-    page.get_by_role("option", name=model, exact=True).click()
+    page.get_by_role("option", name=page.evaluate(TITLE, model), exact=True).click()
     page.wait_for_function(f"() => location.hash.includes('model={model}&')")
     page.wait_for_selector(".vx[data-state=complete]")
 

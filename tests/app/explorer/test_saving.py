@@ -62,7 +62,7 @@ def test_saved_drawing_opens_and_shows_the_map(page, running, tmp_path):
     drawing = save(page, "svg", tmp_path)
     root = ElementTree.parse(drawing).getroot()
     words = " ".join("".join(text.itertext()) for text in root.iter("{http://www.w3.org/2000/svg}text"))
-    assert SHIPPED in words and "block 6" in words and "Pushes away" in words and "row sum" in words
+    assert "VCA ViT-Pico/4 · CIFAR-10" in words and "block 6" in words and "Pushes away" in words and "row sum" in words
     bars = [element for element in root.iter("{http://www.w3.org/2000/svg}linearGradient")]
     assert len(bars) == 3
     faults = []
