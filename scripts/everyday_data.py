@@ -2,15 +2,18 @@
 
     python -m scripts.everyday_data --photos FOLDER --tinyimagenet FOLDER --vocabulary FILE --out EVERYDAY
 
-Of the classes that both sources have, a quarter keep only one of them for training. The other source's pictures of them
-are the test of what a stranger brings (EVERYDAY/other_sources). The alphabet decides which, whatever their accuracy.
-EVERYDAY holds links:
+Of the classes that both sources have, a quarter are labeled in one of them only. The other source's pictures of them
+are the test of what a stranger brings. The alphabet decides which, whatever their accuracy. EVERYDAY holds links:
 
-    train, val            of every class, from the sources it is trained on; the few photos come REPEATS times in train
+    train, val            of every class, from the sources it is trained on; the few photos come REPEATS times in train.
+                          With them, without a label, half of what is held back, see `sources.json`
     val_photos            the photos' whole validation split
     val_tinyimagenet      Tiny-ImageNet-100's
-    other_sources         pictures of a class from the source that it was not trained on
+    other_sources         pictures of a class from the source that does not label it
+    new_sources           the same of classes of which this source gives no picture at all, labeled or not
     unlabeled/train, val  all training and validation images, those of --unlabeled too, for training.transfer
+    sources.json          the classes that each source labels
+    teacher_classes.json  what each class is among the 1,000 of ImageNet, as far as it is among them
 
 With --per-class N, train has no more than N links of a class from each source, evenly from all that it would have.
 """
@@ -22,12 +25,13 @@ from itertools import product
 from pathlib import Path
 
 REPEATS = 2
+IMAGENET = Path(__file__).with_name("everyday_imagenet.json")
 
 
-def held_back(vocabulary: dict) -> dict[str, set[str]]:
-    """The classes by the source of which none of their pictures are trained on."""
+def held_back(vocabulary: dict) -> dict[str, list[str]]:
+    """The classes that a source has, but does not label. Of the first one no picture is trained on at all."""
     shared = sorted(set(vocabulary["photos"].values()) & set(vocabulary["tinyimagenet100"].values()))
-    return dict(photos=set(shared[::8]), tinyimagenet100=set(shared[1::8]))
+    return dict(photos=shared[::8], tinyimagenet100=shared[1::8])
 
 
 def images(folder: Path) -> Iterator[Path]:
@@ -59,25 +63,32 @@ def main() -> None:
     out = args.out
     for source, (folder, repeats) in sources.items():
         for split in ("train", "val"):
-            for file in images(folder / split):
+            for number, file in enumerate(images(folder / split)):
                 name = vocabulary[source][file.parent.name]
                 own = f"{source}-{file.parent.name}-{file.name}"
                 link(file, out / "unlabeled" / split / own)
                 if split == "val":
                     link(file, out / f"val_{source.removesuffix('100')}" / name / own)
-                if name not in kept_back[source]:
-                    for copy in range(repeats if split == "train" else 1):
-                        link(file, out / split / name / f"{copy}-{own}")
-                elif split == "val" or source == "photos":
-                    link(file, out / "other_sources" / name / own)
+                if name in kept_back[source]:
+                    new = name == kept_back[source][0]
+                    tested = split == "val" or (source == "photos" and (new or number % 2 == 1))
+                    if tested:
+                        link(file, out / ("new_sources" if new else "other_sources") / name / own)
+                    if new or tested:
+                        continue
+                for copy in range(repeats if split == "train" else 1):
+                    link(file, out / split / name / f"{source}-{copy}-{file.parent.name}-{file.name}")
     if args.per_class:
         for folder, source in product((out / "train").iterdir(), sources):
-            thin(sorted(folder.glob(f"?-{source}-*")), args.per_class)
+            thin(sorted(folder.glob(f"{source}-?-*")), args.per_class)
     for folder in args.unlabeled:
         for split in ("train", "val"):
             for file in images(folder / split):
                 link(file, out / "unlabeled" / split / f"{folder.name}-{file.parent.name}-{file.name}")
-    for split in sorted(path for path in out.iterdir() if path.name != "unlabeled"):
+    labeled = {source: sorted(set(vocabulary[source].values()) - set(kept_back[source])) for source in sources}
+    (out / "sources.json").write_text(json.dumps(labeled, indent=2))
+    (out / "teacher_classes.json").write_text(IMAGENET.read_text())
+    for split in sorted(path for path in out.iterdir() if path.is_dir() and path.name != "unlabeled"):
         print(f"{split}: {sum(1 for _ in images(split))} images of {sum(1 for _ in split.iterdir())} classes")
 
 

@@ -26,7 +26,13 @@ from training.core import cli
 from training.core import recipe as recipes
 from training.core.classifier_recipe import ClassifierRecipe
 from training.core.datasets import fit
-from training.core.distill import Student, teacher_probabilities
+from training.core.distill import (
+    Student,
+    mapped_cross_entropy,
+    partial_cross_entropy,
+    read_teacher_classes,
+    teacher_probabilities,
+)  # fmt: skip
 from training.core.distributed import ALONE, World, join
 from training.core.init import build_model
 from training.core.metrics import accuracy
@@ -39,6 +45,7 @@ from training.data.augment import RandomDownscale
 from training.data.batches import FolderBatches, FolderEvaluation, MemoryBatches, MemoryEvaluation
 from training.data.images import Images, decode, denormalize, describe, open_splits
 from training.data.seeding import seed_everything
+from training.data.sources import read_sources
 from vca.checkpoint import write_atomically
 
 
@@ -170,6 +177,13 @@ def train(
     world = join(device)
     train_images, val_images = open_splits(data, world, device)
     known = describe(train_images, val_images)
+    if sources := read_sources(data, train_images):
+        if recipe.mixup or recipe.cutmix:
+            raise recipes.RecipeError("mixup and cutmix must be 0 with sources.json: a mixed image has two sources.")
+        if recipe.memory:
+            raise recipes.RecipeError("memory must be false with sources.json.")
+        train_images.sources = sources.of_images
+        known["sources"] = sources.fingerprint()
     run = RunFolder(out, recipe, world, log_to=log_to, data=known, init=init, teacher=teacher)
     recipe = fit(recipe, train_images.class_folders, len(train_images), world, fit_batch)
     set_tf32(recipe.tf32)
@@ -186,16 +200,25 @@ def train(
     smoothing = 0.0 if mix else recipe.label_smoothing
     taught_by = open_teacher(teacher).to(device, memory_format=torch.channels_last) if teacher else None
     trained = Student(model, taught_by.num_classes).to(device) if teacher else model
+    same = read_teacher_classes(data, train_images.class_folders, taught_by) if teacher else None
     optimizer = create_optimizer(recipe, model, trained)
 
-    def loss_fn(trained, x, y):
+    def label_loss(logits, y, source=None):
+        if source is None:
+            return F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
+        labeled = sources.labeled.to(device)[source]
+        return partial_cross_entropy(logits, y, labeled, recipe.unlabeled_weight, smoothing)
+
+    def loss_fn(trained, x, y, *source):
         images = resize(x, recipe.img_size_at(trainer.step / total)) if recipe.img_sizes else x
         if not taught_by:
-            return F.cross_entropy(trained(images).float(), y, label_smoothing=smoothing)
+            return label_loss(trained(images), y, *source)
         logits, as_teacher = trained(images)
         probabilities = teacher_probabilities(taught_by, x, cfg, recipe.teacher_size)
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
-        return loss + recipe.teacher_weight * F.cross_entropy(as_teacher.float(), probabilities)
+        taught = F.cross_entropy(as_teacher.float(), probabilities)
+        if same is not None:
+            taught = taught + mapped_cross_entropy(logits, probabilities, same.to(device))
+        return label_loss(logits, y, *source) + recipe.teacher_weight * taught
 
     scheduler = create_scheduler(recipe, optimizer, per_epoch)
     trainer = Trainer(run, trained, loss_fn, optimizer, scheduler, recipe, device=device, world=world)
@@ -204,12 +227,12 @@ def train(
     with progress(total, trainer.step, world) as bar:
         while trainer.step < total:
             epoch, first = divmod(trainer.step, per_epoch)
-            for x, y in trainer.waiting_for(batches.epoch(epoch, first)):
+            for x, y, *source in trainer.waiting_for(batches.epoch(epoch, first)):
                 if mix:
                     x, y = mix(trainer.step, x, y)
                 if not trainer.step and world.first:
                     write_atomically(run.path / "first_batch.png", grid_png(denormalize(x[:64], cfg), columns=8))
-                metrics = trainer.train_step((x, y))
+                metrics = trainer.train_step((x, y, *source))
                 bar.update()
                 last = trainer.step == total
                 trainer.log(bar, metrics, epoch=epoch, last=last)

@@ -48,6 +48,10 @@ class ClassifierRecipe(recipes.BaseRecipe):
     layer_decay_no_opt_scale: float = key(0.0, "blocks whose layer_decay is below this are not trained; 0: all are")
     teacher_weight: float = key(1.0, "with a teacher: weight of the cross-entropy with its probabilities")
     teacher_size: int = key(0, "with a teacher: image size that it sees, in pixels; 0 for its own")
+    unlabeled_weight: float = key(
+        1.0, "with sources.json: weight in the softmax of classes that an image's source does not label; 1: plain"
+    )
+    reset_head: bool = key(False, "draw the classes' weights anew, though --init has them")
     repeats: int = key(1, "from files: repeated augmentation, copies of an image in a batch")
     mean: list = key([0.5, 0.5, 0.5], "channel means, images in [0, 1]")
     std: list = key([0.5, 0.5, 0.5], "channel standard deviations")
@@ -64,7 +68,7 @@ class ClassifierRecipe(recipes.BaseRecipe):
             not_negative=(
                 "lr_batch", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "mixup",
                 "cutmix", "mix_group", "padding", "rotation", "color_jitter", "crop_pct", "downscale",
-                "layer_decay", "layer_decay_no_opt_scale", "teacher_weight", "teacher_size",
+                "layer_decay", "layer_decay_no_opt_scale", "teacher_weight", "teacher_size", "unlabeled_weight",
             ),
             shares=("drop_path", "label_smoothing", "erasing"),
         )  # fmt: skip
@@ -90,8 +94,8 @@ class ClassifierRecipe(recipes.BaseRecipe):
             raise ValueError("auto_augment and repeats need memory = false.")
         if not self.memory and (self.smallest_crop < 1 or self.rotation):
             raise ValueError("smallest_crop and rotation need memory = true; from files it is crop_scale.")
-        if max(self.smallest_crop, self.color_jitter) > 1:
-            raise ValueError("smallest_crop and color_jitter must be at most 1.")
+        if max(self.smallest_crop, self.color_jitter, self.unlabeled_weight) > 1:
+            raise ValueError("smallest_crop, color_jitter and unlabeled_weight must be at most 1.")
         if self.mix_group and (self.mix_group % 2 or self.batch_size % self.mix_group):
             raise ValueError(f"mix_group = {self.mix_group} must be an even divisor of batch_size = {self.batch_size}.")
         if self.cooldown_epochs >= self.epochs:

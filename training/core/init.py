@@ -45,13 +45,15 @@ def build_model(recipe: BaseRecipe, class_names: list[str], init: str | None, **
         return model, []
     source = vca.load(init)
     tensors = source.state_dict()
-    if source.label_names != list(class_names):
+    same_classes = source.label_names == list(class_names)
+    if not same_classes or getattr(recipe, "reset_head", False):
         drawn = _class_tensors(model)
         tensors = {key: value for key, value in tensors.items() if key not in drawn} | drawn
         if model.task == "generation":  # the null class stays
             for table in drawn.values():
                 table[-1] = source.y_embedder.embedding_table.weight[-1].detach()
-        _say(f"{init} knows {len(source.label_names)} other classes; drawn anew: {', '.join(drawn)}.")
+        why = "" if same_classes else f" knows {len(source.label_names)} other classes"
+        _say(f"{init}{why}; drawn anew: {', '.join(drawn)}.")
     _fill(model, tensors, init)
     return model, source.training_history
 

@@ -244,6 +244,8 @@ def _data_changes(old: dict, new: dict) -> list[str]:
             changes.append(f"{now} {text} images instead of {then}")
         elif not changes and old[f"{split}_names"] != new[f"{split}_names"]:
             changes.append(f"some {text} images have another name or class")
+    if old.get("sources") != new.get("sources"):
+        changes.append("sources.json says something else")
     return changes
 
 

@@ -38,6 +38,7 @@ class Images(Dataset):
     Attributes:
         class_folders: what the data set calls its classes, in label order.
         class_names: the same; `classes.txt` beside the splits of a folder gives readable ones.
+        sources: index of every image's source (N,), which an item then has as its third part; None for none.
 
     Raises:
         DataError: there is no such split, it holds no images, or fewer than two classes.
@@ -46,6 +47,7 @@ class Images(Dataset):
     def __init__(self, data: str | Path, split: str, transform: Callable | None = None):
         self.reader = open_reader(str(data), split)
         self.transform = transform
+        self.sources: Tensor | None = None
         folders = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
         if len(folders) < 2:
             raise DataError(f"{data}/{split} has {len(folders)} class folder(s); classification needs at least two.")
@@ -93,7 +95,8 @@ class Images(Dataset):
                 image = upright_rgb(Image.open(stream))
         except Exception as error:
             raise DataError(f"{self.reader.filename(key, absolute=True)} is not a readable image ({error}).") from None
-        return (self.transform(image) if self.transform else image), label
+        item = (self.transform(image) if self.transform else image), label
+        return item if self.sources is None else (*item, self.sources[key])
 
 
 def open_splits(data: str, world: World = ALONE, device: torch.device | str = "cpu") -> tuple[Images, Images]:
