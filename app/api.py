@@ -117,9 +117,10 @@ def build(checkpoints: Checkpoints) -> None:
         image: gr.FileData,
         model: str = first,
         block: int | str = "all",
-        head: int | None = None,
+        head: int | list[int] | None = None,
         lambda1: float | None = None,
         lambda2: float | None = None,
+        lambda_scale: float | None = None,
         off: list[str] | None = None,
         patches: list[int] | None = None,
         top_k: int | None = None,
@@ -134,9 +135,10 @@ def build(checkpoints: Checkpoints) -> None:
             image: a photo.
             model: a classifier of /models, or a Hub id such as user/name; default the first one served.
             block: a number, or "all".
-            head: one to mute; its effective map is then zero. null for none.
+            head: one to mute, or a list of them; their effective maps are then zero. null for none.
             lambda1: a number in the place of the learned lambda of Stage I; null leaves it.
             lambda2: a number in the place of the learned lambda of Stage II; null leaves it.
+            lambda_scale: what all lambdas of the block are multiplied with; null for nothing.
             off: a list of streams, "positive" and "negative", and of stages, "stage1" and "stage2".
             patches: a list of patches to paint with the mean color, counted row by row.
             top_k: how many labels; default 5, or as many as there are.
@@ -144,9 +146,8 @@ def build(checkpoints: Checkpoints) -> None:
         network = checkpoints.load(model)
         count = label_count(network, top_k)
         x = preprocessing.preprocess(network, read_image(uploaded_file(image)))
-        after = interventions.answer(
-            network, x, block=block, head=head, lambda1=lambda1, lambda2=lambda2, off=off, patches=patches
-        )
+        lambdas = dict(lambda1=lambda1, lambda2=lambda2, lambda_scale=lambda_scale)
+        after = interventions.answer(network, x, block=block, head=head, off=off, patches=patches, **lambdas)
         before = records.classify(network, x)
         shown = records.top_labels(network, before, count) | records.top_labels(network, after, count)
         return {

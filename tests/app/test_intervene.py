@@ -1,5 +1,7 @@
 """The endpoint /intervene answers as the changed model does, and says what it does not take."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,8 @@ def assert_sorted_probabilities(answer: dict[str, float], want: torch.Tensor) ->
     "name, arguments, blocks, change, patches",
     [
         (PLAIN, dict(block=1, head=2), [1], dict(mute=[2]), []),
+        (PLAIN, dict(head=[0, 2]), None, dict(mute=[0, 2]), []),
+        (PLAIN, dict(lambda_scale=-1.5), None, dict(lambda1_scale=-1.5, lambda2_scale=-1.5), []),
         (PLAIN, dict(lambda1=0, lambda2=1.5), None, dict(lambda1=0, lambda2=1.5), []),
         (PREFIXED, dict(block=2, off=["negative", "stage1"]), [2], dict(off=["negative", "stage1"]), []),
         (PREFIXED, dict(patches=[0, 7, 19]), [], {}, [0, 7, 19]),
@@ -59,6 +63,15 @@ def test_labels_are_the_likeliest_of_both_answers_and_nothing_changed_is_nothing
     assert client.predict(**given, top_k=2) == answer
 
 
+def test_visitors_who_change_one_model_at_once_do_not_meet(client, picture):
+    given = dict(image=handle_file(picture), model=PLAIN, api_name="/intervene", top_k=len(LABELS))
+    changes = [dict(head=[0], block=0), dict(off=["negative"]), dict(lambda_scale=2.5), dict(patches=[0, 1, 2]), {}]
+    alone = [client.predict(**given, **change) for change in changes]
+    assert len({json.dumps(answer) for answer in alone}) == len(changes)
+    jobs = [client.submit(**given, **change) for change in changes * 4]
+    assert [job.result(timeout=120) for job in jobs] == alone * 4
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -66,6 +79,8 @@ def test_labels_are_the_likeliest_of_both_answers_and_nothing_changed_is_nothing
         (dict(model=PLAIN, block=3), "block must be a whole number from 0 to 2"),
         (dict(model=PLAIN, block="last"), 'block must be "all" or a whole number from 0 to 2'),
         (dict(model=PLAIN, head=3), "head must be a whole number from 0 to 2"),
+        (dict(model=PLAIN, head=[0, "1"]), "head must be a whole number from 0 to 2"),
+        (dict(model=PLAIN, lambda_scale=-11), "lambda_scale must be a number from -10 to 10"),
         (dict(model=PLAIN, lambda1=11), "lambda1 must be a number from -10 to 10"),
         (dict(model=PLAIN, lambda2="much"), "lambda2 must be a number from -10 to 10"),
         (dict(model=PLAIN, off=["stage3"]), "off must be one of: positive, negative, stage1, stage2"),
