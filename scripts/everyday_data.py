@@ -73,7 +73,7 @@ def main() -> None:
                     new = name == kept_back[source][0]
                     tested = split == "val" or (source == "photos" and (new or number % 2 == 1))
                     if tested:
-                        link(file, out / ("new_sources" if new else "other_sources") / name / own)
+                        link(file, out / ("new_sources" if new else "other_sources") / name / f"{split}-{own}")
                     if new or tested:
                         continue
                 for copy in range(repeats if split == "train" else 1):

@@ -7,7 +7,8 @@ SOURCES = dict(
     val="validation images of the sources it is trained on",
     val_photos="the photos' validation images",
     val_tinyimagenet="Tiny-ImageNet-100's validation images",
-    other_sources="photos of other sources: classes seen from one source alone, pictures from the other",
+    other_sources="other sources: pictures from a source that does not label their class, like those seen unlabeled",
+    new_sources="new sources: pictures from a source that gave none of their class",
 )
 
 
