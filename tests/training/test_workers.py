@@ -145,4 +145,8 @@ from training.data.loading import open_loader
 batches = iter(open_loader(Slow(), 2, num_workers=2))
 next(batches), next(batches)
 """
-    subprocess.run([sys.executable, "-c", program], env=environment(), check=True, timeout=PATIENCE)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], env=environment(), capture_output=True, text=True,
+        timeout=PATIENCE,
+    )  # fmt: skip
+    assert result.returncode == 0 and result.stderr == ""

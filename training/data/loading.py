@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -26,8 +27,14 @@ class _Loader(DataLoader):
 
 
 def _kill(workers: list) -> None:
-    for worker in set(workers).intersection(multiprocessing.active_children()):
-        worker.kill()
+    left = set(workers).intersection(multiprocessing.active_children())
+    if left and threading.current_thread() is threading.main_thread():
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises an error for each that is killed
+        for worker in left:
+            worker.kill()
+        for worker in left:
+            worker.join()
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 def open_loader(dataset: Dataset, *args, num_workers: int = 0, **options) -> DataLoader:
