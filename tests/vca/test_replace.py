@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from timm.layers import DiffAttention
+from timm.layers import Attention, DiffAttention
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
@@ -81,6 +81,21 @@ def test_options_and_stages_of_replace_attention():
     ]
 
 
+def test_a_vit_may_keep_the_attention_of_some_blocks(tmp_path):
+    model = vca.create_model("vca_vit_pico_patch4_32", num_classes=2, blocks=[0, 5]).eval()
+    kinds = [vca.VisualContrastAttention, *[Attention] * 4, vca.VisualContrastAttention]
+    assert [type(block.attn) for block in model.blocks] == kinds
+    assert model.blocks[5].attn.lambda_init == VF.lambda_init(5)
+    vca.save(model, tmp_path, label_names=["a", "b"])
+    loaded, x = vca.load(tmp_path), torch.randn(1, 3, 32, 32)
+    with vca.record(loaded) as maps, torch.no_grad():
+        torch.testing.assert_close(loaded(x), model(x))
+    assert [type(layer).__name__ for layer in maps] == ["ContrastMaps", *["GlobalMaps"] * 4, "ContrastMaps"]
+    vit = timm_model("vit_tiny_patch16_224")
+    vca.replace_attention(vit, "agent", blocks=[1])
+    assert [type(block.attn).__name__ for block in vit.blocks] == ["Attention", "AgentAttention"]
+
+
 @pytest.mark.parametrize(
     "make_model, options, message",
     [
@@ -107,6 +122,14 @@ def test_options_and_stages_of_replace_attention():
         (lambda: timm_model("vit_tiny_patch16_224"), dict(token_grid=(5, 5)), r"token_grid=\(5, 5\) must lie"),
         (lambda: timm_model("swin_tiny_patch4_window7_224"), dict(token_grid=(5, 5)), r"token_grid=\(5, 5\) must lie"),
         (lambda: timm_model("swin_tiny_patch4_window7_224", head_dim=8), {}, "do not add up to 12"),
+        *(
+            (
+                lambda: timm_model("vit_tiny_patch16_224"),
+                dict(blocks=blocks),
+                "blocks=.* must be different indices, from 0",
+            )
+            for blocks in ([], [2], [-1], [1, 1])
+        ),
     ],
 )
 def test_what_cannot_be_exchanged_is_refused_and_unchanged(make_model, options, message):

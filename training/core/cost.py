@@ -111,7 +111,8 @@ _traced: dict[tuple, _Traced] = {}
 
 def _trace_once(recipe: BaseRecipe, classes: int, args: dict) -> _Traced:
     """What is known of a recipe's model without running it; twins of the recipe share it."""
-    key = (recipe.model, classes, *args.items(), *recipe.model_args().items(), recipe.checkpointing, recipe.precision)
+    options = str(recipe.model_args())
+    key = (recipe.model, classes, *args.items(), options, recipe.checkpointing, recipe.precision)
     if key not in _traced:
         with torch.device("meta"):
             model, _ = build_model(recipe, [""] * classes, None, **args)

@@ -17,6 +17,10 @@ from vca.layers.factory import AttentionConfig
 from vca.models import GENERATORS, task_of
 
 FOLDER = Path(__file__).parents[1] / "recipes"
+OPTIONS = (  # the keys that are options of an attention kind
+    *(field.name for field in dataclasses.fields(AttentionConfig) if field.name not in ("attention", "token_grid")),
+    "blocks",
+)
 
 
 class RecipeError(ValueError):
@@ -44,6 +48,7 @@ class BaseRecipe:
     dwc: bool = key(True, "the depthwise convolution beside the attention")
     stage2_softmax: str = key("", "separate or joint; if not the model's own")
     pooling: str = key("", "avg or learned; if not the model's own")
+    blocks: list = key([], "of a ViT: blocks that have this attention, the others self-attention; empty for all")
     clip_grad: float = key(0.0, "largest gradient norm; 0 for none")
     micro_batch: int = key(0, "samples in one forward pass of a process, accumulated to batch_size; 0 for all")
     checkpointing: bool = key(False, "compute activations again in the backward pass instead of keeping them")
@@ -58,8 +63,9 @@ class BaseRecipe:
 
     def model_args(self) -> dict:
         """The arguments of `vca.create_model` that this recipe sets."""
-        names = [field.name for field in dataclasses.fields(AttentionConfig) if field.name not in ("token_grid", "dwc")]
-        return {name: value for name in names if (value := getattr(self, name))} | ({} if self.dwc else dict(dwc=False))
+        names = [name for name in OPTIONS if name != "dwc"]
+        chosen = {name: value for name in ("attention", *names) if (value := getattr(self, name))}
+        return chosen | ({} if self.dwc else dict(dwc=False))
 
     @property
     def task(self) -> str:

@@ -90,7 +90,7 @@ def _converted(name: str, overrides: dict) -> nn.Module:
     """A model of timm with its attention exchanged."""
     if not (kind := overrides.get("attention")):
         raise ValueError(f"{name} is a model of timm; say which attention it shall have, such as attention='vca'.")
-    options = {field.name for field in fields(AttentionConfig)} | {"stages"}
+    options = {field.name for field in fields(AttentionConfig)} | {"stages", "blocks"}
     model = timm.create_model(name, **{key: value for key, value in overrides.items() if key not in options})
     chosen = {key: value for key, value in overrides.items() if key in options - {"attention"}}
     replace_attention(model, kind, **chosen)

@@ -28,8 +28,9 @@ def replace_attention(model: nn.Module, kind: str = "vca", **options) -> nn.Modu
         kind: one of `vca.layers.factory.KINDS`.
         **options: `token_grid` or `num_tokens`, `tokens`, `dwc`, `stage2_softmax` and `pooling` as in `create_model`.
             A ViT has 8x8 contrast tokens at most unless asked for more, so that the cost stays linear when the images
-            grow. For a Swin also `stages`, indices of those whose shifted windows give way to attention over the whole
-            grid (default all but the last).
+            grow. For a ViT also `blocks`, indices of those whose attention is exchanged (default all); for a Swin
+            `stages`, indices of those whose shifted windows give way to attention over the whole grid (default all but
+            the last).
 
     Returns:
         The same model.

@@ -80,14 +80,16 @@ class ContrastVisionTransformer(ContrastViT):
     Args:
         **kwargs: those of timm's `VisionTransformer`, and the options of attention in every block, by the names of
             `vca.layers.factory.AttentionConfig`: `attention` (default "vca"), `token_grid` or `num_tokens` (default
-            half the patch grid in each direction, at most 8), `tokens`, `dwc`, `stage2_softmax` and `pooling`.
+            half the patch grid in each direction, at most 8), `tokens`, `dwc`, `stage2_softmax` and `pooling`. And
+            `blocks`, indices of those that have it (default all); the others have timm's self-attention.
     """
 
     def __init__(self, **kwargs):
         config = AttentionConfig.pop_from(kwargs, default="vca")
+        blocks = kwargs.pop("blocks", None)
         super().__init__(**kwargs)
         if config.attention != "mhsa":
-            exchange_attention(self, config)
+            exchange_attention(self, config, blocks=blocks)
             self.init_weights(needs_reset=False)
 
 
@@ -95,35 +97,41 @@ class ContrastVisionTransformerDistilled(ContrastViT, VisionTransformerDistilled
     """timm's `VisionTransformerDistilled` after `vca.replace_attention`."""
 
 
-def exchange_attention(model: VisionTransformer, config: AttentionConfig) -> None:
-    """Gives every block of `model` a new, untrained attention layer of the width and heads of its old one.
+def exchange_attention(
+    model: VisionTransformer, config: AttentionConfig, *, blocks: Sequence[int] | None = None
+) -> None:
+    """Gives some blocks, default all, a new, untrained attention layer of the width and heads of their old one.
 
     Raises:
         ValueError: the arguments contradict one another, or the model has what the new layers would drop.
     """
     grid_size = model.patch_embed.grid_size
     (token_grid,) = config.token_grids([half_grid(grid_size)])
-    for index, block in enumerate(model.blocks):
+    there = range(len(model.blocks))
+    chosen = there if blocks is None else blocks
+    if not chosen or not set(chosen) <= set(there) or len(set(chosen)) < len(chosen):
+        raise ValueError(f"blocks={blocks} must be different indices, from 0 to {there[-1]}.")
+    for index, block in ((index, model.blocks[index]) for index in chosen):
         if not isinstance(getattr(block, "attn", None), nn.Module):
             raise ValueError(f"block {index} is a {type(block).__name__}, which has no attention layer to exchange.")
         check_dropout(index, block.attn)
-    layers = [
-        config.create(
+    layers = {
+        index: config.create(
             model.embed_dim,
-            block.attn.num_heads,
+            model.blocks[index].attn.num_heads,
             grid_size=grid_size,
             token_grid=token_grid,
             num_prefix_tokens=model.num_prefix_tokens,
-            depth=depth,
-            qkv_bias=block.attn.qkv.bias is not None,
-            proj_drop=block.attn.proj_drop.p,
+            depth=index,
+            qkv_bias=model.blocks[index].attn.qkv.bias is not None,
+            proj_drop=model.blocks[index].attn.proj_drop.p,
         )
-        for depth, block in enumerate(model.blocks)
-    ]
-    if isinstance(layers[0], OnGrid) and not isinstance(model.patch_drop, nn.Identity):
+        for index in chosen
+    }
+    if isinstance(next(iter(layers.values())), OnGrid) and not isinstance(model.patch_drop, nn.Identity):
         raise ValueError(f"patch_drop_rate: attention={config.attention!r} needs all patches; leave it out.")
-    for block, layer in zip(model.blocks, layers, strict=True):
-        block.attn = layer
+    for index, layer in layers.items():
+        model.blocks[index].attn = layer
         if isinstance(layer, OnGrid):
             layer.dynamic_grid = model.dynamic_img_size
 
