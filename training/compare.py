@@ -3,18 +3,23 @@
     python -m training.compare cifar10_compare --data FOLDER --kinds mhsa,mhsa_dwc,agent,vca --seeds 0,1,2
     python -m training.compare cifar10_compare --data FOLDER --kinds vca,vca:tokens=emb,vca:dwc=false:pooling=learned
     python -m training.compare cifar10_compare --out runs/compare --kinds mhsa,vca --seeds 0,1 --report
-    python -m training.compare transfer_compare --data FOLDER --teacher timm:NAME --kinds vca,agent,vca:num_tokens=36
+    python -m training.compare transfer_compare --data FOLDER --teacher timm:NAME --kinds vca,agent,vca:blocks=[0,1,2]
+    python -m training.compare transfer_compare --data FOLDER --teacher timm:NAME --kinds vca,agent,mhsa_dwc \
+        --finetune transfer_finetune --labeled FOLDER
 
 A classification recipe compares the accuracy of models, a transfer recipe the error with which each kind reproduces the
-attention layers of a pretrained teacher (docs/evidence.md). Recipe, seeds, data order and budget are the same for all
-kinds. The same command goes on where it was interrupted. Runs are `OUT/KIND-seedN`, what they print is
-`OUT/KIND-seedN.txt`; --jobs trains several at a time, on as many GPUs as there are. `log.json` keeps of the runs what
-`table.md` (also printed) and `curves.png` are made from; --report makes them without training.
+attention layers of a pretrained teacher and, with --finetune, the accuracy after the same fine-tuning of each
+(docs/evidence.md). Recipe, seeds, data order and budget are the same for all kinds, but for what their options change.
+The same command goes on where it was interrupted. Runs are `OUT/KIND-seedN`, what they print is `OUT/KIND-seedN.txt`;
+--jobs trains several at a time, on as many GPUs as there are. `log.json` keeps of the runs what `table.md` (also
+printed) and `curves.png` are made from; --report makes them without training, and times a pass of each kind anew.
 """
 
 import argparse
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,17 +33,18 @@ import torch
 import vca
 from training.core import recipe as recipes
 from training.core.cli import interruptible
-from training.core.comparison import TASKS, Run, draw_curves, results, table
+from training.core.comparison import TASKS, Run, results
+from training.core.comparison_report import draw_curves, table
+from training.core.init import build_model
 from training.core.recipe import RecipeError
-from training.core.run import RunError
+from training.core.run import RunError, open_device
 from vca.checkpoint import write_atomically
-from vca.layers.factory import KINDS, AttentionConfig
+from vca.layers.factory import KINDS
 
-# what a kind may be given after colons
-OPTIONS = [field.name for field in fields(AttentionConfig) if field.name not in ("attention", "token_grid")]
+OPTIONS = (*recipes.OPTIONS, "img_sizes")  # what a kind may be given after colons
 
 
-def train_all(runs: list[Run], arguments: list[str], jobs: int) -> None:
+def train_all(runs: list[Run], jobs: int) -> None:
     """Trains the unfinished runs, `jobs` at a time, each in a process of its own.
 
     Raises:
@@ -52,20 +58,22 @@ def train_all(runs: list[Run], arguments: list[str], jobs: int) -> None:
     def train(run: Run) -> None:
         gpu = gpus.get()
         try:
-            start(run, str(gpu))
+            for part in run.parts:
+                if not part.trained_alone and start(part, str(gpu)):
+                    break
         finally:
             gpus.put(gpu)
 
-    def start(run: Run, gpu: str) -> None:
-        given = ["--out", str(run.folder), *_flags(overrides(run.kind)), "--seed", str(run.seed)]
+    def start(run: Run, gpu: str) -> int:
         visible = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if torch.cuda.device_count() > 1 else {})
         with open(run.folder.with_suffix(".txt"), "a") as output:
-            command = [sys.executable, "-m", f"training.{run.task}", *arguments, *given]
+            command = [sys.executable, "-m", f"training.{run.task}", *run.arguments, "--out", str(run.folder)]
             process = subprocess.Popen(command, env=visible, stdout=output, stderr=subprocess.STDOUT)
             processes.append(process)
             print(f"{run.folder}: {'done' if process.wait() == 0 else 'FAILED'}", flush=True)
         if process.returncode:
             failed.append(run.folder.with_suffix(".txt"))
+        return process.returncode
 
     def stop(*_) -> None:
         for process in processes:
@@ -94,7 +102,8 @@ def overrides(kind: str) -> dict[str, str]:
     if attention not in KINDS:
         raise RunError(f"--kinds: {attention!r} is none of {', '.join(KINDS)}.")
     for option in options:
-        if option.partition("=")[0] not in OPTIONS:
+        name, equals, _ = option.partition("=")
+        if name not in OPTIONS or not equals:
             raise RunError(f"--kinds: {option!r} in {kind!r} is not {'=..., '.join(OPTIONS)}=...")
     return dict(attention=attention) | dict(option.split("=", 1) for option in options)
 
@@ -108,6 +117,8 @@ def main() -> None:
     parser.add_argument(
         "--kinds", default="mhsa,mhsa_dwc,agent,vca", help=f"some of {', '.join(KINDS)}; options follow colons"
     )
+    parser.add_argument("--finetune", metavar="RECIPE", help="after a transfer: of a classifier, for what it gave")
+    parser.add_argument("--labeled", metavar="FOLDER", help="the data of --finetune")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--device", help="device of the runs")
@@ -116,17 +127,17 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out or Path("runs") / f"compare-{Path(args.recipe).stem}"
     try:
-        runs, given = _plan(args, out)
+        device = open_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        runs = _plan(args, out)
         if not args.report:
-            needed = ("data", "teacher") if runs[0].task == "transfer" else ("data",)
+            needed = ["data", *["teacher"] * (runs[0].task == "transfer"), *["labeled"] * bool(args.finetune)]
             if missing := [f"--{name}" for name in needed if not getattr(args, name)]:
                 parser.error(f"{' and '.join(missing)} must be given (or --report).")
             out.mkdir(parents=True, exist_ok=True)
-            arguments = [args.recipe, *_flags(given | dict(data=args.data, teacher=args.teacher, device=args.device))]
-            train_all([run for run in runs if not run.finished], arguments, max(1, args.jobs))
+            train_all([run for run in runs if not run.finished], max(1, args.jobs))
         if not (finished := _whole_seeds(runs)):
             raise RunError(f"{out}: no seed has been trained with all kinds yet.")
-        log = results(finished)
+        log = results(finished, device)
         text = table(log)
         write_atomically(out / "log.json", json.dumps(log).encode())
         write_atomically(out / "table.md", f"{text}\n".encode())
@@ -136,8 +147,12 @@ def main() -> None:
     print(text)
 
 
-def _plan(args: argparse.Namespace, out: Path) -> tuple[list[Run], dict[str, str]]:
-    """All runs, and the recipe keys that the command line sets for each of them."""
+def _plan(args: argparse.Namespace, out: Path) -> list[Run]:
+    """All runs, of every kind with every seed.
+
+    Raises:
+        RecipeError, RunError: there is no such recipe, kind or seed, or no model can have such attention.
+    """
     name = recipes.task(args.recipe)
     if name not in TASKS:
         raise RecipeError(f"{args.recipe} trains a generator; a classification or a transfer recipe is needed.")
@@ -145,24 +160,50 @@ def _plan(args: argparse.Namespace, out: Path) -> tuple[list[Run], dict[str, str
     given = {key: text for key, text in vars(args).items() if text is not None and any(key in k for k in keys.values())}
     if unknown := [key for key in given if key not in keys[name]]:
         raise RecipeError(f"--{unknown[0].replace('_', '-')} is of another sort of recipe than {args.recipe}.")
-    runs = []
-    for seed in _numbers(args.seeds):
-        for kind in args.kinds.split(","):
-            changed = given | overrides(kind) | dict(seed=str(seed))
-            recipe = recipes.read(args.recipe, TASKS[name].recipe, changed)
-            folder = out / f"{kind.replace(':', '-')}-seed{seed}"
-            runs.append(Run(kind, seed, name, recipe, folder, args.teacher))
-    return runs, given
+    if args.finetune and (name != "transfer" or recipes.task(args.finetune) != "classify"):
+        raise RecipeError("--finetune names a classification recipe for what a transfer recipe gave.")
+    runs, places = [], dict(data=args.data, teacher=args.teacher, device=args.device)
+    seeds, kinds = _list("--seeds", args.seeds), _list("--kinds", args.kinds)
+    if not all(seed.isdecimal() for seed in seeds):
+        raise RunError(f"--seeds {args.seeds}: must be numbers such as 0,1,2.")
+    for seed, kind in itertools.product(seeds, kinds):
+        changed = given | overrides(kind) | dict(seed=seed)
+        recipe = recipes.read(args.recipe, TASKS[name].recipe, changed)
+        if seed == seeds[0]:
+            with torch.device("meta"):  # refuses what cannot be built before anything is trained
+                build_model(recipe, ["class"], None, **(recipe.size if name == "transfer" else {}))
+        folder = out / f"{re.sub(r'[][ ]', '', kind).replace(':', '-')}-seed{seed}"
+        run = Run(kind, int(seed), name, recipe, folder, [args.recipe, *_flags(changed | places)], args.teacher)
+        runs.append(run._replace(finetuned=_finetuned(run, args)) if args.finetune else run)
+    return runs
+
+
+def _finetuned(run: Run, args: argparse.Namespace) -> Run:
+    """The run that goes on with the checkpoint of a transfer: its model and seed in the recipe of --finetune."""
+    options = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in run.recipe.model_args().items()
+    }
+    changed = options | dict(model=run.recipe.model, seed=str(run.seed))
+    recipe = recipes.read(args.finetune, TASKS["classify"].recipe, changed)
+    places = dict(data=args.labeled, device=args.device, init=str(run.checkpoint))
+    arguments = [args.finetune, *_flags(changed | places)]
+    return Run(run.kind, run.seed, "classify", recipe, run.folder / "finetuned", arguments)
 
 
 def _flags(values: dict[str, str | None]) -> list[str]:
     return [f"--{key.replace('_', '-')}={value}" for key, value in values.items() if value is not None]
 
 
-def _numbers(text: str) -> list[int]:
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise RunError(f"--seeds {text}: must be numbers such as 0,1,2.")
-    return [int(part) for part in text.split(",")]
+def _list(option: str, text: str) -> list[str]:
+    """What commas separate outside of brackets.
+
+    Raises:
+        RunError: something is there twice.
+    """
+    parts = re.split(r",(?![^\[]*\])", text)
+    if twice := [part for part in parts if parts.count(part) > 1]:
+        raise RunError(f"{option}: {twice[0]!r} is given twice.")
+    return parts
 
 
 def _whole_seeds(runs: list[Run]) -> list[Run]:

@@ -110,10 +110,7 @@ def train(
     """
     world = join(device)
     set_tf32(recipe.tf32)
-    size = dict(img_size=max(recipe.img_sizes))  # of both position tables, whatever the teacher's own
-    if len(set(recipe.img_sizes)) > 1:
-        size |= dict(dynamic_img_size=True)
-    taught_by = open_teacher(teacher, **size).to(device)
+    taught_by = open_teacher(teacher, **recipe.size).to(device)
     names = getattr(taught_by, "label_names", [f"class{i}" for i in range(taught_by.num_classes)])
     blocks(taught_by)  # refuses a teacher of another kind before anything is made
     cfg = taught_by.pretrained_cfg | dict(input_size=(3, max(recipe.img_sizes), max(recipe.img_sizes)))
@@ -121,7 +118,7 @@ def train(
     known = describe(train_images, val_images)
     run = RunFolder(out, recipe, world, log_to=log_to, data=known, init=init, teacher=teacher)
     recipe = fit(recipe, [], len(train_images), world)
-    student, history = build_model(recipe, names, init, **size)
+    student, history = build_model(recipe, names, init, **recipe.size)
     if not init:
         fill_converted(student, taught_by, teacher)
         history = getattr(taught_by, "training_history", [])

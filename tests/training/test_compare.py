@@ -48,10 +48,10 @@ def test_the_table_is_made_from_the_logs_alone(tmp_path, monkeypatch, capsys):
     assert printed == (tmp_path / "table.md").read_text()
     assert (tmp_path / "curves.png").stat().st_size > 5000
     count = {kind: sum(p.numel() for p in model.parameters()) for kind, model in models.items()}
-    p = ttest_rel([64, 66, 65], [60, 61, 62.5]).pvalue
+    low, high = ttest_rel([64, 66, 65], [60, 61, 62.5]).confidence_interval(0.95)
     per_epoch = 60 / 5 * 0.25  # the median of 0.2 and 0.3 s a step
     mhsa = f"| mhsa | 61.17 ± 1.26 | 60.00 61.00 62.50 |  | {count['mhsa']:,} | {per_epoch:.0f} |"
-    ours = f"| vca | 65.00 ± 1.00 | 64.00 66.00 65.00 | +3.83 ± 1.26 ({p:.3f}) | {count['vca']:,} | 3 |"
+    ours = f"| vca | 65.00 ± 1.00 | 64.00 66.00 65.00 | +3.83 ({low:+.2f} to {high:+.2f}) | {count['vca']:,} | 3 |"
     assert f"{ours}\n{mhsa}\n" in printed
     assert "CIFAR-10, 5 epochs: top-1 in percent on 30 images" in printed and "the seeds 0, 1, 2; best first" in printed
     (tmp_path / "vca-seed1" / "checkpoint" / "config.json").unlink()
@@ -101,8 +101,8 @@ def test_only_what_is_unfinished_is_trained_each_with_its_kind_and_seed(tmp_path
             trained(tmp_path, kind, seed, top1)
     started = []
 
-    def kind_of(arguments):
-        return next(argument for argument in arguments if argument.startswith("--attention=")).partition("=")[2]
+    def given(arguments, key):
+        return next(argument for argument in arguments if argument.startswith(f"--{key}=")).partition("=")[2]
 
     class Process:
         returncode = 0
@@ -111,18 +111,16 @@ def test_only_what_is_unfinished_is_trained_each_with_its_kind_and_seed(tmp_path
             started.append(arguments)
 
         def wait(self):
-            given = dict(zip(started[-1], started[-1][1:], strict=False))
-            kind, seed = kind_of(started[-1]), int(given["--seed"])
+            kind, seed = given(started[-1], "attention"), int(given(started[-1], "seed"))
             trained(tmp_path, kind, seed, TOP1[kind, seed])
             return 0
 
     monkeypatch.setattr(subprocess, "Popen", Process)
     command(monkeypatch, tmp_path, "--data", "FOLDER", "--epochs", "5")
-    assert [kind_of(arguments) for arguments in started] == ["mhsa", "vca"]
+    assert [given(arguments, "attention") for arguments in started] == ["mhsa", "vca"]
     for arguments in started:
         assert arguments[1:4] == ["-m", "training.classify", "cifar10_compare"]
-        assert {"--data=FOLDER", "--epochs=5"} <= set(arguments)
-        assert arguments[arguments.index("--seed") + 1] == "2"
+        assert {"--data=FOLDER", "--epochs=5", "--seed=2"} <= set(arguments)
     assert "65.00 ± 1.00" in capsys.readouterr().out
 
 
@@ -131,8 +129,16 @@ def test_only_what_is_unfinished_is_trained_each_with_its_kind_and_seed(tmp_path
     [
         (("--kinds", "mhsa,hydra", "--report"), "'hydra' is none of vca, mhsa"),
         (("--kinds", "vca:heads=3", "--report"), "'heads=3' in 'vca:heads=3' is not num_tokens=..., tokens=..., dwc="),
+        (("--kinds", "vca:dwc", "--report"), "'dwc' in 'vca:dwc' is not num_tokens=..., tokens=..., dwc="),
         (("--kinds", "vca:dwc=maybe", "--report"), "--dwc maybe: not a bool"),
+        (("--kinds", "vca,mhsa,vca", "--report"), "--kinds: 'vca' is given twice"),
+        (("--kinds", "vca:num_tokens=5", "--report"), "cannot build .*num_tokens=5 is not a square"),
+        (("--kinds", "vca:tokens=none", "--report"), "cannot build .*tokens='none'"),
+        (("--kinds", "vca:blocks=[0,6]", "--report"), r"cannot build .*blocks=\[0, 6\] must be different indices"),
+        (("--kinds", "vca:blocks=[0", "--report"), r"--blocks \[0: not a list"),
         (("--seeds", "one", "--report"), "--seeds one: must be numbers"),
+        (("--seeds", "0,0", "--report"), "--seeds: '0' is given twice"),
+        (("--finetune", "cifar10_vca", "--report"), "--finetune names a classification recipe for what a transfer"),
         (("--report",), "no seed has been trained with all kinds yet"),
         (("--lr", "fast", "--report"), "--lr fast: not a float"),
         (("--lr-kept", "1", "--report"), "--lr-kept is of another sort of recipe than cifar10_compare"),

@@ -24,15 +24,19 @@ def build_model(recipe: BaseRecipe, class_names: list[str], init: str | None, **
     """The model of a recipe, drawn from its seed, and what trained the weights it starts from (oldest run first).
 
     Args:
-        init: a checkpoint whose weights it takes; of one with other classes all but those of the classes. Or
-            `timm:NAME`, a pretrained model of timm: what a layer of the recipe's attention does not share with
-            self-attention is then drawn, as by `vca.replace_attention`.
+        init: a checkpoint whose weights it takes; of one with other classes all but those of the classes. A checkpoint
+            of the recipe's model for another image size keeps that size. Or `timm:NAME`, a pretrained model of timm:
+            what a layer of the recipe's attention does not share with self-attention is then drawn, as by
+            `vca.replace_attention`.
         **args: more arguments of `vca.create_model`.
 
     Raises:
         RecipeError: no such model can be built.
         vca.CheckpointError: `init` cannot be read, or is of another architecture.
     """
+    source = vca.load(init) if init and not init.startswith(FROM_TIMM) else None
+    if source and getattr(source, "pretrained_cfg", {}).get("architecture") == recipe.model:
+        args = {key: value for key, value in source.model_args.items() if key == "img_size"} | args
     torch.manual_seed(recipe.seed)
     try:
         model = vca.create_model(recipe.model, num_classes=len(class_names), **args, **recipe.model_args())
@@ -40,10 +44,9 @@ def build_model(recipe: BaseRecipe, class_names: list[str], init: str | None, **
         raise RecipeError(f"cannot build {recipe.model}: {error}") from error
     if not init:
         return model, []
-    if init.startswith(FROM_TIMM):
+    if not source:
         fill_converted(model, open_timm(init, img_size=model.patch_embed.img_size), init)
         return model, []
-    source = vca.load(init)
     tensors = source.state_dict()
     same_classes = source.label_names == list(class_names)
     if not same_classes or getattr(recipe, "reset_head", False):

@@ -46,6 +46,12 @@ class TransferRecipe(BaseRecipe):
             raise ValueError(f"img_sizes = {self.img_sizes} must be sizes in pixels.")
 
     @property
+    def size(self) -> dict:
+        """The arguments of a model, teacher or student, that sees images of these sizes."""
+        size = dict(img_size=max(self.img_sizes))  # of both position tables, whatever the teacher's own
+        return size | (dict(dynamic_img_size=True) if len(set(self.img_sizes)) > 1 else {})
+
+    @property
     def passes(self) -> float:
         """The teacher's forward pass; and those of the student or, on the teacher's stream, of attention: a third."""
         return 1 + super().passes / (3 if self.stream == "teacher" else 1)
