@@ -78,11 +78,28 @@ def test_the_table_of_results_is_that_of_the_results_files():
 
 
 def test_the_tables_of_evidence_are_those_of_the_published_logs():
-    tables = {name: compare.table(log) for name, log in evidence.read_logs().items()}
-    assert tables
+    logs = evidence.read_logs()
+    assert logs
     text = evidence.PAGE.read_text(encoding="utf-8")
-    assert evidence.fill(text, tables) == text
-    assert all(f"<!-- {name} -->" in text for name in tables)
+    assert evidence.fill(text, logs) == text
+    for name, log in logs.items():
+        assert f"<!-- {name} -->\n{compare.table(log)}\n\n![" in text
+        with Image.open(ROOT / "docs" / "evidence" / f"{name}.png") as curves:
+            assert curves.width > 1000
+
+
+def test_the_sentences_of_the_readme_on_evidence_are_those_of_its_page_and_its_log():
+    _, _, text = README.partition("**Is it more than its convolution?** ")
+    first, second = re.split(r"(?<=\.) ", " ".join(text.partition("([docs/evidence.md]")[0].split()))[:2]
+    top, *_ = evidence.PAGE.read_text(encoding="utf-8").partition("\n## ")
+    assert f"{first} {second}." in " ".join(top.split())
+    top1 = {}
+    for run in evidence.read_logs()["cifar10-5-epochs"]["runs"]:
+        top1.setdefault(run["kind"], []).append(run["top1"][-1][1])
+    mhsa, mhsa_dwc, ours = (sum(top1[kind]) / len(top1[kind]) for kind in ("mhsa", "mhsa_dwc", "vca"))
+    assert round(mhsa_dwc - ours) == 4 and "four points ahead of VCA" in first
+    assert round(ours - mhsa) == 2 and "VCA two points ahead of plain self-attention" in first
+    assert len(top1["vca"]) == 3 and "three seeds" in second and mhsa_dwc - mhsa > ours - mhsa
 
 
 SCOPES = {
@@ -153,15 +170,15 @@ def test_the_citation_is_the_same_everywhere():
     assert " and ".join(f"{a['family-names']}, {a['given-names']}" for a in paper["authors"]) in entry
 
 
-@pytest.mark.parametrize(
-    "page, message", [("<!-- b -->\n<!-- end -->", "no log b.json"), ("<!-- a -->\n", "a mark has no <!-- end -->")]
-)
-def test_a_mark_without_a_log_or_an_end_is_refused(page, message):
-    with pytest.raises(ValueError, match=message):
-        evidence.fill(page, {"a": "table"})
+def test_a_mark_without_an_end_is_refused():
+    with pytest.raises(ValueError, match="a mark has no <!-- end -->"):
+        evidence.fill("<!-- a -->\n", {})
 
 
-def test_a_table_takes_the_place_of_the_old_one():
+def test_a_table_takes_the_place_of_the_old_one_and_without_a_log_the_page_says_so(monkeypatch):
+    monkeypatch.setattr(evidence, "table", str.upper)
     page = "words\n<!-- a -->\nold\n\nold\n<!-- end -->\nmore\n<!-- b -->\n<!-- end -->\n"
-    filled = "words\n<!-- a -->\nA\n<!-- end -->\nmore\n<!-- b -->\nB\n<!-- end -->\n"
-    assert evidence.fill(page, {"a": "A", "b": "B"}) == filled
+    curves = "![The curves of every run](evidence/a.png)"
+    filled = f"words\n<!-- a -->\nLOG\n\n{curves}\n<!-- end -->\nmore\n<!-- b -->\n{evidence.NOT_RUN}\n<!-- end -->\n"
+    assert evidence.fill(page, {"a": "log"}) == filled
+    assert evidence.fill(filled, {"a": "log"}) == filled

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,6 +59,16 @@ def test_other_classes_take_over_all_but_the_head(tmp_path, capsys):
     assert not torch.equal(renamed.head.weight, source.head.weight)
     with pytest.raises(vca.CheckpointError, match=r"old is no ContrastVisionTransformer of this size: .*blocks"):
         build_model(ClassifierRecipe("vca_vit_nano_patch4_32", 1, 8, 1e-3), ["owl", "lynx"], init)
+
+
+def test_a_checkpoint_for_another_image_size_keeps_it(tmp_path):
+    source = vca.create_model("vca_vit_pico_patch4_32", num_classes=3, img_size=16, num_tokens=4)
+    init = saved(source, tmp_path / "small", list(CLASSES))
+    model, _ = build_model(replace(RECIPE, num_tokens=4), ["owl", "lynx"], init)
+    assert torch.equal(model.pos_embed, source.pos_embed) and model.pretrained_cfg["input_size"] == (3, 16, 16)
+    assert vca.load(saved(model, tmp_path / "tuned", ["owl", "lynx"])).pos_embed.shape == source.pos_embed.shape
+    with pytest.raises(vca.CheckpointError, match=r"small is no ContrastVisionTransformer of this size: .*pos_embed"):
+        build_model(replace(RECIPE, num_tokens=4), ["owl", "lynx"], init, img_size=32)
 
 
 def test_a_generator_with_other_classes_keeps_its_null_class(tmp_path, capsys):
