@@ -3,7 +3,7 @@
     python -m training.compare cifar10_compare --data FOLDER --kinds mhsa,mhsa_dwc,agent,vca --seeds 0,1,2
     python -m training.compare cifar10_compare --data FOLDER --kinds vca,vca:tokens=emb,vca:dwc=false:pooling=learned
     python -m training.compare cifar10_compare --out runs/compare --kinds mhsa,vca --seeds 0,1 --report
-    python -m training.compare transfer_compare --data FOLDER --teacher timm:NAME --kinds vca,agent,vca:blocks=[0,1,2]
+    python -m training.compare transfer_compare --data FOLDER --teacher timm:NAME --kinds "vca,vca:blocks=[0,1,2]"
     python -m training.compare transfer_compare --data FOLDER --teacher timm:NAME --kinds vca,agent,mhsa_dwc \
         --finetune transfer_finetune --labeled FOLDER
 
@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="train nothing, draw what is finished")
     recipes.add_arguments(parser, *(task.recipe for task in TASKS.values()))
     args = parser.parse_args()
+    if args.labeled and not args.finetune:
+        parser.error("--labeled is the data of --finetune, which must be given, too.")
     out = args.out or Path("runs") / f"compare-{Path(args.recipe).stem}"
     try:
         device = open_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

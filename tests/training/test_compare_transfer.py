@@ -202,6 +202,9 @@ def test_without_a_teacher_it_says_so(compared, capsys):
     with pytest.raises(SystemExit) as end:
         run(compared[0], "--data", "FOLDER", "--finetune", "cifar10_vca")
     assert end.value.code == 2 and "--teacher and --labeled must be given" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(compared[0], "--labeled", "FOLDER", "--report")
+    assert "--labeled is the data of --finetune" in capsys.readouterr().err
 
 
 def made_log(errors):
