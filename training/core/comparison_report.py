@@ -62,11 +62,13 @@ def _error_title(log: dict) -> str:
 
 
 def _error_columns(log: dict, runs: list[dict], seconds: float) -> dict[str, str]:
-    sides = sorted({side for run in log["runs"] for side in run["macs"]}, key=int)
-    errors = {f"at {side} px": [run[f"error_{side}"][-1][1] for run in runs if side in run["macs"]] for side in sides}
-    columns = {name: _spread(values, 4) if values else "" for name, values in errors.items()} if len(sides) > 1 else {}
+    sides = [list(run["macs"]) for run in log["runs"]]
+    columns = {}
+    for side in sorted({side for *smaller, _ in sides for side in smaller}, key=int):
+        errors = [run[f"error_{side}"][-1][1] for run in runs if side in run["macs"]]
+        columns[f"at {side} px"] = _spread(errors, 4) if errors else ""
     columns["parameters of the attention"] = f"{runs[0]['parameters']:,}"
-    for side in sides:
+    for side in sorted({side for own in sides for side in own}, key=int):
         there = side in runs[0]["macs"]
         columns[f"G multiply-adds at {side} px"] = f"{runs[0]['macs'][side] / 1e9:.3f}" if there else ""
         columns[f"ms/image at {side} px"] = f"{min(run['ms'][side] for run in runs):.2f}" if there else ""
@@ -191,6 +193,7 @@ def draw_curves(log: dict, file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     report, by_kind = REPORTS[log["task"]], _by_kind(log)
     count = len(report.panels)
@@ -198,6 +201,10 @@ def draw_curves(log: dict, file: Path) -> None:
     colors = plt.get_cmap("tab20" if len(by_kind) > 10 else "tab10").colors
     for axis, (x, y, scale, points) in zip(axes, report.panels, strict=True):
         axis.set(xlabel=x, ylabel=y, yscale=scale)
+        if scale == "log":
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
         for (kind, runs), color in zip(by_kind.items(), colors, strict=False):
             minutes = _pace(runs) * log["steps"] / 60
             for run in runs:
