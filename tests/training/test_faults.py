@@ -73,6 +73,21 @@ vca.save = limited
 """
 
 
+# Ctrl-C reaches the compiler as well, a process of the same group, and what it compiles fails.
+INTERRUPTED = """
+import os, signal
+import torch.nn.functional as F
+entropy, calls = F.cross_entropy, []
+def interrupted(*args, **kwargs):
+    calls.append(args)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("C++ compile error")
+    return entropy(*args, **kwargs)
+F.cross_entropy = interrupted
+"""
+
+
 @pytest.mark.parametrize(
     "file, number",
     [
@@ -93,6 +108,15 @@ def test_a_signal_inside_the_write_of_a_checkpoint(data, whole, tmp_path, file, 
     finish(data, out, *MEMORY)
     assert_same_run(whole, out)
     assert not list(out.rglob("*.tmp"))
+
+
+def test_ctrl_c_while_a_step_is_compiled(data, whole, tmp_path):
+    out = tmp_path / "disturbed"
+    result = run_patched(INTERRUPTED, command(data, out, *MEMORY))
+    assert result.returncode == 130 and "Traceback" not in result.stderr
+    assert "stopped by Ctrl-C; state saved at step 3" in result.stderr
+    finish(data, out, *MEMORY)
+    assert_same_run(whole, out)
 
 
 def test_a_full_disk_keeps_the_previous_state_and_says_so(tmp_path):

@@ -125,18 +125,12 @@ class Trainer:
         self.model.train()
         self.scheduler.step_update(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        rows = len(batch[0])
-        size = self.recipe.micro_batch or rows
-        total = torch.zeros((), device=self.device)
-        for first in range(0, rows, size):
-            part = [tensor[first : first + size] for tensor in batch]
-            seed_everything(self.recipe.seed, self.step, 4, self.world.rank * rows + first)
-            last = first + size >= rows
-            with nullcontext() if last or self.world.size == 1 else self._loss.no_sync():
-                with self.autocast:
-                    loss = self._loss(*part) * (len(part[0]) / rows)
-                loss.backward()
-            total += loss.detach()
+        try:
+            total = self._backward(batch)
+        except Exception:
+            if self._told_to_stop:  # Ctrl-C reaches a compiler at work as well, which then fails; no weight has changed
+                self.checkpoint()
+            raise
         limit = self.recipe.clip_grad or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
         loss = self._agree(total.item())
@@ -151,6 +145,22 @@ class Trainer:
             self._skip(batch, loss, norm)
         self.seconds += time.perf_counter() - start
         return dict(loss=loss, grad_norm=norm, lr=lr)
+
+    def _backward(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Adds up the gradients of this process's rows of a batch, in parts of `micro_batch`; returns their loss."""
+        rows = len(batch[0])
+        size = self.recipe.micro_batch or rows
+        total = torch.zeros((), device=self.device)
+        for first in range(0, rows, size):
+            part = [tensor[first : first + size] for tensor in batch]
+            seed_everything(self.recipe.seed, self.step, 4, self.world.rank * rows + first)
+            last = first + size >= rows
+            with nullcontext() if last or self.world.size == 1 else self._loss.no_sync():
+                with self.autocast:
+                    loss = self._loss(*part) * (len(part[0]) / rows)
+                loss.backward()
+            total += loss.detach()
+        return total
 
     def _agree(self, loss: float) -> float:
         """The mean loss of all processes; if one of them was told to stop, all will after this step."""
