@@ -13,6 +13,7 @@ os.environ |= {  # huggingface_hub reads them once, when it is imported
     "HF_HOME": tempfile.mkdtemp(prefix="vca-hub-"),
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "VCA_FUSED": "0",  # read by vca, likewise: no test changes its path in the middle, or starts a compiler unasked
 }
 for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(variable, None)

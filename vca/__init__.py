@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from vca import attribution, faithfulness
+from vca import attribution, faithfulness, fused
 from vca.checkpoint import CheckpointError, save
 from vca.drawing import to_pil
 from vca.hub import PushError, load, push
@@ -39,6 +39,7 @@ __all__ = [
     "create_attention",
     "create_model",
     "faithfulness",
+    "fused",
     "intervene",
     "list_models",
     "load",

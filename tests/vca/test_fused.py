@@ -90,7 +90,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(capability, d, shared_me
     from vca.kernels import triton_kernels
 
     half = {"tokens", "k", "v", "q", "values", "grad", "out", "grad_k", "grad_v", "grad_q"}
-    full = {"lam", "products", "lse", "part_products", "part_lse", "grad_tokens", "grad_values", "grad_lam"}
+    full = {"lam", "products", "norms", "part_products", "part_norms", "grad_tokens", "grad_values", "grad_lam"}
     pointers = dict.fromkeys(half, "*bf16") | dict.fromkeys(full, "*fp32") | dict(gain="fp32")
     options = triton_kernels.options(torch.empty(1, 1, 1, d))
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}

@@ -159,6 +159,32 @@ def test_scores_of_any_size():
         assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), given))
 
 
+@only_float32
+@pytest.mark.parametrize("axes", OPERATORS, ids=["stage1", "stage2"])
+def test_gradients_at_huge_scores_that_are_close(axes):
+    """Scores of 10^4 and a few 64ths, which float32 holds exactly: next to them, the softmax's sum must not be lost."""
+    given = inputs(axes, torch.float32, length=300, n=6)
+    with torch.no_grad():
+        for tensor in given[:2]:
+            tensor.copy_(tensor.mul(8).round().clamp(-8, 8) / 8)
+            tensor[..., 0] = 100
+    exact = [y.detach().double().requires_grad_() for y in given]
+    out, want = ops.contrast(*given, 0.7, axes), in_float64(*exact, 0.7, axes)
+    weight = torch.randn_like(out)
+    found = torch.autograd.grad(out, given, weight)
+    for grad, target in zip(found, torch.autograd.grad(want, exact, weight.double()), strict=True):
+        assert relative_error(grad, target) < 5e-5
+
+
+@pytest.mark.parametrize("axes", OPERATORS, ids=["stage1", "stage2"])
+def test_an_empty_batch(axes):
+    given = inputs(axes, FLOAT, batch=0)
+    out = ops.contrast(*given, 0.7, axes)
+    assert out.shape == ((0, 9, 32) if axes == VF.STAGE1 else given[1].shape)
+    found = torch.autograd.grad(out.sum(), given)
+    assert [grad.shape for grad in found] == [x.shape for x in given] and found[-1] == 0
+
+
 def test_the_difference_of_close_streams_is_not_rounded_away():
     """Streams whose maps differ by less than bfloat16 resolves, and lambda = 1: all of the output is the difference."""
     for axes in (VF.STAGE1, VF.STAGE2):
@@ -267,6 +293,45 @@ def test_derivatives_in_forward_mode_are_those_of_the_plain_layer():
     assert relative_error(of_the_weights(layer, torch.float32), of_the_weights(exact, torch.float64)) < 1e-5
 
 
+@only_float32
+def test_derivatives_of_second_order_are_those_of_the_plain_layer():
+    layer, exact, x = fused_and_exact()
+    weight, direction = torch.randn_like(x), torch.randn_like(x)
+
+    def along(net: torch.nn.Module, dtype: torch.dtype) -> list[torch.Tensor]:
+        """How a gradient's length along a direction changes with the input and the parameters."""
+        point = x.detach().to(dtype).requires_grad_()
+        (first,) = torch.autograd.grad(net(point), point, weight.to(dtype), create_graph=True)
+        return torch.autograd.grad((first * direction.to(dtype)).sum(), [point, net.qkv.weight, net.positive_embed])
+
+    for got, want in zip(along(layer, torch.float32), along(exact, torch.float64), strict=True):
+        assert relative_error(got, want) < 1e-4
+
+
+@only_float32
+def test_gradients_of_every_sample_are_those_of_the_plain_layer():
+    layer, exact, x = fused_and_exact()
+    samples = torch.cat([x, x.flip(1), 2 * x])
+
+    def of_every_sample(net: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        def loss(parameters: dict, sample: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(net, parameters, (sample[None],)).square().sum()
+
+        given = {name: parameter.detach() for name, parameter in net.named_parameters()}
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(given, samples.to(dtype))
+
+    wanted = of_every_sample(exact, torch.float64)
+    for name, got in of_every_sample(layer, torch.float32).items():
+        assert relative_error(got, wanted[name]) < (1e-4 if "lambda" in name else 1e-5), name
+
+
+def test_a_layer_on_an_empty_batch():
+    layer, _, x = (part.to(DEVICE) for part in fused_and_exact())
+    layer, x = layer.to(FLOAT), x.to(FLOAT)[:0].requires_grad_()
+    y = layer(x)
+    assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
 def test_autocast():
     layer, exact, x = (part.to(DEVICE) for part in fused_and_exact())
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -288,7 +353,8 @@ def test_flops_are_those_of_the_plain_layer():
 
 
 @only_float32
-def test_compiled_and_exported_layers():
+def test_compiled_and_exported_layers(monkeypatch):
+    monkeypatch.delattr(ops, "_plain_gradients")  # the compiled backward pass is the kernels'
     layer, _, x = fused_and_exact()
     weight = torch.randn_like(x)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

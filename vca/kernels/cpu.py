@@ -1,44 +1,225 @@
-"""Compiles the kernels of cpu.cpp, once a machine, with the C++ compiler and ninja that are found there."""
+"""The kernels of cpu.cpp: compiled once a machine, by a process of their own, and taken up when they are there."""
 
-import functools
+import hashlib
+import importlib.machinery
+import importlib.util
 import os
+import shlex
+import shutil
+import subprocess
 import sys
+import sysconfig
+import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from vca import functional as VF
+from vca.kernels import build
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 VECTORS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512vl", "-mfma"]}
+PATIENCE = 24 * 3600  # seconds before what could not be compiled is tried again
+TOLERANCE = 1e-4
 
 
-@functools.cache
-def kernels() -> ModuleType | None:
-    """The module with `stage1`, `stage1_backward`, `stage2` and `stage2_backward` of `vca.kernels.ops`, or None.
+def capability() -> str:
+    """The vector instructions that PyTorch uses on this processor, such as AVX512."""
+    return torch.backends.cpu.get_cpu_capability()
 
-    The first call on a machine compiles it, which takes about 20 seconds; later processes load the result from
-    PyTorch's cache of extensions. Where that fails, one warning says why.
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: in TORCH_EXTENSIONS_DIR, XDG_CACHE_HOME or ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or home).expanduser() / "vca"
+
+
+class CpuKernels:
+    """The kernels of a C++ source, from their compilation to their use. Threads may share it.
+
+    Attributes:
+        module: with `stage1`, `stage1_backward`, `stage2` and `stage2_backward` of `vca.kernels.ops`; None so far.
+        problem: why this process does without; "" as long as nothing speaks against them.
     """
-    capability = torch.backends.cpu.get_cpu_capability()
-    openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    flags = ["-O3", *VECTORS.get(capability, []), *openmp]
-    path = os.environ.get("PATH", "")
-    try:
-        from torch.utils.cpp_extension import load
 
-        # The ninja of a virtual environment is found there though the environment may not be activated.
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
-        name = f"vca_cpu_kernels_{capability.lower().replace(' ', '_')}"
-        return load(name, [str(SOURCE)], extra_cflags=flags, extra_ldflags=openmp)
-    except (ImportError, OSError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = next((line for line in lines if "error:" in line), lines[0])
-        warnings.warn(
-            f"The fused attention kernels for this CPU could not be compiled ({reason}); the plain path is taken. "
-            "They need a C++ compiler and ninja (pip install ninja; it is of the extra [fused] of vca).",
-            stacklevel=2,
-        )
-        return None
-    finally:
-        os.environ["PATH"] = path
+    def __init__(self, source: Path = SOURCE):
+        self.source = source
+        self.module: ModuleType | None = None
+        self.problem = ""
+        self._process: subprocess.Popen | None = None
+        self._waited = False
+        self._lock = threading.Lock()
+
+    @cached_property
+    def flags(self) -> list[str]:
+        return ["-O3", *VECTORS.get(capability(), []), *(["-fopenmp"] if sys.platform == "linux" else [])]
+
+    @cached_property
+    def library(self) -> Path:
+        """The compiled file, by what it depends on: source, flags, processor, PyTorch and Python."""
+        made_of = hashlib.sha256(self.source.read_bytes() + " ".join(self.flags).encode()).hexdigest()[:12]
+        processor = capability().lower().replace(" ", "_")
+        name = f"{processor}-torch{torch.__version__}-{made_of}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        return cache_folder() / name
+
+    @property
+    def building(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    def poll(self) -> ModuleType | None:
+        """The module if it is there. Never waits: the first call starts the compiler, a later one takes up the result.
+
+        A build outlives this process. One that fails is a warning, and its reason is remembered for a day.
+        """
+        if self.module or self.problem or not self._lock.acquire(blocking=False):
+            return self.module
+        try:
+            if self.library.exists():
+                self._take_up()
+            elif self._process is None:
+                self.problem = self.hindrance() or self._start()
+            elif self._process.poll() is not None:
+                self._give_up(self._failure())
+        finally:
+            self._lock.release()
+        return self.module
+
+    def wait(self) -> ModuleType | None:
+        """The module, compiled first if need be; or None, after a warning that says why."""
+        with self._lock:
+            if self.module or self._waited:
+                return self.module
+            self._waited = True
+            if not self.library.exists() and self._process is None and (problem := self._obstacle() or self._start()):
+                self._give_up(problem)
+                return None
+            if self._process:
+                self._process.wait()
+            if self.library.exists():
+                self._take_up()
+            else:
+                self._give_up(self._failure())
+        return self.module
+
+    def forget_process(self) -> None:
+        """In a forked process, which has neither the parent's children nor its threads."""
+        self._process, self._lock = None, threading.Lock()
+
+    def hindrance(self) -> str:
+        """Why they are not compiled; "" if they can be."""
+        return self._obstacle() or self._remembered()
+
+    def _obstacle(self) -> str:
+        """What is missing to compile them; "" if nothing is."""
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+        if sys.platform == "win32":
+            return "there are none for Windows"
+        if getattr(sys, "frozen", False) or not sys.executable:
+            return "this program holds a Python that compiles nothing"
+        if not shutil.which(compiler[0]):
+            return f"there is no C++ compiler {compiler[0]}"
+        if not shutil.which("ninja", path=_search_path()):
+            return "there is no ninja (pip install ninja)"
+        return ""
+
+    def _remembered(self) -> str:
+        """Why they could not be compiled lately; "" if that was long ago."""
+        note = build.note_of(self.library)
+        try:
+            if time.time() - note.stat().st_mtime < PATIENCE:
+                return f"they could not be compiled: {_reason(note)} (tried again after a day, or without {note})"
+        except OSError:
+            pass
+        return ""
+
+    def _start(self) -> str:
+        """Starts the compiler; returns what went wrong, or ""."""
+        command = [sys.executable, "-P", build.__file__, str(self.source), str(self.library), *self.flags]
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        try:
+            self.library.parent.mkdir(parents=True, exist_ok=True)
+            build.note_of(self.library).unlink(missing_ok=True)
+            environment = os.environ | dict(PATH=_search_path())
+            self._process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+        except OSError as error:
+            return f"they cannot be compiled: {error}"
+        return ""
+
+    def _failure(self) -> str:
+        return f"they could not be compiled: {_reason(build.note_of(self.library))}"
+
+    def _give_up(self, problem: str) -> None:
+        if problem != self.problem:
+            text = f"The fused attention kernels for this CPU are not used: {problem}. The plain path is taken."
+            warnings.warn(text, stacklevel=2)
+        self.problem = problem
+
+    def _take_up(self) -> None:
+        """Loads the library and tries it; in a thread of its own, which knows none of the caller's modes."""
+        try:
+            loader = importlib.machinery.ExtensionFileLoader(build.NAME, str(self.library))
+            spec = importlib.util.spec_from_file_location(build.NAME, self.library, loader=loader)
+            module = importlib.util.module_from_spec(spec)
+            loader.exec_module(module)
+            with ThreadPoolExecutor(1) as alone:
+                agree = alone.submit(agrees, module).result()
+        except (ImportError, OSError, RuntimeError) as error:
+            self._give_up(f"{self.library} cannot be loaded ({build.reason_of(error)}); delete it to compile it anew")
+            return
+        if not agree:
+            self._give_up(f"{self.library} does not compute what the plain path does")
+            return
+        self.module, self.problem = module, ""
+
+
+def _search_path() -> str:
+    """PATH, and the ninja of a virtual environment that may not be activated."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def _reason(note: Path) -> str:
+    try:
+        return note.read_text(encoding="utf-8")
+    except OSError:
+        return "the compiler was ended"
+
+
+def agrees(module: ModuleType) -> bool:
+    """Whether both stages and their gradients are those of `vca.functional.contrast` in float64, on one example."""
+    batch, heads, length, n, d, gain = 1, 2, 83, 5, 32, 0.7
+    random = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float32)
+
+    tokens, lam = d**-0.5 * randn(heads, 2 * n, d), torch.tensor(0.6, dtype=torch.float32)
+    q, k, v = randn(batch, length, 3, heads, d).transpose(1, 3).unbind(2)
+    values, grads = randn(heads, n, d), (randn(heads, n, d), randn(batch, heads, length, d))
+    out, *saved = module.stage1(tokens, k, v, lam, gain)
+    found = [
+        (out, *module.stage1_backward(grads[0], tokens, k, v, lam, gain, *saved)),
+        (module.stage2(tokens, q, values, lam, gain), *module.stage2_backward(grads[1], tokens, q, values, lam, gain)),
+    ]
+    for got, grad, axes, (x, y) in zip(found, grads, (VF.STAGE1, VF.STAGE2), ((k, v), (q, values)), strict=True):
+        exact = [tensor.double().requires_grad_() for tensor in (tokens, x, y, lam)]
+        flat = [tensor.flatten(0, 1) if tensor.ndim == 4 else tensor for tensor in exact]
+        out = VF.contrast(*flat, gain, axes).view(grad.shape)
+        for tensor, wanted in zip(got, (out, *torch.autograd.grad(out, exact, grad.double())), strict=True):
+            if not torch.allclose(tensor.double(), wanted, rtol=TOLERANCE, atol=TOLERANCE):
+                return False
+    return True
+
+
+KERNELS = CpuKernels()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: KERNELS.forget_process())
+
+
+def kernels() -> ModuleType | None:
+    """The module of `CpuKernels.wait`: compiled if need be, which takes a minute; or None, and a warning says why."""
+    return KERNELS.module or KERNELS.wait()

@@ -1,9 +1,9 @@
 """Both stages of Visual-Contrast Attention as fused operators.
 
-Their kernels are Triton's on a GPU (`vca.kernels.triton_kernels`) and C++ on a CPU (`vca.kernels.cpu`). They are off
-until a layer's `fused_attn` is True, which is its initial value under the environment variable VCA_FUSED=1. They have
-first derivatives in reverse mode; `contrast` takes the plain path for those in forward mode. torch.compile,
-torch.export, autocast and FlopCounterMode know them.
+Their kernels are Triton's on a GPU (`vca.kernels.triton_kernels`) and C++ on a CPU (`vca.kernels.cpu`). A layer's
+`fused_attn` says whether it takes them; its initial value is that of the environment variable VCA_FUSED, and None
+without one, see `vca.fused`. They have first derivatives in reverse mode; derivatives in forward mode and those of
+second order are the plain path's. torch.compile, torch.export, autocast and FlopCounterMode know them.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from vca import functional as VF
 from vca.kernels import cpu
 from vca.kernels.layout import empty_sequence
 
-ENABLED = os.environ.get("VCA_FUSED") == "1"
+ENABLED = {"0": False, "1": True}.get(os.environ.get("VCA_FUSED", ""))  # None: where they are there and win
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # runs the kernels of a GPU on a CPU, for tests
 MAX_TOKENS = 64  # of the kernels for a GPU
@@ -30,18 +30,26 @@ DTYPES = (torch.bfloat16, torch.float16, *(torch.float32,) * INTERPRETED)  # flo
 def supported(x: Tensor, num_tokens: int) -> bool:
     """Whether the operators take the sequence x (..., d) and n = `num_tokens` contrast tokens.
 
-    The first question about a CPU compiles its kernels, see `vca.kernels.cpu.kernels`.
+    The first question about a CPU compiles its kernels, see `vca.kernels.cpu.kernels`. The transformations of
+    `torch.func`, such as vmap, have no rule for the operators.
     """
-    if _takes_cpu_kernels(x):
-        return x.shape[-1] % 16 == 0 and x.dtype != torch.float64 and _cpu_kernels_exist()
+    if torch._C._are_functorch_transforms_active():
+        return False
+    if runs_on_cpu(x):
+        return supported_by_cpu(x) and _cpu_kernels_exist()
     runs = HAS_TRITON and (x.is_cuda or INTERPRETED)
     if not runs or num_tokens > MAX_TOKENS or x.dtype not in DTYPES:
         return False
     return x.shape[-1] <= (max(SHARED_MEMORY) if INTERPRETED else _max_head_dim(x.get_device()))
 
 
-def _takes_cpu_kernels(x: Tensor) -> bool:
+def runs_on_cpu(x: Tensor) -> bool:
     return x.is_cpu and not INTERPRETED
+
+
+def supported_by_cpu(x: Tensor) -> bool:
+    """Whether the kernels for a CPU, where they exist, take x (..., d)."""
+    return x.shape[-1] % 16 == 0 and x.dtype != torch.float64
 
 
 @torch.compiler.assume_constant_result
@@ -58,7 +66,7 @@ def _max_head_dim(device: int) -> int:
 
 
 def _kernels(x: Tensor) -> ModuleType:
-    if _takes_cpu_kernels(x):
+    if runs_on_cpu(x):
         kernels = cpu.kernels()
         assert kernels is not None, "`supported` was not asked."
         return kernels
@@ -82,12 +90,17 @@ def contrast(tokens: Tensor, x: Tensor, values: Tensor, lam: Tensor, gain: float
         (BH, n, d) in Stage I, (B, H, T, d) in Stage II.
     """
     if any(unpack_dual(tensor).tangent is not None for tensor in (tokens, x, values, lam)):
-        values = values.flatten(0, 1) if axes == VF.STAGE1 else values
-        out = VF.contrast(tokens, x.flatten(0, 1), values, lam, gain, axes)
-        return out if axes == VF.STAGE1 else out.unflatten(0, x.shape[:2])
+        return _plain(tokens, x, values, lam, gain, axes)
     if axes == VF.STAGE1:
         return contrast_stage1(tokens, x, values, lam, gain)[0]
     return contrast_stage2(tokens, x, values, lam, gain)
+
+
+def _plain(tokens: Tensor, x: Tensor, values: Tensor, lam: Tensor, gain: float, axes: tuple[int, ...]) -> Tensor:
+    """`contrast` without an operator."""
+    values = values.flatten(0, 1) if axes == VF.STAGE1 else values
+    out = VF.contrast(tokens, x.flatten(0, 1), values, lam, gain, axes)
+    return out if axes == VF.STAGE1 else out.unflatten(0, x.shape[:2])
 
 
 @torch.library.custom_op("vca::contrast_stage1", mutates_args=())
@@ -101,8 +114,9 @@ def contrast_stage1(tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: flo
         gain: 1 - lambda_init.
 
     Returns:
-        The output (BH, n, d); and for the backward pass, in float32, A+- v (BH, 2 * n, d) and the logarithms of the
-        denominators of the softmax (BH, 2 * n).
+        The output (BH, n, d); and for the backward pass, in float32, A+- v (BH, 2 * n, d) and what the softmax takes:
+        the maxima of the scores, and the sums of exp(score - maximum), (2, BH, 2 * n). They stay apart, since their
+        logarithm, the maximum plus that of the sum, loses the sum where scores are huge.
     """
     return _kernels(k).stage1(tokens, k, v, lam, gain)
 
@@ -112,12 +126,12 @@ def _(tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float) -> tuple[T
     groups, rows, d = tokens.shape
     float32 = dict(dtype=torch.float32)
     out = tokens.new_empty(groups, rows // 2, d)
-    return out, tokens.new_empty(groups, rows, d, **float32), tokens.new_empty(groups, rows, **float32)
+    return out, tokens.new_empty(groups, rows, d, **float32), tokens.new_empty(2, groups, rows, **float32)
 
 
 @torch.library.custom_op("vca::contrast_stage1_backward", mutates_args=())
 def contrast_stage1_backward(
-    grad: Tensor, tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float, products: Tensor, lse: Tensor
+    grad: Tensor, tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float, products: Tensor, norms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backward pass of `contrast_stage1`.
 
@@ -125,17 +139,17 @@ def contrast_stage1_backward(
         grad: the gradient of the output, (BH, n, d).
         tokens, k, v, lam, gain: the inputs of `contrast_stage1`.
         products: A+- v (BH, 2 * n, d) in float32, as `contrast_stage1` returns it.
-        lse: the logarithms of the softmax's denominators (BH, 2 * n) in float32, likewise.
+        norms: the maxima of the scores and the sums of the softmax (2, BH, 2 * n) in float32, likewise.
 
     Returns:
         The gradients of tokens, k, v and lambda, in their shapes and types.
     """
-    return _kernels(k).stage1_backward(grad, tokens, k, v, lam, gain, products, lse)
+    return _kernels(k).stage1_backward(grad, tokens, k, v, lam, gain, products, norms)
 
 
 @contrast_stage1_backward.register_fake
 def _(
-    grad: Tensor, tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float, products: Tensor, lse: Tensor
+    grad: Tensor, tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float, products: Tensor, norms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tokens.new_empty(tokens.shape), empty_sequence(k), empty_sequence(v), torch.empty_like(lam)
 
@@ -185,16 +199,33 @@ def _(
     return tokens.new_empty(tokens.shape), empty_sequence(q), values.new_empty(values.shape), torch.empty_like(lam)
 
 
+def _records_gradients() -> bool:
+    """Whether a backward pass is to have derivatives itself; the compiler's, which always records, has none."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _plain_gradients(
+    grad: Tensor, inputs: tuple[Tensor, ...], gain: float, axes: tuple[int, ...]
+) -> list[Tensor | None]:
+    """The gradients of `_plain`, which have derivatives themselves; None where no input asks for one."""
+    inputs = tuple(tensor.view_as(tensor) for tensor in inputs)  # apart: the tokens are made of queries, for instance
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    found = iter(torch.autograd.grad(_plain(*inputs, gain, axes), wanted, grad, create_graph=True))
+    return [next(found) if tensor.requires_grad else None for tensor in inputs]
+
+
 def _save_stage1(ctx, inputs, output) -> None:
     tokens, k, v, lam, ctx.gain = inputs
-    _, products, lse = output
-    ctx.mark_non_differentiable(products, lse)
-    ctx.save_for_backward(tokens, k, v, lam, products, lse)
+    _, products, norms = output
+    ctx.mark_non_differentiable(products, norms)
+    ctx.save_for_backward(tokens, k, v, lam, products, norms)
 
 
 def _backward_stage1(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
-    tokens, k, v, lam, products, lse = ctx.saved_tensors
-    return *contrast_stage1_backward(grad, tokens, k, v, lam, ctx.gain, products, lse), None
+    tokens, k, v, lam, products, norms = ctx.saved_tensors
+    if _records_gradients():
+        return *_plain_gradients(grad, (tokens, k, v, lam), ctx.gain, VF.STAGE1), None
+    return *contrast_stage1_backward(grad, tokens, k, v, lam, ctx.gain, products, norms), None
 
 
 def _save_stage2(ctx, inputs, output) -> None:
@@ -203,6 +234,8 @@ def _save_stage2(ctx, inputs, output) -> None:
 
 
 def _backward_stage2(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if _records_gradients():
+        return *_plain_gradients(grad, ctx.saved_tensors, ctx.gain, VF.STAGE2), None
     return *contrast_stage2_backward(grad, *ctx.saved_tensors, ctx.gain), None
 
 

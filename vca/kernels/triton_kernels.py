@@ -68,10 +68,13 @@ def rms_backward(grad, x, d, gain):
 
 @triton.jit
 def stage1_kernel(
-    tokens, k, v, products, lse, k_b, k_h, k_t, v_b, v_h, v_t, heads, length, n, d, part,
+    tokens, k, v, products, norms, k_b, k_h, k_t, v_b, v_h, v_t, heads, length, n, d, part,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A+- v (BH, parts, 2 * n, d) and the logarithms of the softmax's denominators, for one part of the keys."""
+    """A+- v (BH, parts, 2 * n, d), and the maxima and sums of the softmax, for one part of the keys.
+
+    `norms` is (2, BH, parts, 2 * n): first the maxima of the scores, then the sums of exp(score - maximum).
+    """
     head, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows, channels = tl.arange(0, ROWS), tl.arange(0, D)
     t = load_rows(tokens + head * 2 * n * d, rows, d, 2 * n, channels, d)
@@ -93,47 +96,60 @@ def stage1_kernel(
         maximum = higher
 
     slot = (head * tl.num_programs(1) + index) * 2 * n
+    sums = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * 2 * n
     store_rows(products + slot * d, rows, d, 2 * n, channels, d, product / total[:, None])
-    tl.store(lse + slot + rows, maximum + tl.log(total), mask=rows < 2 * n)
+    tl.store(norms + slot + rows, maximum, mask=rows < 2 * n)
+    tl.store(norms + sums + slot + rows, total, mask=rows < 2 * n)
 
 
 @triton.jit
-def merge_parts(products, lse, parts, n, d, rows, channels, ROWS: tl.constexpr, D: tl.constexpr):
-    """A v (ROWS, D) and the logarithm of the denominators of one stream, from those of every part of the keys."""
-    merged = tl.full([ROWS], float("-inf"), tl.float32)
+def merge_parts(products, norms, sums, parts, n, d, rows, channels, ROWS: tl.constexpr, D: tl.constexpr):
+    """A v (ROWS, D), and the maximum and the sum of the softmax of one stream, from those of every part of the keys."""
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     product = tl.zeros([ROWS, D], tl.float32)
     for index in range(parts):
-        found = tl.load(lse + index * 2 * n + rows, mask=rows < n, other=0.0)
-        higher = tl.maximum(merged, found)
-        both = higher + tl.log(tl.exp(merged - higher) + tl.exp(found - higher))
+        found = tl.load(norms + index * 2 * n + rows, mask=rows < n, other=0.0)
+        higher = tl.maximum(maximum, found)
+        decay = tl.exp(maximum - higher)
+        share = tl.load(norms + sums + index * 2 * n + rows, mask=rows < n, other=1.0) * tl.exp(found - higher)
         new = load_rows(products + index * 2 * n * d, rows, d, n, channels, d)
-        product = product * tl.exp(merged - both)[:, None] + new * tl.exp(found - both)[:, None]
-        merged = both
-    return product, merged
+        product = product * decay[:, None] + new * share[:, None]
+        total = total * decay + share
+        maximum = higher
+    return product / total[:, None], maximum, total
 
 
 @triton.jit
 def stage1_merge_kernel(
-    part_products, part_lse, lam, out, products, lse, parts, n, d, gain, ROWS: tl.constexpr, D: tl.constexpr
+    part_products, part_norms, lam, out, products, norms, parts, n, d, gain, ROWS: tl.constexpr, D: tl.constexpr
 ):
     """The parts together, the difference of the streams, and its RMSNorm."""
     head = tl.program_id(0).to(tl.int64)
     rows, channels = tl.arange(0, ROWS), tl.arange(0, D)
+    sums = tl.num_programs(0).to(tl.int64) * 2 * n  # of all heads, where the sums of the softmax follow its maxima
     part_products += head * parts * 2 * n * d
-    part_lse += head * parts * 2 * n
-    positive, positive_lse = merge_parts(part_products, part_lse, parts, n, d, rows, channels, ROWS, D)
-    negative, negative_lse = merge_parts(part_products + n * d, part_lse + n, parts, n, d, rows, channels, ROWS, D)
+    part_norms += head * parts * 2 * n
+    positive, positive_maximum, positive_sum = merge_parts(
+        part_products, part_norms, sums * parts, parts, n, d, rows, channels, ROWS, D
+    )
+    negative, negative_maximum, negative_sum = merge_parts(
+        part_products + n * d, part_norms + n, sums * parts, parts, n, d, rows, channels, ROWS, D
+    )
     difference = positive - tl.load(lam) * negative
     store_rows(out + head * n * d, rows, d, n, channels, d, difference * rms_scale(difference, d, gain))
     store_rows(products + head * 2 * n * d, rows, d, n, channels, d, positive)
     store_rows(products + (head * 2 + 1) * n * d, rows, d, n, channels, d, negative)
-    tl.store(lse + head * 2 * n + rows, positive_lse, mask=rows < n)
-    tl.store(lse + (head * 2 + 1) * n + rows, negative_lse, mask=rows < n)
+    norms += head * 2 * n + rows
+    tl.store(norms, positive_maximum, mask=rows < n)
+    tl.store(norms + n, negative_maximum, mask=rows < n)
+    tl.store(norms + sums, positive_sum, mask=rows < n)
+    tl.store(norms + sums + n, negative_sum, mask=rows < n)
 
 
 @triton.jit
 def stage1_backward_kernel(
-    grad, tokens, k, v, lam, products, lse, grad_tokens, grad_k, grad_v, grad_lam,
+    grad, tokens, k, v, lam, products, norms, grad_tokens, grad_k, grad_v, grad_lam,
     k_b, k_h, k_t, v_b, v_h, v_t, heads, length, n, d, gain, part,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -148,8 +164,12 @@ def stage1_backward_kernel(
     grad_v += shared
 
     positive_t, negative_t = load_streams(tokens + head * 2 * n * d, rows, n, channels, d)
-    positive_lse = tl.load(lse + head * 2 * n + rows, mask=rows < n, other=float("inf"))[:, None]
-    negative_lse = tl.load(lse + (head * 2 + 1) * n + rows, mask=rows < n, other=float("inf"))[:, None]
+    norms += head * 2 * n + rows
+    sums = tl.num_programs(0).to(tl.int64) * 2 * n
+    positive_maximum = tl.load(norms, mask=rows < n, other=float("inf"))[:, None]
+    negative_maximum = tl.load(norms + n, mask=rows < n, other=float("inf"))[:, None]
+    positive_scale = 1 / tl.load(norms + sums, mask=rows < n, other=1.0)[:, None]
+    negative_scale = 1 / tl.load(norms + sums + n, mask=rows < n, other=1.0)[:, None]
     positive, negative = load_streams(products + head * 2 * n * d, rows, n, channels, d)
     grad = load_rows(grad + head * n * d, rows, d, n, channels, d).to(tl.float32)
     grad = rms_backward(grad, positive - lam * negative, d, gain).to(positive_t.dtype)
@@ -164,8 +184,8 @@ def stage1_backward_kernel(
         keys = start + tl.arange(0, BLOCK)
         inside = (keys < length)[None, :]
         key = load_rows(k, keys, k_t, length, channels, d)
-        positive_map = tl.where(inside, tl.exp(dot(positive_t, tl.trans(key)) - positive_lse), 0.0)
-        negative_map = tl.where(inside, tl.exp(dot(negative_t, tl.trans(key)) - negative_lse), 0.0)
+        positive_map = tl.where(inside, tl.exp(dot(positive_t, tl.trans(key)) - positive_maximum), 0.0) * positive_scale
+        negative_map = tl.where(inside, tl.exp(dot(negative_t, tl.trans(key)) - negative_maximum), 0.0) * negative_scale
         grad_map = dot(grad, tl.trans(load_rows(v, keys, v_t, length, channels, d)))
         store_rows(grad_v, keys, heads * d, length, channels, d, dot(tl.trans(positive_map - lam * negative_map), grad))
         grad_positive = positive_map * (grad_map - positive_mean)
@@ -276,7 +296,7 @@ def options(x: Tensor) -> dict:
 def split(x: Tensor, block: int) -> tuple[int, int]:
     """How many parts the sequence x (B, H, T, d) is split into, and how many tokens a part has, whole blocks."""
     batch, heads, length, _ = x.shape
-    part = block * triton.cdiv(length, block * max(1, PROGRAMS // (batch * heads)))
+    part = block * triton.cdiv(length, block * max(1, PROGRAMS // max(1, batch * heads)))
     return triton.cdiv(length, part), part
 
 
@@ -291,21 +311,21 @@ def stage1(tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float) -> tu
     parts, part = split(k, tile["BLOCK"])
     float32 = dict(dtype=torch.float32, device=k.device)
     part_products, products = (torch.empty(groups, p, rows, d, **float32) for p in (parts, 1))
-    part_lse, lse = (torch.empty(groups, p, rows, **float32) for p in (parts, 1))
+    part_norms, norms = (torch.empty(2, groups, p, rows, **float32) for p in (parts, 1))
     out, n = tokens.new_empty(groups, rows // 2, d), rows // 2
     stage1_kernel[groups, parts](
-        tokens, k, v, part_products, part_lse, *k.stride()[:3], *v.stride()[:3], heads, length, n, d, part,
+        tokens, k, v, part_products, part_norms, *k.stride()[:3], *v.stride()[:3], heads, length, n, d, part,
         ROWS=power_of_two(rows), **tile,
     )  # fmt: skip
     stage1_merge_kernel[groups,](
-        part_products, part_lse, lam, out, products, lse, parts, n, d, gain,
+        part_products, part_norms, lam, out, products, norms, parts, n, d, gain,
         ROWS=power_of_two(n), D=tile["D"], num_warps=8,
     )  # fmt: skip
-    return out, products.squeeze(1), lse.squeeze(1)
+    return out, products.squeeze(1), norms.squeeze(2)
 
 
 def stage1_backward(
-    grad: Tensor, tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float, products: Tensor, lse: Tensor
+    grad: Tensor, tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: float, products: Tensor, norms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`vca.kernels.ops.contrast_stage1_backward` on a GPU, with its arguments and result."""
     grad, tokens, k, v = grad.contiguous(), tokens.contiguous(), with_adjacent_channels(k), with_adjacent_channels(v)
@@ -314,7 +334,7 @@ def stage1_backward(
     grad_tokens = products.new_empty(groups, parts, rows, d)
     grad_k, grad_v, grad_lam = empty_sequence(k), empty_sequence(v), products.new_empty(groups)
     stage1_backward_kernel[groups, parts](
-        grad, tokens, k, v, lam, products, lse, grad_tokens, grad_k, grad_v, grad_lam,
+        grad, tokens, k, v, lam, products, norms, grad_tokens, grad_k, grad_v, grad_lam,
         *k.stride()[:3], *v.stride()[:3], heads, length, rows // 2, d, gain, part,
         ROWS=power_of_two(rows // 2), **tile,
     )  # fmt: skip

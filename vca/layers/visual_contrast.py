@@ -9,6 +9,7 @@ from timm.layers import register_notrace_module, to_2tuple
 from torch import Tensor, nn
 
 from vca import functional as VF
+from vca import fused
 from vca.kernels import ops
 from vca.layers.change import UNCHANGED, Change
 from vca.layers.depthwise import depthwise_conv3x3, local_term
@@ -78,7 +79,8 @@ class VisualContrastAttention(OnGrid, nn.Module):
         stage1_differential, stage2_differential: False leaves a stage with its positive stream, without lambda.
 
     Attributes:
-        fused_attn: use the operators of `vca.kernels.ops` where they apply; initially False, or True under VCA_FUSED=1.
+        fused_attn: use the operators of `vca.kernels.ops` where they apply, which waits for their kernels; None, the
+            initial value unless VCA_FUSED says otherwise: where they win and are there, see `vca.fused`.
 
     Raises:
         ValueError: the arguments contradict one another; the message says how.
@@ -131,7 +133,7 @@ class VisualContrastAttention(OnGrid, nn.Module):
         self.tokens = tokens
         self.stage2_softmax = stage2_softmax
         self.lambda_init = VF.lambda_init(depth)
-        self.fused_attn = ops.ENABLED
+        self.fused_attn: bool | None = ops.ENABLED
 
         num_tokens = token_grid[0] * token_grid[1]
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -160,6 +162,11 @@ class VisualContrastAttention(OnGrid, nn.Module):
         if self.stage1.differential and self.stage2.differential:
             return "vca"
         return "vca_stage1" if self.stage1.differential else "vca_stage2"
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether there are fused operators for this form of the layer."""
+        return self.kind == "vca" and self.stage2_softmax == "separate"
 
     def extra_repr(self) -> str:
         return (
@@ -213,10 +220,10 @@ class VisualContrastAttention(OnGrid, nn.Module):
         q_patches, v_patches = ((y[:, prefix:] if prefix else y).flatten(2) for y in (q, v))  # (B, N, C)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, d), as the fused operators take them
         explicit = keep_maps or change.needs_maps
-        fused = not explicit and self._is_fused(q)
-        if not fused:
+        is_fused = not explicit and self._is_fused(q)
+        if not is_fused:
             q, k, v = (y.flatten(0, 1) for y in (q, k, v))  # (BH, T, d)
-        kernel = None if explicit else ops.contrast if fused else VF.contrast
+        kernel = None if explicit else ops.contrast if is_fused else VF.contrast
 
         tokens = self._contrast_tokens(q_patches, grid_size).to(q.dtype)  # (BH, 2n, d)
         v_hat, recorded1 = self._stage(kernel, 1, tokens, k, v, change)
@@ -254,8 +261,7 @@ class VisualContrastAttention(OnGrid, nn.Module):
         )
 
     def _is_fused(self, q: Tensor) -> bool:
-        standard = self.kind == "vca" and self.stage2_softmax == "separate"
-        return self.fused_attn and standard and ops.supported(q, math.prod(self.token_grid))
+        return self.has_kernels and fused.applies(self.fused_attn, q, math.prod(self.token_grid))
 
     def _contrast_tokens(self, q: Tensor, grid_size: tuple[int, int]) -> Tensor:
         pooled = embeds = None

@@ -1,0 +1,100 @@
+"""Which path Visual-Contrast Attention takes on a CPU: its fused C++ kernels, or plain PyTorch.
+
+A layer whose `fused_attn` is None, as it is by default, takes the kernels where they win and where they are there. The
+first such layer that runs on a CPU has them compiled in the background, once a machine; until then, and where there is
+no compiler, the path is plain. VCA_FUSED=0 turns them off, VCA_FUSED=1 makes every layer wait for them.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from vca.kernels import cpu, ops
+
+HALF = (torch.bfloat16, torch.float16)
+_settled: bool | None = None
+
+
+def status() -> str:
+    """A line that says which path is taken on this CPU, and why. It starts no compiler."""
+    kernels = cpu.KERNELS
+    if ops.ENABLED is False:
+        return "plain PyTorch; the fused kernels are switched off by VCA_FUSED=0"
+    if _settled is False:
+        return kernels.problem and _without(kernels.problem) or "plain PyTorch, to the end of this process"
+    if kernels.building or kernels.library.exists():
+        kernels.poll()
+    if kernels.module:
+        return f"fused C++ kernels ({cpu.capability()})"
+    if kernels.building:
+        return "plain PyTorch, until the fused kernels are compiled in the background"
+    if problem := kernels.problem or kernels.hindrance():
+        return _without(problem)
+    return "plain PyTorch; the fused kernels are compiled in the background when a layer first runs on this CPU"
+
+
+def prepare() -> None:
+    """Has the kernels compiled in the background, if they are not there, and returns at once."""
+    if ops.ENABLED is not False and _settled is None:
+        cpu.KERNELS.poll()
+
+
+def settle(use: bool = True) -> bool:
+    """Decides for the rest of this process, for runs whose results must not depend on when a compiler is done.
+
+    Args:
+        use: take the kernels, compiled first if they are not there; False for the plain path.
+
+    Returns:
+        Whether layers whose `fused_attn` is None take them from now on.
+    """
+    global _settled
+    if use and ops.ENABLED is not False and cpu.KERNELS.poll() is None and not cpu.KERNELS.problem:
+        cpu.KERNELS.wait()
+    _settled = use and ops.ENABLED is not False and cpu.KERNELS.module is not None
+    return _settled
+
+
+def applies(setting: bool | None, x: Tensor, num_tokens: int) -> bool:
+    """Whether a layer takes the operators of `vca.kernels.ops`.
+
+    What leaves this process as a graph of plain operators, by torch.export, ONNX or torch.fx, takes none of its own
+    accord, nor do tensors without data and those of `torch.func`'s transformations.
+
+    Args:
+        setting: its `fused_attn`.
+        x: its queries (B, H, T, d).
+        num_tokens: n.
+    """
+    if setting is None:
+        leaves = type(x) is not Tensor or torch.compiler.is_exporting() or torch.jit.is_tracing()
+        if leaves or not ops.runs_on_cpu(x):
+            return False
+        half = x.dtype in HALF
+        wins = not half or not (torch.compiler.is_compiling() or _multiplies_half_precision_fast())
+        return wins and ops.supported_by_cpu(x) and _taken_up(x.requires_grad)
+    return setting and ops.supported(x, num_tokens)
+
+
+def _without(problem: str) -> str:
+    return f"plain PyTorch, without the fused kernels: {problem}"
+
+
+@torch.compiler.assume_constant_result
+def _multiplies_half_precision_fast() -> bool:
+    """Whether this processor has AMX, which the kernels do not use."""
+    return torch.cpu.get_capabilities().get("amx_tile", False)
+
+
+@torch.compiler.assume_constant_result
+def _taken_up(records_gradients: bool) -> bool:
+    if _settled is not None:
+        return _settled
+    return _there_at_the_first_gradient() if records_gradients else cpu.KERNELS.poll() is not None
+
+
+@functools.cache
+def _there_at_the_first_gradient() -> bool:
+    """Training stays on the path that it starts on: checkpointed layers run again and must give what they gave."""
+    return cpu.KERNELS.poll() is not None
