@@ -12,6 +12,7 @@ from app.runtime.assets import STATIC
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.folders import remove_left
 from app.tabs import about, classify, compare, explore, generate
+from vca import fused
 
 TABS = (classify, explore, generate, compare, about)  # in this order: a tab may use those before it
 
@@ -52,6 +53,7 @@ NO_WEIGHTS = """<p class="vca-problem">There is no trained model yet. Train one 
 def build(weights: Path = WEIGHTS) -> gr.Blocks:
     """The whole app for the checkpoints in a folder and those of VCA_MODELS. Launch it with `**LAUNCH`."""
     remove_left()
+    fused.prepare()  # so that the first photo finds the kernels, if a compiler is there
     checkpoints = Checkpoints(Path(weights), settings.served())
     cleanup = settings.CACHE if settings.is_public() else (3600, 86400)
     choice = ModelChoice(checkpoints)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import vca
 from training.card import write_card
+from training.core.attention_path import settle_attention
 from training.core.cli import interruptible
 from training.core.metrics import outputs
 from training.core.precision import STORED, autocast
@@ -114,6 +115,7 @@ def calibrate(args: argparse.Namespace) -> str:
     """Calibrates the checkpoint in place and says what was measured."""
     device = open_device(args.device)
     model = vca.load(args.checkpoint, device=device)
+    settle_attention(model, device=device)
     if not model.training_history:
         raise RunError(f"{args.checkpoint}: its config.json does not say what trained it.")
     cfg = model.pretrained_cfg

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import vca
 from training.card import OWN_DATA
+from training.core.attention_path import settle_attention
 from training.core.cli import interruptible
 from training.core.metrics import accuracy, interval, outputs, validation_data, validation_loss
 from training.core.precision import autocast
@@ -220,6 +221,7 @@ def main() -> None:
             parser.error("a checkpoint and --data are needed (or --table).")
         else:
             model = vca.load(args.checkpoint, device=open_device(args.device))
+            settle_attention(model, device=open_device(args.device))
             images = open_images(model, args.data, args.split)
             if model.task == "generation":
                 samples, labels = validation_data(images, model.sample_shape[-1], os.cpu_count())

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import vca
 from training.card import write_card
+from training.core.attention_path import settle_attention
 from training.core.cli import interruptible
 from training.core.plots import grid_png
 from training.core.run import RunError, open_device
@@ -258,6 +259,7 @@ def main() -> None:
             raise vca.CheckpointError(f"{args.checkpoint}: no such checkpoint folder.")
         device = open_device(args.device)
         generator, judge = vca.load(args.checkpoint, device=device), vca.load(args.judge, device=device)
+        settle_attention(generator, judge, device=device)
         check(generator, judge, args)
         result = measure_generator(generator, judge, args)
     except ERRORS as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import vca
+from training.core.attention_path import settle_attention
 from training.core.cli import interruptible
 from training.core.distributed import local_device
 from training.core.run import RunError, open_device
@@ -45,7 +46,9 @@ def main() -> None:
         if args.count < 1 or args.batch_size < 1 or args.seed < 0:
             raise SampleError("--count and --batch-size must be at least 1, --seed at least 0.")
         part = process()
-        model = vca.load(args.checkpoint, device=open_device(local_device(args.device)))
+        device = open_device(local_device(args.device))
+        model = vca.load(args.checkpoint, device=device)
+        settle_attention(model, device=device)
         if model.task != "generation":
             raise SampleError(f"{args.checkpoint} is a classifier; only a generator makes images.")
         files = sample_files(

@@ -21,8 +21,8 @@ def status() -> str:
     kernels = cpu.KERNELS
     if ops.ENABLED is False:
         return "plain PyTorch; the fused kernels are switched off by VCA_FUSED=0"
-    if _settled is False:
-        return kernels.problem and _without(kernels.problem) or "plain PyTorch, to the end of this process"
+    if _settled is False and not kernels.problem:
+        return "plain PyTorch, as decided at the start"
     if kernels.building or kernels.library.exists():
         kernels.poll()
     if kernels.module:
@@ -40,6 +40,13 @@ def prepare() -> None:
         cpu.KERNELS.poll()
 
 
+def must_compile() -> bool:
+    """Whether `settle` would compile the kernels first, which takes a minute or two."""
+    kernels = cpu.KERNELS
+    there = kernels.module or kernels.problem or kernels.library.exists()
+    return ops.ENABLED is not False and not there and not kernels.hindrance()
+
+
 def settle(use: bool = True) -> bool:
     """Decides for the rest of this process, for runs whose results must not depend on when a compiler is done.
 
@@ -50,7 +57,7 @@ def settle(use: bool = True) -> bool:
         Whether layers whose `fused_attn` is None take them from now on.
     """
     global _settled
-    if use and ops.ENABLED is not False and cpu.KERNELS.poll() is None and not cpu.KERNELS.problem:
+    if use and ops.ENABLED is not False and not cpu.KERNELS.poll() and not cpu.KERNELS.problem:
         cpu.KERNELS.wait()
     _settled = use and ops.ENABLED is not False and cpu.KERNELS.module is not None
     return _settled
@@ -59,14 +66,16 @@ def settle(use: bool = True) -> bool:
 def applies(setting: bool | None, x: Tensor, num_tokens: int) -> bool:
     """Whether a layer takes the operators of `vca.kernels.ops`.
 
-    What leaves this process as a graph of plain operators, by torch.export, ONNX or torch.fx, takes none of its own
-    accord, nor do tensors without data and those of `torch.func`'s transformations.
+    The transformations of `torch.func`, such as vmap, have no rule for them. What leaves this process as a graph of
+    plain operators, by torch.export, ONNX or torch.fx, takes them only if it was told to, as do tensors without data.
 
     Args:
         setting: its `fused_attn`.
         x: its queries (B, H, T, d).
         num_tokens: n.
     """
+    if torch._C._are_functorch_transforms_active():
+        return False
     if setting is None:
         leaves = type(x) is not Tensor or torch.compiler.is_exporting() or torch.jit.is_tracing()
         if leaves or not ops.runs_on_cpu(x):

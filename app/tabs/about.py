@@ -7,7 +7,7 @@ from app.context import Context
 from app.runtime.assets import STATIC
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.names import dataset_of
-from vca import drawing
+from vca import drawing, fused
 from vca.diffusion.vae import STRIDE
 from vca.models import GENERATORS
 
@@ -79,7 +79,14 @@ def build(context: Context) -> None:
         file, alt = TIMESTEPS_PICTURE
         gr.HTML(f'<img src="{drawing.data_url(Image.open(file), "PNG")}" alt="{alt}" style="width: 100%">')
         gr.Markdown(table(context.checkpoints))
+        path = gr.Markdown(attention_path())
+        context.page.load(attention_path, outputs=path, show_progress="hidden", api_visibility="private")
         gr.Markdown(PAPER)
+
+
+def attention_path() -> str:
+    """How this server computes attention just now, in Markdown."""
+    return f"Attention is computed here by {fused.status()}."
 
 
 def table(checkpoints: Checkpoints) -> str:

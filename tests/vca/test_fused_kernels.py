@@ -325,6 +325,18 @@ def test_gradients_of_every_sample_are_those_of_the_plain_layer():
         assert relative_error(got, wanted[name]) < (1e-4 if "lambda" in name else 1e-5), name
 
 
+@only_float32
+def test_gradients_of_many_outputs_at_once_are_those_of_the_plain_layer():
+    layer, exact, x = fused_and_exact()
+    weights = torch.randn(3, *x.shape)
+
+    def of_all(net: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+        point = x.detach().to(dtype).requires_grad_()
+        return torch.autograd.grad(net(point), point, weights.to(dtype), is_grads_batched=True)[0]
+
+    assert relative_error(of_all(layer, torch.float32), of_all(exact, torch.float64)) < 1e-5
+
+
 def test_a_layer_on_an_empty_batch():
     layer, _, x = (part.to(DEVICE) for part in fused_and_exact())
     layer, x = layer.to(FLOAT), x.to(FLOAT)[:0].requires_grad_()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from training.core.attention_path import settle_attention
 from training.core.distributed import ALONE, World
 from training.core.precision import autocast, prepare_compiler
 from training.core.recipe import BaseRecipe
@@ -48,6 +49,7 @@ class Trainer:
         skipped: steps that were skipped because they were not finite.
         seconds, waited: time in steps, and in waiting for data, in seconds.
         autocast: the context that computes in the recipe's precision.
+        fused: whether attention takes the fused kernels for a CPU, which stays so when the run is resumed.
         ema: the average of the weights; None without one.
     """
 
@@ -65,7 +67,10 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._signalled = 0
         self._stop = False
+        self.fused: bool | None = None
         self._resume()
+        wins = recipe.precision == "fp32" or not recipe.compile  # docs/speed.md
+        self.fused = settle_attention(model, device=device, wins=wins, before=self.fused, world=world)
         if recipe.compile:
             prepare_compiler()
             model.compile()
@@ -221,6 +226,7 @@ class Trainer:
             seconds=self.seconds,
             waited=self.waited,
             skipped=self.skipped,
+            fused=self.fused,
             model=self.model.state_dict(),
             ema=self.ema.module.state_dict() if self.ema else {},
             optimizer=self.optimizer.state_dict(),
@@ -242,7 +248,7 @@ class Trainer:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
-        self.waited = state.get("waited", 0.0)
+        self.waited, self.fused = state.get("waited", 0.0), state.get("fused", False)
 
     def _read_state(self) -> dict | None:
         self.run.remove_leftovers()

@@ -69,7 +69,8 @@ class CpuKernels:
 
     @property
     def building(self) -> bool:
-        return self._process is not None and self._process.returncode is None
+        undecided = self.module is None and not self.problem
+        return undecided and self._process is not None and self._process.returncode is None
 
     def poll(self) -> ModuleType | None:
         """The module if it is there. Never waits: the first call starts the compiler, a later one takes up the result.
@@ -140,12 +141,14 @@ class CpuKernels:
     def _start(self) -> str:
         """Starts the compiler; returns what went wrong, or ""."""
         command = [sys.executable, "-P", build.__file__, str(self.source), str(self.library), *self.flags]
-        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        null = subprocess.DEVNULL
         try:
             self.library.parent.mkdir(parents=True, exist_ok=True)
             build.note_of(self.library).unlink(missing_ok=True)
             environment = os.environ | dict(PATH=_search_path())
-            self._process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+            self._process = subprocess.Popen(
+                command, env=environment, start_new_session=True, stdin=null, stdout=null, stderr=null
+            )
         except OSError as error:
             return f"they cannot be compiled: {error}"
         return ""
@@ -163,7 +166,7 @@ class CpuKernels:
         """Loads the library and tries it; in a thread of its own, which knows none of the caller's modes."""
         try:
             loader = importlib.machinery.ExtensionFileLoader(build.NAME, str(self.library))
-            spec = importlib.util.spec_from_file_location(build.NAME, self.library, loader=loader)
+            spec = importlib.machinery.ModuleSpec(build.NAME, loader, origin=str(self.library))
             module = importlib.util.module_from_spec(spec)
             loader.exec_module(module)
             with ThreadPoolExecutor(1) as alone:

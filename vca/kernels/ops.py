@@ -8,6 +8,7 @@ second order are the plain path's. torch.compile, torch.export, autocast and Flo
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -30,11 +31,8 @@ DTYPES = (torch.bfloat16, torch.float16, *(torch.float32,) * INTERPRETED)  # flo
 def supported(x: Tensor, num_tokens: int) -> bool:
     """Whether the operators take the sequence x (..., d) and n = `num_tokens` contrast tokens.
 
-    The first question about a CPU compiles its kernels, see `vca.kernels.cpu.kernels`. The transformations of
-    `torch.func`, such as vmap, have no rule for the operators.
+    The first question about a CPU compiles its kernels, see `vca.kernels.cpu.kernels`.
     """
-    if torch._C._are_functorch_transforms_active():
-        return False
     if runs_on_cpu(x):
         return supported_by_cpu(x) and _cpu_kernels_exist()
     runs = HAS_TRITON and (x.is_cuda or INTERPRETED)
@@ -199,18 +197,25 @@ def _(
     return tokens.new_empty(tokens.shape), empty_sequence(q), values.new_empty(values.shape), torch.empty_like(lam)
 
 
-def _records_gradients() -> bool:
-    """Whether a backward pass is to have derivatives itself; the compiler's, which always records, has none."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _backward_is_plain() -> bool:
+    """Whether a backward pass is differentiated itself, or one of several under vmap.
+
+    The compiler's always records gradients, and has no second derivatives.
+    """
+    return torch._C._are_functorch_transforms_active() or (
+        torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    )
 
 
-def _plain_gradients(
-    grad: Tensor, inputs: tuple[Tensor, ...], gain: float, axes: tuple[int, ...]
-) -> list[Tensor | None]:
-    """The gradients of `_plain`, which have derivatives themselves; None where no input asks for one."""
-    inputs = tuple(tensor.view_as(tensor) for tensor in inputs)  # apart: the tokens are made of queries, for instance
+def _plain_gradients(grad: Tensor, inputs: Sequence[Tensor], gain: float, axes: tuple[int, ...]) -> list[Tensor | None]:
+    """The gradients of `_plain`, which can be differentiated and batched; None where no input asks for one."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views stand apart in the graph; of the inputs, the tokens depend on the queries.
+        tokens, x, values, lam = inputs = [tensor.view_as(tensor) for tensor in inputs]
+        out = _plain(tokens, x, values, lam, gain, axes)
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    found = iter(torch.autograd.grad(_plain(*inputs, gain, axes), wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
     return [next(found) if tensor.requires_grad else None for tensor in inputs]
 
 
@@ -223,7 +228,7 @@ def _save_stage1(ctx, inputs, output) -> None:
 
 def _backward_stage1(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
     tokens, k, v, lam, products, norms = ctx.saved_tensors
-    if _records_gradients():
+    if _backward_is_plain():
         return *_plain_gradients(grad, (tokens, k, v, lam), ctx.gain, VF.STAGE1), None
     return *contrast_stage1_backward(grad, tokens, k, v, lam, ctx.gain, products, norms), None
 
@@ -234,7 +239,7 @@ def _save_stage2(ctx, inputs, output) -> None:
 
 
 def _backward_stage2(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if _records_gradients():
+    if _backward_is_plain():
         return *_plain_gradients(grad, ctx.saved_tensors, ctx.gain, VF.STAGE2), None
     return *contrast_stage2_backward(grad, *ctx.saved_tensors, ctx.gain), None
 
