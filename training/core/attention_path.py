@@ -29,7 +29,8 @@ def settle_attention(
     if use and world.first and fused.must_compile():
         print("the fused kernels of attention are compiled, once on this machine: a minute or two.", file=sys.stderr)
     taken = fused.settle(use)
-    if world.sum([float(taken)], device)[0] < world.size:
+    everywhere = world.sum([float(taken)], device)[0] == world.size
+    if taken and not everywhere:
         taken = fused.settle(False)
     if world.first and layers and device.type == "cpu":
         print(f"attention: {fused.status()}", file=sys.stderr)
