@@ -21,7 +21,7 @@ from app.runtime.packing import MapStore
 from app.tabs import about
 from app.ui import build
 from tests.helpers.app import LABELS, MHSA, PLAIN, PREFIXED, SMALL_PYRAMID, photo, recorded
-from vca import preprocessing
+from vca import fused, preprocessing
 from vca.explorer.packing import pack
 
 
@@ -321,6 +321,7 @@ def test_classifiers_and_generators_are_told_apart(weights, tmp_path):
     for load, name, known in ((checkpoints.load, "pixels", PLAIN), (checkpoints.load_generator, PLAIN, "vca_latents")):
         with pytest.raises(gr.Error, match=f"model must be one of: {known}"):
             load(name)
+    assert about.attention_path() == f"Attention is computed here by {fused.status()}."
     table = about.table(checkpoints)
     assert "| pixels<br>`pixels` | generates | 4 | 32×16 |" in table
     assert "| vca_latents<br>`vca_latents` | generates | 4 | 256×256 |" in table
