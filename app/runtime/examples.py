@@ -85,7 +85,7 @@ def _photos() -> dict[str, tuple[str, Image.Image, set[str]]]:
             Image.fromarray(skimage.data.stereo_motorcycle()[0]),
             {"motorcycle", "motor scooter", "moped"},
         ),
-        "coffee": ("a cup of espresso", Image.fromarray(skimage.data.coffee()), {"espresso"}),
+        "coffee": ("a cup of espresso", Image.fromarray(skimage.data.coffee()), {"espresso", "cup"}),
         "galaxies": ("galaxies", Image.fromarray(skimage.data.hubble_deep_field()), {"galaxies", "galaxy"}),
         "rocket": ("a rocket", Image.fromarray(skimage.data.rocket()), {"rocket", "missile", "projectile"}),
     }
