@@ -1,12 +1,14 @@
 """Encodes images once into the latents that a latent generator trains on.
 
     python -m training.latents --data IMAGES --out LATENTS --image-size 256
+    python -m training.latents --data IMAGES --out LATENTS --image-size 64 --vae runs/scenes_autoencoder_4/checkpoint
 
 IMAGES holds train/CLASS/IMAGE and val/CLASS/IMAGE. What is stored are the *moments* of the autoencoder, mean and
 log-variance, of each image plain and flipped, from which every epoch draws new latents: training on them is training
-on the images. LATENTS/SPLIT has `moments.npy`, float32 (N, 2, 2C, H, W), 64 KiB an image of 256 px, and `index.json`
-with labels, class names, autoencoder and checksums; `images.json` names the images with size and checksum, so that
-latents of images that were replaced or renamed are refused. The same command goes on where it was interrupted.
+on the images, which training.generate takes as well and then encodes again and again. LATENTS/SPLIT has `moments.npy`,
+float32 (N, 2, 2C, H, W), 64 KiB an image of 256 px, and `index.json` with labels, class names, autoencoder and
+checksums; `images.json` names the images with size and checksum, so that latents of images that were replaced or
+renamed are refused. The same command goes on where it was interrupted.
 """
 
 import argparse
@@ -29,7 +31,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, metavar="IMAGES")
     parser.add_argument("--out", required=True, metavar="LATENTS", type=Path)
     parser.add_argument("--image-size", type=int, default=256, help="side after resizing and centre crop")
-    parser.add_argument("--vae", default=SD_VAE, help="Hub id or folder of the autoencoder")
+    parser.add_argument(
+        "--vae", default=SD_VAE, help="Hub id or folder of the autoencoder, such as one of training.autoencoder"
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

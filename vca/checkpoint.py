@@ -35,6 +35,7 @@ from vca.models.common import CLASSIFICATION, follow_input_size, input_size
 from vca.models.dit import DiffusionTransformer
 
 FILES = ("config.json", "model.safetensors", "README.md")
+AUTOENCODER_FILES = ("vae/config.json", "vae/diffusion_pytorch_model.safetensors")  # of a generator that brings its own
 STORED_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PENDING = ".model.safetensors."  # and their sha256: weights that a config.json may state already
 MOST_HEADER = 10_000_000
@@ -171,6 +172,8 @@ def load_folder(
             f"{folder / 'config.json'}: has been changed since it was saved, or is damaged. If the change is meant, "
             "remove its field config_sha256."
         )
+    if getattr(model, "latent_decoder", None) and all((folder / name).is_file() for name in AUTOENCODER_FILES):
+        model.latent_decoder.source = str((folder / AUTOENCODER_FILES[0]).parent)
     model.label_names = list(config["label_names"])
     model.training_history = config["training"]
     return model.eval()

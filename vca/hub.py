@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 from torch import nn
 
-from vca.checkpoint import FILES, CheckpointError, load_folder, place, sha256
+from vca.checkpoint import AUTOENCODER_FILES, FILES, CheckpointError, load_folder, place, sha256
 
 NO_TOKEN = "no token for the Hub: log in with `hf auth login`, or set HF_TOKEN or token=. Nothing was sent."
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -97,7 +97,7 @@ def fetch(
             _check_listing(shown, [file.rfilename for file in listing])
     try:
         folder = snapshot_download(
-            repo, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=list(FILES),
+            repo, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=[*FILES, *AUTOENCODER_FILES],
             local_files_only=local_files_only or unreachable is not None,
         )  # fmt: skip
     except LocalEntryNotFoundError as error:

@@ -23,9 +23,6 @@ SHORT = dict(
 )  # fmt: skip
 
 
-VAE_SCALE = 2
-
-
 LATENT = dict(in_channels=4, vae="none")
 
 
@@ -49,11 +46,11 @@ def run(arguments):
     return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
-def train_here(data, out, recipe="cifar10_sit_vca", init=None, **options):
+def train_here(data, out, recipe="cifar10_sit_vca", init=None, teacher=None, **options):
     """A run inside this process, which is faster to start."""
     overrides = {key: str(value) for key, value in (SHORT | options).items()}
     read = recipes.read(recipe, GeneratorRecipe, overrides)
-    return train(read, str(data), str(out), torch.device("cpu"), init, "command")
+    return train(read, str(data), str(out), torch.device("cpu"), init, "command", teacher=teacher)
 
 
 def untimed_log(path):

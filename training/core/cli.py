@@ -27,8 +27,9 @@ ERRORS = (
 
 
 def main(
-    module: str, doc: str, kind: type, train: Callable, report: Callable[[dict], str], teacher: bool = False
-) -> None:
+    module: str, doc: str, kind: type, train: Callable, report: Callable[[dict], str], teacher: str = "",
+    loads: bool = True,
+) -> None:  # fmt: skip
     """Runs `train` as the command line says, prints what `report` makes of its result, and ends in a line on errors.
 
     Args:
@@ -36,17 +37,21 @@ def main(
         kind: its recipes' dataclass.
         train: a function of (recipe, data, out, device, init, command, log_to, fit_batch=).
         teacher: "optional" or "required" if it also takes a `teacher`, by --teacher.
+        loads: whether `vca.load` loads its result, which --init may then give and --push publish.
     """
     parser = argparse.ArgumentParser(module, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="the name of a file in training/recipes, or a path to a TOML file")
     parser.add_argument("--data", metavar="FOLDER", help="images or latents, as above")
     parser.add_argument("--out", help="run folder; default runs/RECIPE")
-    parser.add_argument("--init", help="checkpoint to start from, or timm:NAME for timm's pretrained model")
+    if loads:
+        parser.add_argument("--init", help="checkpoint to start from, or timm:NAME for timm's pretrained model")
+        parser.add_argument("--push", metavar="USER/REPO", help="publish the checkpoint there, at the end")
+    else:
+        parser.set_defaults(init=None, push=None)
     if teacher:
         parser.add_argument("--teacher", metavar="MODEL", help="timm:NAME, timm:NAME=FILE.safetensors or a checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--log-to", default="", choices=LOGS, help="where the numbers of the log go, too")
-    parser.add_argument("--push", metavar="USER/REPO", help="publish the checkpoint there, at the end")
     parser.add_argument("--plan", action="store_true", help="print what the run will cost, and stop")
     parser.add_argument("--gpu", default="h100", choices=GPUS, help="the GPU of --plan")
     parser.add_argument("--smoke", type=int, nargs="?", const=20, metavar="STEPS", help="try a few steps on noise")

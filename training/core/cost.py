@@ -19,15 +19,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import vca
+from training.core.autoencoder import Reconstruction
 from training.core.datasets import DATASETS, fit
 from training.core.distributed import ALONE, join
 from training.core.init import build_model
-from training.core.recipe import BaseRecipe
+from training.core.recipe import RunRecipe
 from training.data.images import DataError, Images
-from training.data.latents import Latents
+from training.data.latents import Latents, are_stored
 from vca.models.common import input_size
 
 FUSED_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+SMALL_TEACHER = "mhsa_vit_pico_patch4_32"  # of an autoencoder or a generator that is tried on noise
 READ_BY_A_CORE = 200  # JPEG photos of 500x375 a second, with DeiT's augmentation: measured on one core of a server CPU
 
 
@@ -73,18 +75,16 @@ class Cost(NamedTuple):
     latent_bytes: int
 
 
-def estimate(recipe: BaseRecipe, gpu: GPU, data: str | None = None) -> Cost:
+def estimate(recipe: RunRecipe, gpu: GPU, data: str | None = None) -> Cost:
     """The cost of a recipe on its own data set, or on `data`.
 
     Raises:
         DataError: the recipe's data set is not one of `DATASETS`, and no `data` is given.
     """
-    generates = recipe.task == "generation"
     train = val = classes = 0
     if recipe.labeled:
         recipe, train, val, classes = _sizes(recipe, data)
-    args = dict(input_size=recipe.input_size) if generates else {}
-    model = _trace_once(recipe, classes, args)
+    model = _trace_once(recipe, classes)
     copies = 4 + (recipe.ema_decay > 0)
     steps = recipe.steps if hasattr(recipe, "steps") else train // recipe.batch_size * recipe.epochs
     images = steps * recipe.batch_size
@@ -109,13 +109,15 @@ class _Traced(NamedTuple):
 _traced: dict[tuple, _Traced] = {}
 
 
-def _trace_once(recipe: BaseRecipe, classes: int, args: dict) -> _Traced:
+def _trace_once(recipe: RunRecipe, classes: int) -> _Traced:
     """What is known of a recipe's model without running it; twins of the recipe share it."""
+    args = dict(input_size=recipe.input_size) if recipe.task == "generation" else {}
     options = str(recipe.model_args())
     key = (recipe.model, classes, *args.items(), options, recipe.checkpointing, recipe.precision)
     if key not in _traced:
         with torch.device("meta"):
-            model, _ = build_model(recipe, [""] * classes, None, **args)
+            is_autoencoder = recipe.task == "autoencoder"
+            model = Reconstruction(recipe) if is_autoencoder else build_model(recipe, [""] * classes, None, **args)[0]
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             macs, image_bytes = trace(model, recipe)
@@ -137,15 +139,19 @@ def utilization(parameters: int) -> float:
 
 def example(model: nn.Module, count: int) -> tuple[torch.Tensor, ...]:
     """What the forward pass of a model takes, for `count` images of zeros."""
+    if model.task == "autoencoder":
+        return torch.zeros(count, *model.sample_shape), torch.zeros(count, *model.latent_shape)
     if model.task == "generation":
         return torch.zeros(count, *model.sample_shape), torch.zeros(count), torch.zeros(count, dtype=torch.long)
     return (torch.zeros(count, *input_size(model)),)
 
 
-def trace(model: nn.Module, recipe: BaseRecipe) -> tuple[int, int]:
+def trace(model: nn.Module, recipe: RunRecipe) -> tuple[int, int]:
     """Multiply-adds of one image's forward pass, and the bytes it keeps for the backward pass, without parameters."""
     count = 2
-    model.train().set_grad_checkpointing(recipe.checkpointing)
+    model.train()
+    if recipe.checkpointing:
+        model.set_grad_checkpointing()
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}
 
@@ -167,7 +173,7 @@ def _fused_attention_flops(query: torch.Size, key: torch.Size, value: torch.Size
     return sdpa_flop_count(query, key, value)
 
 
-def _sizes(recipe: BaseRecipe, data: str | None) -> tuple[BaseRecipe, int, int, int]:
+def _sizes(recipe: RunRecipe, data: str | None) -> tuple[RunRecipe, int, int, int]:
     """The recipe as it would run, and the numbers of training images, validation images and classes."""
     if not data:
         known = DATASETS.get(recipe.dataset)
@@ -175,12 +181,13 @@ def _sizes(recipe: BaseRecipe, data: str | None) -> tuple[BaseRecipe, int, int, 
             names = ", ".join(name for name, other in DATASETS.items() if other.classes)
             raise DataError(f"--plan knows the sizes of {names}; of other data sets say where they are: --data.")
         return recipe, known.train, known.val, known.classes
-    train, val = ((Latents if recipe.latent else Images)(data, split) for split in ("train", "val"))
+    opened = Latents if recipe.latent and are_stored(data) else Images
+    train, val = opened(data, "train"), opened(data, "val")
     recipe = fit(recipe, train.class_folders, len(train), ALONE, fit_batch=True)
     return recipe, len(train), len(val), len(train.class_names)
 
 
-def plan(recipe: BaseRecipe, data: str | None, gpu: str) -> str:
+def plan(recipe: RunRecipe, data: str | None, gpu: str) -> str:
     """A few lines about the cost of a run."""
     chosen = GPUS[gpu]
     cost = estimate(recipe, chosen, data)
@@ -188,7 +195,7 @@ def plan(recipe: BaseRecipe, data: str | None, gpu: str) -> str:
     memory = cost.fixed_bytes + rows * cost.image_bytes
     fits = int((0.9 * chosen.memory * 1e9 - cost.fixed_bytes) / cost.image_bytes)
     lines = [
-        f"model            {recipe.model}{', ' + recipe.attention if recipe.attention else ''}",
+        f"model            {recipe.model}{', ' + kind if (kind := getattr(recipe, 'attention', '')) else ''}",
         f"parameters       {cost.parameters:,}",
         f"multiply-adds    {cost.macs / 1e9:.4f} G for an image",
         f"steps            {cost.steps:,} of {recipe.batch_size} images, {cost.images:,} images in all",
@@ -205,6 +212,8 @@ def plan(recipe: BaseRecipe, data: str | None, gpu: str) -> str:
             f"loader           {rate:,.0f} images/s at that speed: about {math.ceil(rate / READ_BY_A_CORE)} CPU cores "
             f"for a GPU (--workers, {recipe.workers} now); with fewer, they bound the time"
         )
+    if recipe.task == "autoencoder" or getattr(recipe, "align_weight", 0):
+        lines.append("teacher          not counted")
     if cost.latent_bytes:
         lines.append(f"latents          {cost.latent_bytes / 1e9:.1f} GB on disk")
     state = cost.fixed_bytes / 4 * (3 + (recipe.ema_decay > 0)) / (4 + (recipe.ema_decay > 0)) * 4
@@ -212,12 +221,12 @@ def plan(recipe: BaseRecipe, data: str | None, gpu: str) -> str:
     return "\n".join(lines)
 
 
-def _scaling(recipe: BaseRecipe) -> str:
+def _scaling(recipe: RunRecipe) -> str:
     batch = getattr(recipe, "lr_batch", 0)
     return f" (linear rule: {recipe.lr:g} for a batch of {batch})" if batch else ""
 
 
-def _advice(recipe: BaseRecipe, rows: int, fits: int) -> str:
+def _advice(recipe: RunRecipe, rows: int, fits: int) -> str:
     if fits < 1:
         return "one image does not fit; use --checkpointing true or a larger GPU"
     if fits >= rows:
@@ -226,7 +235,7 @@ def _advice(recipe: BaseRecipe, rows: int, fits: int) -> str:
     return f"does not fit at once; use --micro-batch {micro}, or --checkpointing true"
 
 
-def smoke(recipe: BaseRecipe, train: Callable, device: torch.device, steps: int) -> str:
+def smoke(recipe: RunRecipe, train: Callable, device: torch.device, steps: int) -> str:
     """Runs `train` for some steps, at the recipe's batch and model size, on images of noise; says what it measured.
 
     The run folder is temporary. A latent generator draws no sample grids, for which it would need its autoencoder.
@@ -236,13 +245,16 @@ def smoke(recipe: BaseRecipe, train: Callable, device: torch.device, steps: int)
     more = {}
     if recipe.task == "generation":
         short |= dict(steps=steps, val_every=steps, sample_every=0 if recipe.latent else steps, sample_steps=2)
+    elif recipe.task == "autoencoder":
+        short |= dict(steps=steps, eval_every=steps, eval_images=8, feature_size=32, feature_layers=[0])
     elif recipe.labeled:
         short |= dict(epochs=1, cooldown_epochs=0)
     else:
         short |= dict(steps=steps, eval_every=steps, eval_images=8)
     with tempfile.TemporaryDirectory() as folder:
-        if not recipe.labeled:
-            more = dict(teacher=str(_random_teacher(recipe, Path(folder) / "teacher")))
+        if recipe.task == "autoencoder" or not recipe.labeled or getattr(recipe, "align_weight", 0):
+            taught = recipe.model if recipe.task == "classification" else SMALL_TEACHER
+            more = dict(teacher=str(_random_teacher(taught, Path(folder) / "teacher")))
         out = Path(folder) / "run"
         data = f"synthetic:{steps * recipe.batch_size}x{classes}"
         train(replace(recipe, **short), data, str(out), device, None, "--smoke", **more)
@@ -260,8 +272,8 @@ def smoke(recipe: BaseRecipe, train: Callable, device: torch.device, steps: int)
     return text
 
 
-def _random_teacher(recipe: BaseRecipe, folder: Path) -> Path:
-    """A checkpoint of the recipe's model with self-attention and random weights."""
+def _random_teacher(name: str, folder: Path) -> Path:
+    """A checkpoint of the model of that name with self-attention and random weights."""
     classes = [f"class{label}" for label in range(10)]
-    vca.save(vca.create_model(recipe.model, attention="mhsa", num_classes=10), folder, label_names=classes)
+    vca.save(vca.create_model(name, attention="mhsa", num_classes=10), folder, label_names=classes)
     return folder

@@ -33,6 +33,7 @@ DATASETS = {
     "Tiny-ImageNet-100": KnownDataset(50_000, 5_000, 100, "validation", "", "704165a0135ce585"),
     "Everyday photos (212 classes)": KnownDataset(67_000, 5_998, 212, "validation", "", "1d5fb23b93030f65"),
     "Photos (145 classes)": KnownDataset(12_747, 1_767, 145, "validation", "", "f8ef5106a4fec233"),
+    "Scenes (six landscapes)": KnownDataset(15_037, 1_673, 6, "validation", "", "0df8d67908c0fcef"),
     "photos, Tiny-ImageNet-100, scenes, CIFAR-10": KnownDataset(127_784, 18_440, 0, "validation", "", ""),
 }
 

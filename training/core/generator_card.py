@@ -12,7 +12,8 @@ def generator(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
     recipe, results = config["training"][-1]["recipe"], config["training"][-1]["results"]
     spec = GENERATORS[config["architecture"]]
     objective = "predicts the velocity of a flow (SiT)" if spec["family"] == "sit" else "predicts noise (DiT)"
-    of = f"latents of the autoencoder {spec['vae']}" if spec["vae"] else "pixels in [-1, 1]"
+    vae = config["model_args"].get("vae", spec["vae"])
+    of = f"latents of the autoencoder {vae}" if vae else "pixels in [-1, 1]"
     side = recipe["input_size"]
     sampler = next(iter(OBJECTIVES[spec["family"]].SAMPLERS))
     about = f"""A class-conditional generator of {side}x{side} {of} that {objective}, with {
@@ -61,12 +62,26 @@ def _fid(measured: list[dict]) -> str:
         lines.append(
             f"- **FID {result['fid']:.2f}**, Inception score {result['inception_score']:.2f} ± "
             f"{result['inception_std']:.2f}{manifold}. {result['images']:,} images; {sampling['sampler']}, "
-            f"{sampling['steps']} steps, guidance {sampling['guidance_scale']:g} on {channels} channels, labels "
+            f"{sampling['steps']} steps{_shifted(sampling)}, guidance {sampling['guidance_scale']:g} on {channels} "
+            f"channels{_interval(sampling)}, labels "
             f"{'in turn' if sampling['balanced'] else 'drawn uniformly'}, seed {sampling['seed']}, "
             f"{sampling['precision']}, decoder {sampling['decoder'] or 'none'}; reference {reference}; "
             f"{result['evaluator']}."
         )
     return "\n\n" + "\n".join(lines)
+
+
+def _shifted(sampling: dict) -> str:
+    """How the steps are shifted, if they are."""
+    return f" with their times shifted by {sampling['time_shift']:g}" if "time_shift" in sampling else ""
+
+
+def _interval(sampling: dict) -> str:
+    """Where guidance applies, if not everywhere."""
+    if "guidance_interval" not in sampling:
+        return ""
+    begin, end = sampling["guidance_interval"]
+    return f" from {begin:g} to {end:g} of the way from noise to data"
 
 
 def _quality(quality: dict, label_names: list[str], folder: Path) -> str:

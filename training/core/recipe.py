@@ -17,6 +17,7 @@ from vca.layers.factory import AttentionConfig
 from vca.models import GENERATORS, task_of
 
 FOLDER = Path(__file__).parents[1] / "recipes"
+AUTOENCODER = "AutoencoderKL"  # the class of diffusers that training.autoencoder trains
 OPTIONS = (  # the keys that are options of an attention kind
     *(field.name for field in dataclasses.fields(AttentionConfig) if field.name not in ("attention", "token_grid")),
     "blocks",
@@ -35,23 +36,13 @@ def key(default, text: str):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BaseRecipe:
-    """The keys that classification and generation recipes have in common."""
-
-    labeled: ClassVar[bool] = True  # whether its images have classes
+class RunRecipe:
+    """The keys that every recipe has: how a run computes, saves and logs."""
 
     dataset: str = key("", "name of the data set, for the card")
     license: str = key("", "licence of the data set, for the card")
-    attention: str = key("", "attention kind, if not the model's own")
-    tokens: str = key("", "contrast tokens: pool+emb, emb or pool; if not the model's own")
-    num_tokens: int = key(0, "contrast tokens of a layer, a square; 0 for the model's own")
-    dwc: bool = key(True, "the depthwise convolution beside the attention")
-    stage2_softmax: str = key("", "separate or joint; if not the model's own")
-    pooling: str = key("", "avg or learned; if not the model's own")
-    blocks: list = key([], "of a ViT: blocks that have this attention, the others self-attention; empty for all")
     clip_grad: float = key(0.0, "largest gradient norm; 0 for none")
     micro_batch: int = key(0, "samples in one forward pass of a process, accumulated to batch_size; 0 for all")
-    checkpointing: bool = key(False, "compute activations again in the backward pass instead of keeping them")
     precision: str = key("bf16", "bf16 or fp32")
     tf32: bool = key(True, "on NVIDIA GPUs: float32 products with inputs rounded to TF32")
     compile: bool = key(False, "torch.compile the model")
@@ -60,6 +51,35 @@ class BaseRecipe:
     seed: int = key(0, "seed of everything random")
     log_every: int = key(20, "steps between lines of the log")
     save_every: int = key(200, "steps between saved states")
+
+    def check_shared(self) -> None:
+        """Raises a ValueError if one of these keys is out of range."""
+        check_ranges(
+            self,
+            positive=("batch_size", "lr", "log_every", "save_every"),
+            not_negative=("clip_grad", "micro_batch", "workers", "seed"),
+            shares=("ema_decay",),
+        )
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(f"precision = {self.precision!r} must be bf16 or fp32.")
+        if self.stored_as not in ("fp32", "fp16"):
+            raise ValueError(f"stored_as = {self.stored_as!r} must be fp32 or fp16.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseRecipe(RunRecipe):
+    """The keys that the recipes of classifiers and generators have in common: what their attention is."""
+
+    labeled: ClassVar[bool] = True  # whether its images have classes
+
+    attention: str = key("", "attention kind, if not the model's own")
+    tokens: str = key("", "contrast tokens: pool+emb, emb or pool; if not the model's own")
+    num_tokens: int = key(0, "contrast tokens of a layer, a square; 0 for the model's own")
+    dwc: bool = key(True, "the depthwise convolution beside the attention")
+    stage2_softmax: str = key("", "separate or joint; if not the model's own")
+    pooling: str = key("", "avg or learned; if not the model's own")
+    blocks: list = key([], "of a ViT: blocks that have this attention, the others self-attention; empty for all")
+    checkpointing: bool = key(False, "compute activations again in the backward pass instead of keeping them")
 
     def model_args(self) -> dict:
         """The arguments of `vca.create_model` that this recipe sets."""
@@ -87,17 +107,8 @@ class BaseRecipe:
         return 1.0
 
     def check_shared(self) -> None:
-        """Raises a ValueError if one of these keys is out of range."""
-        check_ranges(
-            self,
-            positive=("batch_size", "lr", "log_every", "save_every"),
-            not_negative=("num_tokens", "clip_grad", "micro_batch", "workers", "seed"),
-            shares=("ema_decay",),
-        )
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision = {self.precision!r} must be bf16 or fp32.")
-        if self.stored_as not in ("fp32", "fp16"):
-            raise ValueError(f"stored_as = {self.stored_as!r} must be fp32 or fp16.")
+        super().check_shared()
+        check_ranges(self, not_negative=("num_tokens",))
 
 
 def defaults(kind: type) -> dict:
@@ -203,12 +214,14 @@ def shipped(name: str) -> Path:
 
 
 def task(name: str) -> str:
-    """The command of a recipe, called as by `read`: "classify", "transfer" or "generate".
+    """The command of a recipe, called as by `read`: "classify", "transfer", "generate" or "autoencoder".
 
     Raises:
         RecipeError: the file does not exist, is not TOML or names no model.
     """
     values = _values(_file(name))
+    if values.get("model") == AUTOENCODER:
+        return "autoencoder"
     try:
         if task_of(values.get("model")) == "generation":
             return "generate"

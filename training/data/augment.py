@@ -90,10 +90,15 @@ def pad_crop_flip(pixels: Tensor, draws: Tensor, padding: int) -> Tensor:
     top, left = (draws[:, :2] * (2 * padding + 1)).long().unbind(1)
     rows = top[:, None] + torch.arange(height, device=pixels.device)
     cols = left[:, None] + torch.arange(width, device=pixels.device)
-    cols = torch.where(draws[:, 2:] < 0.5, cols.flip(1), cols)
+    cols = torch.where(flips(draws)[:, None], cols.flip(1), cols)
     padded = F.pad(pixels, [padding] * 4).permute(0, 2, 3, 1)
     index = torch.arange(batch, device=pixels.device)[:, None, None]
     return padded[index, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+def flips(draws: Tensor) -> Tensor:
+    """Which images (B,) `pad_crop_flip` flips, by its draws (B, 3)."""
+    return draws[:, 2] < 0.5
 
 
 class RandomDownscale:

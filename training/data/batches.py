@@ -4,7 +4,7 @@ Order and augmentation are functions of (seed, epoch, sample index), so they dep
 processes nor on where a run was interrupted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -51,20 +51,22 @@ class MemoryBatches:
         padding: largest shift of the random crop in pixels.
         smallest_crop, rotation, color_jitter, erasing: see `training.augment`; 1 and 0 for none.
         rows: the rows of each batch that are wanted; default all.
+        beside: gives what a batch has as its third part, by the indices of its images (B,) and whether each of them is
+            flipped (B,); None for batches of two parts.
     """
 
     def __init__(
         self, pixels: Tensor, labels: Tensor, *, batch_size: int, seed: int, padding: int, cfg: dict, device,
         smallest_crop: float = 1.0, rotation: float = 0.0, color_jitter: float = 0.0, erasing: float = 0.0,
-        rows: slice = slice(None),
+        rows: slice = slice(None), beside: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):  # fmt: skip
         self.pixels, self.labels = pixels.to(device), labels.to(device)
         self.batch_size, self.seed, self.padding, self.cfg, self.rows = batch_size, seed, padding, cfg, rows
         self.smallest_crop, self.rotation = smallest_crop, rotation
-        self.color_jitter, self.erasing = color_jitter, erasing
+        self.color_jitter, self.erasing, self.beside = color_jitter, erasing, beside
         self.steps_per_epoch = len(labels) // batch_size
 
-    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, ...]]:
         """Batches `first`, `first + 1`, ... of an epoch: normalised images (B, 3, H, W) and labels (B,)."""
         order = epoch_order(len(self.labels), self.seed, epoch).to(self.pixels.device)
         shift = self._draws(3, epoch, 1)
@@ -80,7 +82,10 @@ class MemoryBatches:
             images = normalize(images, self.cfg)
             if self.erasing:
                 images = augment.erase(images, erase[chosen], self.erasing)
-            yield images, self.labels[chosen]
+            parts = images, self.labels[chosen]
+            if self.beside:
+                parts = *parts, self.beside(chosen, augment.flips(shift[chosen])).to(images.device)
+            yield parts
 
     def _draws(self, count: int, epoch: int, purpose: int) -> Tensor:
         """Uniform numbers (N, count), a row for each image of the data set."""

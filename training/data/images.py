@@ -68,6 +68,10 @@ class Images(Dataset):
             return list(self.reader.iter_targets())
         return [sample[-1] for sample in self.reader.samples]
 
+    def file_names(self) -> list[str]:
+        """The file of every image, below its split."""
+        return [self.reader.filename(index) for index in range(len(self))]
+
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change when an image is renamed or gets another label."""
         names = self.reader.names() if hasattr(self.reader, "names") else []

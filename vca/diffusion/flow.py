@@ -55,6 +55,14 @@ def sde_times(steps: int) -> list[float]:
     return [(1 - LAST_STEP) * step / max(steps - 1, 1) for step in range(steps)] + [1.0]
 
 
+def shifted(times: Sequence[float], shift: float) -> list[float]:
+    """Times closer to the noise for a shift above 1, and to the data below (arXiv 2403.03206, section 5.3.2).
+
+    With the share of noise s = 1 - t it is s -> shift s / (1 + (shift - 1) s), which keeps 0 and 1.
+    """
+    return [t / (shift + (1 - shift) * t) for t in times]
+
+
 def _check_steps(steps: int) -> None:
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1.")

@@ -6,6 +6,7 @@ A sampler is a plain function `run(model, noise, times, callback) -> x`: `model(
 """
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -67,6 +68,14 @@ def class_indices(labels: Sequence[int | str] | int | str | Tensor, num_classes:
     if y.ndim != 1 or not len(y) or not whole or y.min() < 0 or y.max() > num_classes:
         raise ValueError(f"labels must be a list of names or of whole numbers from 0 to {num_classes} (no class).")
     return y.long()
+
+
+def check_guidance(scale: float, interval: Sequence[float]) -> None:
+    """Raises a ValueError if a guidance scale, or the interval in which it applies, is impossible."""
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance_scale = {scale} must be a finite number.")
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"guidance_interval = {tuple(interval)} must be two numbers, 0 <= from <= to <= 1.")
 
 
 def at_time(t: float, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""From images to the latents of Stable Diffusion's autoencoder and back, through diffusers (optional)."""
+"""From images to the latents of an autoencoder and back, through diffusers (optional)."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,11 +9,41 @@ from vca.extras import import_extra
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 SCALE = 0.18215
-STRIDE = 8  # pixels to a latent, in each direction
+STRIDE = 8  # pixels to a latent of Stable Diffusion's autoencoder, in each direction
 
 
 class DecoderError(RuntimeError):
     """The autoencoder cannot be loaded; the message says what is missing, how large it is and how to get it."""
+
+
+class Scaling(NamedTuple):
+    """How a generator sees the latents z of an autoencoder: (z - mean) * factor.
+
+    Attributes:
+        mean, factor: one number for each channel, or one for all.
+    """
+
+    mean: list[float]
+    factor: list[float]
+
+    def apply(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) as the autoencoder has them -> as a generator sees them."""
+        return (latents - _by_channel(self.mean, latents)) * _by_channel(self.factor, latents)
+
+    def undo(self, latents: Tensor) -> Tensor:
+        """The inverse of `apply`."""
+        return latents / _by_channel(self.factor, latents) + _by_channel(self.mean, latents)
+
+
+SD_SCALING = Scaling([0.0], [SCALE])
+
+
+def scaling_of(config: Any) -> Scaling:
+    """What the config of an autoencoder of diffusers says: `scaling_factor`, and `latents_mean` and `latents_std` or
+    `shift_factor` where it has them."""
+    mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
+    std = config.get("latents_std") or [1.0]
+    return Scaling(list(mean), [config["scaling_factor"] / deviation for deviation in std])
 
 
 class LatentDecoder:
@@ -33,6 +63,9 @@ class LatentDecoder:
         Raises:
             DecoderError: diffusers or the weights are missing.
         """
+        return self._open().to(device)
+
+    def _open(self) -> Any:
         if self._autoencoder is None:
             try:
                 diffusers = import_extra("diffusers", "latents")
@@ -50,20 +83,35 @@ class LatentDecoder:
                     f"`hf download {self.source}`, or give a folder as vae=. ({error})"
                 ) from error
             self._autoencoder.requires_grad_(False).eval()
-        return self._autoencoder.to(device)
+        return self._autoencoder
+
+    @property
+    def stride(self) -> int:
+        """Pixels to a latent, in each direction; loads the autoencoder, as the next two do."""
+        return 2 ** (len(self._open().config.block_out_channels) - 1)
+
+    @property
+    def scaling(self) -> Scaling:
+        """How a generator sees its latents."""
+        return scaling_of(self._open().config)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Images (B, 3, 8H, 8W) in [-1, 1] -> mean and log-variance of their latents, unscaled, (B, 8, H, W)."""
+        """Images (B, 3, sH, sW) in [-1, 1], s = stride -> mean and log-variance of their latents, (B, 2C, H, W)."""
         return self.load(images.device).encode(images).latent_dist.parameters
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1]."""
-        return self.load(latents.device).decode(latents / SCALE).sample
+        """Latents as a generator sees them (B, C, H, W) -> images (B, 3, sH, sW), about [-1, 1]."""
+        autoencoder = self.load(latents.device)
+        return autoencoder.decode(scaling_of(autoencoder.config).undo(latents)).sample
 
 
-def sample_latents(moments: Tensor, normal: Tensor) -> Tensor:
-    """Scaled latents (B, 4, H, W) from moments (B, 8, H, W) and standard normal draws (B, 4, H, W)."""
+def sample_latents(moments: Tensor, normal: Tensor, scaling: Scaling = SD_SCALING) -> Tensor:
+    """Latents (B, C, H, W) as a generator sees them, from moments (B, 2C, H, W) and normal draws (B, C, H, W)."""
     mean, log_variance = moments.chunk(2, dim=1)
-    return SCALE * (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * normal)
+    return scaling.apply(mean + (0.5 * log_variance.clamp(-30, 20)).exp() * normal)
+
+
+def _by_channel(values: list[float], latents: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1)

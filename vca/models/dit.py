@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vca.diffusion import ddpm, flow
-from vca.diffusion.sampling import Callback, Model, Sampler, class_indices, normal_noise, silent
+from vca.diffusion.sampling import Callback, Model, Sampler, check_guidance, class_indices, normal_noise, silent
 from vca.diffusion.schedulers import of_diffusers
 from vca.diffusion.vae import SD_VAE, LatentDecoder
 from vca.layers.factory import AttentionConfig
@@ -158,33 +158,45 @@ class DiffusionTransformer(nn.Module):
         """The module with the loss and the samplers: `vca.diffusion.ddpm` or `vca.diffusion.flow`."""
         return OBJECTIVES[self.family]
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, tokens_after: int = 0) -> Tensor | tuple[Tensor, Tensor]:
         """The network's raw output.
 
         Args:
             x: noisy images or latents (B, C, H, W).
             t: times (B,): integers 0 ... 999 for DiT, 0 (noise) to 1 (data) for SiT.
             y: labels (B,); `num_classes` for none.
+            tokens_after: a block, from 1, whose tokens (B, N, dim) are returned, too; 0 for none.
 
         Returns:
             (B, 2C, H, W): the noise or the velocity, then v, which interpolates DiT's variance and is unused in SiT.
         """
         condition = self.t_embedder(t) + self.y_embedder(y)
         tokens = self.x_embedder(x) + self.pos_embed
-        for block in self.blocks:
+        seen = None
+        for number, block in enumerate(self.blocks, 1):
             if self.grad_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, condition, use_reentrant=False)
             else:
                 tokens = block(tokens, condition)
+            if number == tokens_after:
+                seen = tokens
         tokens = self.final_layer(tokens, condition)
         patches = tokens.unflatten(2, (self.patch_size, self.patch_size, -1)).unflatten(1, self.grid_size)
-        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        output = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return output if seen is None else (output, seen)
+
+    def learned(self, output: Tensor) -> Tensor:
+        """What the objective learns of an output (B, 2C, H, W): all of it in DiT, the velocity (B, C, H, W) in SiT."""
+        return output[:, : self.sample_shape[0]] if self.objective is flow else output
 
     def loss(self, x: Tensor, y: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The loss of each sample, (B,), on clean x: `vca.diffusion.ddpm.loss` or `vca.diffusion.flow.loss`."""
         return self.objective.loss(self.conditioned(y), x, noise, t)
 
-    def conditioned(self, y: Tensor, guidance_scale: float = 1.0, guided_channels: int | None = None) -> Model:
+    def conditioned(
+        self, y: Tensor, guidance_scale: float = 1.0, guided_channels: int | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Model:  # fmt: skip
         """The network as its objective takes it: a function of x and t alone.
 
         Args:
@@ -192,16 +204,22 @@ class DiffusionTransformer(nn.Module):
             guidance_scale: classifier-free guidance null + scale * (class - null); at 1 the null class is not asked.
             guided_channels: guide these first channels only, the others stay those of the class; default all.
                 DiT's v is never guided.
+            guidance_interval: guide from this share of the way from noise (0) to data (1) to that one, both included
+                (arXiv 2404.07724); elsewhere the null class is not asked, which takes half the time. Of a batch all
+                times must then be the same, as a sampler has them.
         """
         channels = self.sample_shape[0]
-        outputs = channels if self.objective is flow else 2 * channels
+        begin, end = guidance_interval
 
         def unguided(x: Tensor, t: Tensor) -> Tensor:
-            return self(x, t, y)[:, :outputs]
+            return self.learned(self(x, t, y))
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
+            way = t[0].item() if self.objective is flow else 1 - t[0].item() / (ddpm.NUM_TIMESTEPS - 1)
+            if not begin <= way <= end:
+                return unguided(x, t)
             both = self(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, self.num_classes)]))
-            given, null = both[:, :outputs].chunk(2)
+            given, null = self.learned(both).chunk(2)
             part = slice(0, channels if guided_channels is None else guided_channels)
             given[:, part] = null[:, part] + guidance_scale * (given[:, part] - null[:, part])
             return given
@@ -218,6 +236,8 @@ class DiffusionTransformer(nn.Module):
         seed: int = 0,
         sampler: Any = None,
         guided_channels: int | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        time_shift: float = 1.0,
         indices: Sequence[int] | None = None,
         callback: Callback | None = None,
         num_inference_steps: int | None = None,
@@ -233,6 +253,9 @@ class DiffusionTransformer(nn.Module):
             sampler: "ddpm" or "ddim" for DiT, "euler", "heun", "sde" or "dopri5" (of the extra [ode]) for SiT, default
                 the first; or a scheduler of diffusers, see `vca.diffusion.schedulers`.
             guided_channels: guide these first channels only; default all. The official scripts guide 3 of 4 latents.
+            guidance_interval: guide only on this part of the way from noise (0) to data (1), see `conditioned`.
+            time_shift: of SiT's own samplers: above 1 more of the steps are near the noise, below near the data, see
+                `vca.diffusion.flow.shifted`; 1 for even steps.
             indices: one non-negative number per image; default 0, 1, ... An image depends on its own label and index,
                 not on the others of the batch.
             callback: called as (step, total, x) with the state (B, C, H, W) after 0, 1, ..., total steps. The network
@@ -244,7 +267,7 @@ class DiffusionTransformer(nn.Module):
             float32 (B, 3, H, W) in [0, 1].
 
         Raises:
-            ValueError: a label, the guidance scale, the sampler, the number of steps or of indices is impossible.
+            ValueError: a label, the guidance, the sampler, its time shift, the number of steps or indices is wrong.
             vca.diffusion.vae.DecoderError: the model needs a VAE that is not here; raised before sampling.
         """
         device = self.pos_embed.device
@@ -252,29 +275,35 @@ class DiffusionTransformer(nn.Module):
         steps = steps if num_inference_steps is None else num_inference_steps
         if generator is not None:
             seed = int(torch.randint(2**32, (1,), generator=generator, device=generator.device))
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale = {guidance_scale} must be a finite number.")
+        check_guidance(guidance_scale, guidance_interval)
         indices = range(len(y)) if indices is None else indices
         if len(indices) != len(y):
             raise ValueError(f"{len(indices)} indices for {len(y)} labels.")
         if self.latent_decoder:
             self.latent_decoder.load(device)
-        run, times = self._sampler(sampler)
+        run, times = self._sampler(sampler, time_shift)
         noise = normal_noise(seed, indices, self.sample_shape, device)
-        model = self.conditioned(y, guidance_scale, guided_channels)
+        model = self.conditioned(y, guidance_scale, guided_channels, guidance_interval)
         return self.decode(run(model, noise, times(steps), callback or silent))
 
-    def times(self, steps: int, sampler: Any = None) -> list[float]:
+    def times(self, steps: int, sampler: Any = None, time_shift: float = 1.0) -> list[float]:
         """The time t at which the network sees the state after 0, 1, ..., steps - 1 steps."""
-        return self._sampler(sampler).times(steps)[:steps]
+        return self._sampler(sampler, time_shift).times(steps)[:steps]
 
-    def _sampler(self, name: Any) -> Sampler:
+    def _sampler(self, name: Any, time_shift: float = 1.0) -> Sampler:
+        if not (0 < time_shift < math.inf):
+            raise ValueError(f"time_shift = {time_shift} must be a positive number.")
+        if time_shift != 1 and (self.objective is not flow or not isinstance(name, str | None)):
+            raise ValueError(f"time_shift = {time_shift} is for SiT with a sampler of its own; leave it at 1.")
         if name is not None and not isinstance(name, str):
             return of_diffusers(name, self.family)
         samplers = self.objective.SAMPLERS | self.objective.ADAPTIVE
         if name is not None and name not in samplers:
             raise ValueError(f"sampler={name!r} is unknown; {self.family} has {', '.join(samplers)}.")
-        return samplers[name or next(iter(samplers))]
+        chosen = samplers[name or next(iter(samplers))]
+        if time_shift == 1:
+            return chosen
+        return Sampler(chosen.run, lambda steps: flow.shifted(chosen.times(steps), time_shift))
 
     def decode(self, x: Tensor) -> Tensor:
         """States (B, C, H, W) of a sampler, or clean latents, as images (B, 3, H, W) in [0, 1]."""

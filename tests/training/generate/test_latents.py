@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import vca
-from tests.helpers.generator_runs import CLASSES, LATENT, VAE_SCALE, train_here
+from tests.helpers.autoencoders import FakeDecoder
+from tests.helpers.generator_runs import CLASSES, LATENT, train_here
 from tests.helpers.runs import PATIENCE
 from training.core.metrics import draw_times
 from training.data.batches import epoch_order
@@ -22,18 +23,6 @@ from training.data.latents import LatentBatches, Latents, encode
 from training.data.seeding import derive_seed
 from training.latents import main as encode_main
 from vca.diffusion.vae import SCALE, DecoderError, LatentDecoder, sample_latents
-
-
-class FakeDecoder(LatentDecoder):
-    """Stands for an autoencoder: means are pooled pixels, log-variances a constant."""
-
-    calls = 0
-
-    def moments(self, images):
-        self.calls += 1
-        pooled = torch.nn.functional.avg_pool2d(images, VAE_SCALE)
-        mean = torch.cat([pooled, pooled[:, :1]], dim=1)
-        return torch.cat([mean, torch.full_like(mean, -3)], dim=1)
 
 
 def encode_all(data, out, decoder, split="train"):
@@ -107,7 +96,7 @@ def test_losses_with_cached_moments_equal_those_with_online_encoding(data, autoe
 
 def test_killed_encoding_ends_with_the_bytes_of_undisturbed_encoding(data, autoencoder, tmp_path, monkeypatch):
     """In chunks of 5 images, so that there is something to resume."""
-    code = "import training.data.latents as d, training.latents as l; d.CHUNK = 5; l.main()"
+    code = "import training.data.stored as d, training.latents as l; d.CHUNK = 5; l.main()"
     arguments = ["--data", str(data), "--vae", str(autoencoder), "--image-size", "8", "--batch-size", "2"]
     arguments += ["--workers", "0", "--device", "cpu", "--out"]
     out, note = tmp_path / "killed", tmp_path / "killed" / "train" / "index.json"
@@ -120,7 +109,7 @@ def test_killed_encoding_ends_with_the_bytes_of_undisturbed_encoding(data, autoe
         time.sleep(0.002)
     process.kill()
     assert process.wait(PATIENCE) in (-signal.SIGKILL, 0) and note.exists()
-    monkeypatch.setattr("training.data.latents.CHUNK", 5)
+    monkeypatch.setattr("training.data.stored.CHUNK", 5)
     for folder in (out, tmp_path / "whole"):
         monkeypatch.setattr(sys, "argv", ["latents", *arguments, str(folder)])
         encode_main()
@@ -129,7 +118,7 @@ def test_killed_encoding_ends_with_the_bytes_of_undisturbed_encoding(data, autoe
 
 
 def test_encoding_resumes_and_finds_damage(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.data.latents.CHUNK", 20)
+    monkeypatch.setattr("training.data.stored.CHUNK", 20)
     decoder = FakeDecoder("fake")
     encode_all(data, tmp_path, decoder)
     array, note = tmp_path / "train" / "moments.npy", tmp_path / "train" / "index.json"
