@@ -15,6 +15,7 @@ from torch.distributed.run import get_args_parser
 
 from tests.helpers.imports import MODULES, ROOT, imports_of, module_of
 from training.core import recipe as recipes
+from training.core.autoencoder_recipe import AutoencoderRecipe
 from training.core.classifier_recipe import ClassifierRecipe
 from training.core.generator_recipe import GeneratorRecipe
 from training.core.transfer_recipe import TransferRecipe
@@ -26,7 +27,9 @@ PAGES = [
 ]
 PROGRAMS = ("python", "torchrun", "make", "pip", "hf", "pre-commit", "export", "vca")
 INLINE = re.compile(r"`((?:python|torchrun|make|pip|vca) [^`]+)`")
-RECIPES = dict(classify=ClassifierRecipe, generate=GeneratorRecipe, transfer=TransferRecipe)
+RECIPES = dict(
+    autoencoder=AutoencoderRecipe, classify=ClassifierRecipe, generate=GeneratorRecipe, transfer=TransferRecipe
+)
 
 
 def commands_of(text: str) -> list[str]:

@@ -11,8 +11,8 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from timm.optim import create_optimizer_v2
 
 import vca
-from training import classify, generate
-from training.core import classifier_recipe, cost, generator_recipe, transfer_recipe
+from training import autoencoder, classify, generate, transfer
+from training.core import autoencoder_recipe, classifier_recipe, cost, generator_recipe, transfer_recipe
 from training.core import recipe as recipes
 from training.core.distributed import World
 from training.core.init import build_model
@@ -22,7 +22,9 @@ from training.core.trainer import Trainer
 from training.data.batches import epoch_order, repeated_order
 
 CPU = torch.device("cpu")
+MODULES = dict(autoencoder=autoencoder, classify=classify, generate=generate, transfer=transfer)
 KINDS = dict(
+    autoencoder=autoencoder_recipe.AutoencoderRecipe,
     classify=classifier_recipe.ClassifierRecipe,
     generate=generator_recipe.GeneratorRecipe,
     transfer=transfer_recipe.TransferRecipe,
@@ -279,7 +281,7 @@ TRUE_SIZE = [f"imagenet_{prefix}{model}" for model in SMALL for prefix in ("", "
 )
 def test_two_steps_at_true_size(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    module = classify if recipes.task(name) == "classify" else generate
+    module = MODULES[recipes.task(name)]
     short = dict(batch_size=2, workers=0, compile=False) | (dict(mix_group=2) if module is classify else {})
     text = cost.smoke(replace(read(name), **short), module.train, CPU, 2)
     assert re.match(r"smoke: 2 steps of 2 images, loss [\d.]+ to [\d.]+; a process takes", text), text

@@ -22,6 +22,7 @@ from tests.helpers.runs import CLASSES, command, finish, run, start_and_signal, 
 from training.card import write_card
 from training.core import generator_recipe
 from training.core import recipe as recipes
+from training.core.autoencoder_recipe import AutoencoderRecipe
 from training.core.classifier_recipe import ClassifierRecipe
 from training.core.init import build_model
 from training.core.precision import autocast, prepare_compiler
@@ -313,10 +314,12 @@ def test_an_unknown_recipe_names_the_known_ones():
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_reads(name):
-    kinds = dict(classify=ClassifierRecipe, generate=generator_recipe.GeneratorRecipe, transfer=TransferRecipe)
-    kind = kinds[recipes.task(name)]
-    model = recipes.read(name, kind, {}).model
-    assert model in vca.list_models() or model in timm.list_models()
+    kinds = dict(
+        autoencoder=AutoencoderRecipe, classify=ClassifierRecipe, generate=generator_recipe.GeneratorRecipe,
+        transfer=TransferRecipe,
+    )  # fmt: skip
+    model = recipes.read(name, kinds[recipes.task(name)], {}).model
+    assert model in vca.list_models() or model in timm.list_models() or model == recipes.AUTOENCODER
 
 
 def test_unusable_data_is_refused_in_words(data, tmp_path):

@@ -109,4 +109,4 @@ def set_scaling(model: Reconstruction, batches: Iterator[Tensor]) -> None:
 
 def save(model: Reconstruction, folder: Path, dtype: torch.dtype) -> None:
     """Writes the folder from which diffusers' `from_pretrained` loads the autoencoder. The model is cast to `dtype`."""
-    model.autoencoder.to(dtype).save_pretrained(folder, safe_serialization=True)
+    model.to(dtype).autoencoder.save_pretrained(folder, safe_serialization=True)

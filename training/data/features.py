@@ -83,7 +83,7 @@ def open_features(
         raise DataError(f"{teacher} holds the features of other images than --data.")
     if stored.shape[0] != grid_size**2:
         raise DataError(
-            f"{teacher} holds {stored.shape[0]} features an image; the model has a grid of side {grid_size}."
+            f"{teacher} holds {stored.shape[0]} features an image; the model has {grid_size} x {grid_size}."
         )
     return stored
 

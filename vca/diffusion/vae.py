@@ -75,7 +75,9 @@ class LatentDecoder:
                     f"of the extra [latents] of vca) and the autoencoder {self.source} (335 MB for Stable Diffusion's)."
                 ) from error
             try:
-                self._autoencoder = diffusers.AutoencoderKL.from_pretrained(self.source, use_safetensors=True)
+                self._autoencoder = diffusers.AutoencoderKL.from_pretrained(
+                    self.source, use_safetensors=True, low_cpu_mem_usage=False
+                )  # which would take the package accelerate, and says so at every load
             except (OSError, ValueError) as error:
                 raise DecoderError(
                     f"cannot load the autoencoder {self.source} (335 MB for Stable Diffusion's): it is no folder, "

@@ -80,7 +80,7 @@ def test_psnr_and_l1_are_those_of_the_pixels(place):
     class Gray(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.autoencoder, self.weight = self, torch.nn.Parameter(torch.zeros(1))
+            self.weight = torch.nn.Parameter(torch.zeros(1))
 
         def encode(self, x):
             return self
@@ -163,7 +163,7 @@ def test_latents_of_another_autoencoder_or_shape_are_refused(place, undisturbed,
     with pytest.raises(DataError, match="have 3 channels; the recipe's model takes 4"):
         open_latents(str(cached), vae, (4, 8, 8), 0)
     with pytest.raises(DataError, match="have side 8; the recipe has input_size = 16"):
-        open_latents(str(place / "data"), vae, (3, 16, 16), 0)
+        open_latents(str(cached), vae, (3, 16, 16), 0)
     assert Latents(cached, "val").scaling == vae.scaling
 
 
