@@ -1,6 +1,7 @@
 """Sampling into files."""
 
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -126,6 +127,28 @@ def test_the_sample_command_writes_files_and_refuses_in_words(finished, tmp_path
     monkeypatch.setattr(sys, "argv", [*base, str(tmp_path / "y"), "--sampler", "ddim"])
     with pytest.raises(SystemExit, match="error: sampler='ddim' is unknown; sit has euler, heun, sde"):
         main()
+    monkeypatch.setattr(sys, "argv", [*base, str(tmp_path / "y"), "--guidance-interval", "0.8", "0.2"])
+    with pytest.raises(SystemExit, match=r"error: guidance_interval = \(0\.8, 0\.2\) must be two numbers"):
+        main()
+    monkeypatch.setattr(sys, "argv", [*base, str(tmp_path / "y"), "--time-shift", "-1"])
+    with pytest.raises(SystemExit, match=r"error: time_shift = -1\.0 must be a positive number"):
+        main()
+    assert not (tmp_path / "y").exists()
+
+
+def test_samples_note_what_is_not_the_default(finished, tmp_path, monkeypatch):
+    base = ["sample", str(finished / "checkpoint"), "--device", "cpu", "--steps", "2", "--count", "2", "--out"]
+    chosen = ["--guidance", "2", "--guidance-interval", "0", "0.4", "--time-shift", "2"]
+    for name, more in (("plain", []), ("chosen", chosen)):
+        monkeypatch.setattr(sys, "argv", [*base, str(tmp_path / name), *more])
+        main()
+    plain, noted = (json.loads((tmp_path / name / "samples.json").read_text()) for name in ("plain", "chosen"))
+    assert noted.keys() - plain.keys() == {"guidance_interval", "time_shift"}
+    assert noted["guidance_interval"] == [0.0, 0.4] and noted["time_shift"] == 2.0
+    model = vca.load(finished / "checkpoint")
+    images = model.sample([0, 1], steps=2, guidance_scale=2.0, guidance_interval=(0.0, 0.4), time_shift=2.0)
+    first = np.asarray(Image.open(next((tmp_path / "chosen").glob("0000_*/000000.png"))))
+    assert np.array_equal(first, to_bytes(images)[0].permute(1, 2, 0).numpy())
 
 
 def test_bytes_are_rounded_as_in_dit():
