@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vca.kernels import cpu, ops
 
-HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)  # in which the kernels, which compute in float32, win on some processors only
 _settled: bool | None = None
 
 
@@ -80,20 +80,12 @@ def applies(setting: bool | None, x: Tensor, num_tokens: int) -> bool:
         leaves = type(x) is not Tensor or torch.compiler.is_exporting() or torch.jit.is_tracing()
         if leaves or not ops.runs_on_cpu(x):
             return False
-        half = x.dtype in HALF
-        wins = not half or not (torch.compiler.is_compiling() or _multiplies_half_precision_fast())
-        return wins and ops.supported_by_cpu(x) and _taken_up(x.requires_grad)
+        return x.dtype not in HALF and ops.supported_by_cpu(x) and _taken_up(x.requires_grad)
     return setting and ops.supported(x, num_tokens)
 
 
 def _without(problem: str) -> str:
     return f"plain PyTorch, without the fused kernels: {problem}"
-
-
-@torch.compiler.assume_constant_result
-def _multiplies_half_precision_fast() -> bool:
-    """Whether this processor has AMX, which the kernels do not use."""
-    return torch.cpu.get_capabilities().get("amx_tile", False)
 
 
 @torch.compiler.assume_constant_result

@@ -69,7 +69,7 @@ class Trainer:
         self._stop = False
         self.fused: bool | None = None
         self._resume()
-        wins = recipe.precision == "fp32" or not recipe.compile  # docs/speed.md
+        wins = recipe.precision == "fp32"  # docs/speed.md
         self.fused = settle_attention(model, device=device, wins=wins, before=self.fused, world=world)
         if recipe.compile:
             prepare_compiler()
