@@ -294,7 +294,7 @@ def test_weight_decay_leaves_out_norms_biases_positions_lambdas_and_embeddings()
         ("", {"precision": "fp16"}, "must be bf16 or fp32"),
         ("", {"auto_augment": "rand-m9"}, "auto_augment and repeats need memory = false"),
         ("", {"memory": "false", "rotation": "10"}, "smallest_crop and rotation need memory = true"),
-        ("", {"color_jitter": "1.5"}, "smallest_crop and color_jitter must be at most 1"),
+        ("", {"color_jitter": "1.5"}, "smallest_crop, color_jitter and unlabeled_weight must be at most 1"),
         ("", {"smallest_crop": "0"}, "smallest_crop = 0.0 must be positive"),
     ],
 )
