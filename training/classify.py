@@ -32,7 +32,7 @@ from training.core.distill import (
     partial_cross_entropy,
     read_teacher_classes,
     teacher_probabilities,
-)  # fmt: skip
+)
 from training.core.distributed import ALONE, World, join
 from training.core.init import build_model
 from training.core.metrics import accuracy
@@ -201,13 +201,14 @@ def train(
     taught_by = open_teacher(teacher).to(device, memory_format=torch.channels_last) if teacher else None
     trained = Student(model, taught_by.num_classes).to(device) if teacher else model
     same = read_teacher_classes(data, train_images.class_folders, taught_by) if teacher else None
+    same = None if same is None else same.to(device)
+    labeled = sources.labeled.to(device) if sources else None
     optimizer = create_optimizer(recipe, model, trained)
 
     def label_loss(logits, y, source=None):
         if source is None:
             return F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
-        labeled = sources.labeled.to(device)[source]
-        return partial_cross_entropy(logits, y, labeled, recipe.unlabeled_weight, smoothing)
+        return partial_cross_entropy(logits, y, labeled[source], recipe.unlabeled_weight, smoothing)
 
     def loss_fn(trained, x, y, *source):
         images = resize(x, recipe.img_size_at(trainer.step / total)) if recipe.img_sizes else x
@@ -217,7 +218,7 @@ def train(
         probabilities = teacher_probabilities(taught_by, x, cfg, recipe.teacher_size)
         taught = F.cross_entropy(as_teacher.float(), probabilities)
         if same is not None:
-            taught = taught + mapped_cross_entropy(logits, probabilities, same.to(device))
+            taught = taught + mapped_cross_entropy(logits, probabilities, same)
         return label_loss(logits, y, *source) + recipe.teacher_weight * taught
 
     scheduler = create_scheduler(recipe, optimizer, per_epoch)

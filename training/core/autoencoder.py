@@ -58,9 +58,13 @@ def losses(model: Reconstruction, features: FrozenFeatures, images: Tensor, norm
     decoded, divergence = model(images, normal)
     with torch.no_grad():
         seen = features(images)
-    pairs = zip(features(decoded), seen, strict=True)
-    distance = torch.stack([misalignment(ours, theirs) for ours, theirs in pairs]).mean()
+    distance = _distances(features(decoded), seen).mean()
     return dict(l1=(decoded.float() - images).abs().mean(), features=distance, kl=divergence.float().mean())
+
+
+def _distances(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+    """`misalignment` of two lists of features, by layer and image, (layers, B)."""
+    return torch.stack([misalignment(one, other) for one, other in zip(ours, theirs, strict=True)])
 
 
 @torch.inference_mode()
@@ -77,10 +81,9 @@ def measure(model: Reconstruction, features: FrozenFeatures, images: Tensor) -> 
     for x in images.split(EVAL_BATCH):
         x = x.to(device)
         decoded = reconstruct(model, x)
-        pairs = zip(features(decoded), features(x), strict=True)
         sums["l1"] += (decoded - x).abs().mean((1, 2, 3)).sum().item()
         sums["psnr"] += -10 * ((decoded.clamp(-1, 1) - x) / 2).square().mean((1, 2, 3)).log10().sum().item()
-        sums["features"] += torch.stack([misalignment(ours, theirs) for ours, theirs in pairs]).mean(0).sum().item()
+        sums["features"] += _distances(features(decoded), features(x)).mean(0).sum().item()
     return {name: round(total / len(images), 5) for name, total in sums.items()} | dict(images=len(images))
 
 
