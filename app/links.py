@@ -34,14 +34,17 @@ def base_of(name: str, path: Path) -> dict | None:
         return None
     path, box = crops.origin_of(path)
     part = {} if box == crops.WHOLE else dict(crop=",".join(map(str, box)))
-    if path.name == LINKED:
-        return dict(model=name, photo=base64.urlsafe_b64encode(path.read_bytes()).decode()) | part
-    example = example_of(path)
+    try:
+        if path.name == LINKED:
+            return dict(model=name, photo=base64.urlsafe_b64encode(path.read_bytes()).decode()) | part
+        example = example_of(path)
+    except FileNotFoundError:  # uploads are kept for a time only, and it may end while the photo is shown
+        example = None
     return dict(model=name, image=example) | part if example else dict(model=name)
 
 
 def example_of(path: Path) -> str | None:
-    """The name of the example with the same content as a file, or None."""
+    """The name of the example with the same content as a file, or None. Raises a FileNotFoundError."""
     same = (e.name for e in examples().values() if filecmp.cmp(path, e.path, shallow=False))
     return next(same, None)
 

@@ -11,6 +11,7 @@ HUB = HubServer()
 os.environ |= {  # huggingface_hub reads them once, when it is imported
     "HF_ENDPOINT": HUB.url,
     "HF_HOME": tempfile.mkdtemp(prefix="vca-hub-"),
+    "GRADIO_TEMP_DIR": tempfile.mkdtemp(prefix="vca-uploads-"),  # an app that ends empties it, and two workers test
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "VCA_FUSED": "0",  # read by vca, likewise: no test changes its path in the middle, or starts a compiler unasked

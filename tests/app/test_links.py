@@ -47,6 +47,11 @@ def test_what_a_link_begins_with(uploaded, tmp_path):
     assert links.base_of("m", linked) == dict(model="m", photo="__4=")
 
 
+def test_a_photo_that_is_gone_meanwhile_is_in_no_link(tmp_path):
+    for name in ("gone.png", links.LINKED):
+        assert links.base_of("m", tmp_path / name) == dict(model="m")
+
+
 def test_a_reduced_photo_is_small_and_the_same_picture():
     image = photo(1600, 900, seed=5)
     stream = io.BytesIO()
