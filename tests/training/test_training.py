@@ -20,12 +20,11 @@ import vca
 from tests.helpers.kernels import needs_compiler
 from tests.helpers.runs import CLASSES, command, finish, run, start_and_signal, trainer, untimed_log
 from training.card import write_card
-from training.core import generator_recipe
+from training.core import generator_recipe, precision
 from training.core import recipe as recipes
 from training.core.autoencoder_recipe import AutoencoderRecipe
 from training.core.classifier_recipe import ClassifierRecipe
 from training.core.init import build_model
-from training.core.precision import autocast, prepare_compiler
 from training.core.run import RunError, RunFolder
 from training.core.transfer_recipe import TransferRecipe
 from training.data.augment import pad_crop_flip
@@ -163,12 +162,13 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
 
 
 def test_a_cpu_that_is_slow_in_bf16_is_told_of(monkeypatch):
-    for supported, told in ((True, 0), (False, 1)):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=supported: answer)
+    assert 0.1 < precision.bf16_slowdown() < 100
+    for factor, told in ((0.5, 0), (1.8, 1)):
+        monkeypatch.setattr(precision, "bf16_slowdown", lambda answer=factor: answer)
         with warnings.catch_warnings(record=True) as caught:
-            for device, precision in (("cpu", "bf16"), ("cpu", "fp32"), ("cuda", "bf16")):
-                context = autocast(torch.device(device), precision)
-                assert context._enabled == (precision == "bf16" and (device == "cpu" or torch.cuda.is_available()))
+            for device, number in (("cpu", "bf16"), ("cpu", "fp32"), ("cuda", "bf16")):
+                context = precision.autocast(torch.device(device), number)
+                assert context._enabled == (number == "bf16" and (device == "cpu" or torch.cuda.is_available()))
         assert [("--precision fp32" in str(w.message)) for w in caught if "bf16" in str(w.message)] == [True] * told
 
 
@@ -351,7 +351,7 @@ def test_what_is_compiled_for_a_cpu_computes_what_is_not_compiled(monkeypatch):
         return scaled.sum(-1), (scaled * y).sum(-1)
 
     monkeypatch.setattr(config.cpp, "march", None)
-    prepare_compiler()
+    precision.prepare_compiler()
     torch.manual_seed(0)
     x, scale = torch.randn(4, 64, 160).bfloat16(), torch.randn(4, 160).bfloat16()
     y = torch.randn(4, 160, 64).transpose(1, 2)
