@@ -80,6 +80,7 @@ class BaseRecipe(RunRecipe):
     pooling: str = key("", "avg or learned; if not the model's own")
     blocks: list = key([], "of a ViT: blocks that have this attention, the others self-attention; empty for all")
     checkpointing: bool = key(False, "compute activations again in the backward pass instead of keeping them")
+    origin: str = key("", "where the weights that it starts from come from, for the card")
 
     def model_args(self) -> dict:
         """The arguments of `vca.create_model` that this recipe sets."""

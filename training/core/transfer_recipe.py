@@ -27,7 +27,6 @@ class TransferRecipe(BaseRecipe):
     crop_scale: float = key(0.35, "smallest area of the random resized crop")
     eval_images: int = key(256, "held-out images on which the error is measured")
     eval_every: int = key(200, "steps between evaluations")
-    origin: str = key("", "where the teacher's weights come from, for the card")
     ema_decay: float = key(0.0, "decay of the EMA of the weights; 0 for none")
     ema_warmup: bool = key(True, "let the decay rise with the steps")
 
