@@ -47,19 +47,22 @@ OPTIONS = (*recipes.OPTIONS, "img_sizes")  # what a kind may be given after colo
 def train_all(runs: list[Run], jobs: int) -> None:
     """Trains the unfinished runs, `jobs` at a time, each in a process of its own.
 
+    Ctrl-C, SIGTERM and a closed terminal end them after the step that they are in, with their states saved, and then
+    this process; a second Ctrl-C ends all at once.
+
     Raises:
         RunError: some failed; the message names them.
     """
     gpus = SimpleQueue()
     for job in range(jobs):
         gpus.put(job % max(1, torch.cuda.device_count()))
-    processes, failed = [], []
+    processes, failed, stopped_by = [], [], []
 
     def train(run: Run) -> None:
         gpu = gpus.get()
         try:
             for part in run.parts:
-                if not part.trained_alone and start(part, str(gpu)):
+                if not part.trained_alone and (stopped_by or start(part, str(gpu))):
                     break
         finally:
             gpus.put(gpu)
@@ -68,26 +71,35 @@ def train_all(runs: list[Run], jobs: int) -> None:
         visible = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if torch.cuda.device_count() > 1 else {})
         with open(run.folder.with_suffix(".txt"), "a") as output:
             command = [sys.executable, "-m", f"training.{run.task}", *run.arguments, "--out", str(run.folder)]
-            process = subprocess.Popen(command, env=visible, stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(  # a terminal's Ctrl-C would reach the run twice, without a session of its own
+                command, env=visible, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
             processes.append(process)
-            print(f"{run.folder}: {'done' if process.wait() == 0 else 'FAILED'}", flush=True)
-        if process.returncode:
-            failed.append(run.folder.with_suffix(".txt"))
+            if stopped_by:
+                process.terminate()
+            process.wait()
+        if not stopped_by:
+            print(f"{run.folder}: {'FAILED' if process.returncode else 'done'}", flush=True)
+            if process.returncode:
+                failed.append(run.folder.with_suffix(".txt"))
         return process.returncode
 
-    def stop(*_) -> None:
+    def stop(number: int, _) -> None:
         for process in processes:
-            process.terminate()  # which saves its state
-        os._exit(0)
+            process.kill() if stopped_by else process.terminate()
+        stopped_by.append(number)
+        os.write(2, b"\nstopping after this step; Ctrl-C again ends at once.\n")
 
-    at_sigterm = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(train, runs))
-    except KeyboardInterrupt:
-        stop()
     finally:
-        signal.signal(signal.SIGTERM, at_sigterm)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped_by:
+        print("stopped. The same command goes on.", file=sys.stderr)
+        sys.exit(130 if stopped_by[0] == signal.SIGINT else 0)
     if failed:
         raise RunError(f"{len(failed)} of {len(runs)} runs failed; see {', '.join(map(str, failed))}.")
 

@@ -1,6 +1,7 @@
 """Comparing kinds of attention: what is trained, what is not trained again, and the table from the logs."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -159,8 +160,8 @@ def test_a_recipe_that_cannot_be_compared_is_refused_in_words(monkeypatch, recip
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("task", ["classify", "transfer"])
-def test_a_comparison_is_interrupted_and_goes_on(tmp_path, task):
+@pytest.mark.parametrize("task, number, code", [("classify", signal.SIGINT, 130), ("transfer", signal.SIGTERM, 0)])
+def test_a_comparison_is_interrupted_and_goes_on(tmp_path, task, number, code):
     write_images(tmp_path / "data", "train", 20, seed=0)
     write_images(tmp_path / "data", "val", 5, seed=1)
     if task == "classify":
@@ -173,10 +174,13 @@ def test_a_comparison_is_interrupted_and_goes_on(tmp_path, task):
         str(tmp_path / "out"), "--kinds", "mhsa,vca", "--seeds", "0,1", "--jobs", "2", "--device", "cpu",
         "--batch-size", "16", "--workers", "0",
     ]  # fmt: skip
-    first = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert "done" in first.stdout.readline()
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(PATIENCE) == 0
+    os.killpg(first.pid, number)  # as a terminal does it
+    printed, said = first.communicate(timeout=PATIENCE)
+    assert first.returncode == code and "FAILED" not in printed and said.endswith("The same command goes on.\n")
     done = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*/checkpoint/config.json")}
     second = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert second.returncode == 0, second.stdout + second.stderr
