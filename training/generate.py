@@ -39,7 +39,7 @@ from training.data.batches import MemoryBatches
 from training.data.features import Features, OnlineFeatures, open_features
 from training.data.images import Images, decode, describe, generator_cfg, open_splits
 from training.data.latents import LatentBatches, Latents, open_latents
-from vca.checkpoint import AUTOENCODER_FILES, write_atomically
+from vca.checkpoint import AUTOENCODER_FILES, AUTOENCODER_FOLDER, write_atomically
 from vca.diffusion.vae import LatentDecoder
 from vca.models import GENERATORS
 from vca.models.dit import DiffusionTransformer
@@ -200,7 +200,7 @@ def train(
     result = dict(val_loss=round(validation_loss(shipped, val_samples, val_labels), 5), images=len(val_labels))
     if world.first:
         if brings := bool(recipe.vae) and Path(recipe.vae).is_dir():
-            shipped.model_args["vae"] = AUTOENCODER_FILES[0].partition("/")[0]
+            shipped.model_args["vae"] = AUTOENCODER_FOLDER
         checkpoint = run.finish(
             trainer, shipped, result, label_names=class_names, history=history, command=command,
             epochs=round(total / per_epoch, 1), train_images=train_images,

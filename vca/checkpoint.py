@@ -35,7 +35,10 @@ from vca.models.common import CLASSIFICATION, follow_input_size, input_size
 from vca.models.dit import DiffusionTransformer
 
 FILES = ("config.json", "model.safetensors", "README.md")
-AUTOENCODER_FILES = ("vae/config.json", "vae/diffusion_pytorch_model.safetensors")  # of a generator that brings its own
+AUTOENCODER_FOLDER = "vae"  # of a generator that brings its own autoencoder
+AUTOENCODER_FILES = tuple(
+    f"{AUTOENCODER_FOLDER}/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")
+)
 STORED_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PENDING = ".model.safetensors."  # and their sha256: weights that a config.json may state already
 MOST_HEADER = 10_000_000

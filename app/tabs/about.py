@@ -1,5 +1,8 @@
 """The About tab: what the maps mean, the models served here, the paper, the limits."""
 
+import json
+from pathlib import Path
+
 import gradio as gr
 from PIL import Image
 
@@ -8,7 +11,8 @@ from app.runtime.assets import STATIC
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.names import dataset_of
 from vca import drawing, fused
-from vca.diffusion.vae import STRIDE
+from vca.checkpoint import AUTOENCODER_FILES
+from vca.diffusion.vae import SD_VAE, STRIDE, stride_of
 from vca.models import GENERATORS
 
 TITLE = "About"
@@ -105,24 +109,35 @@ def table(checkpoints: Checkpoints) -> str:
         top1 = f"{top1:.2f} %" if isinstance(top1, int | float) else "-"
         data = dataset_of(config) or "-"
         titled = f"{checkpoints.title(name)}<br>`{name}`"
-        cells = [titled, task, config["num_classes"], _size(config), data, top1]
+        cells = [titled, task, config["num_classes"], _size(config, checkpoints.folders[name]), data, top1]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-def _size(config: dict) -> str:
-    """Width and height of the images that a classifier takes or a generator makes."""
+def _size(config: dict, folder: Path) -> str:
+    """Width and height of the images that a classifier takes or a generator makes, as far as `folder` tells."""
     if "pretrained_cfg" in config:
         rows, cols = config["pretrained_cfg"]["input_size"][1:]
         return f"{cols}×{rows}"
     arguments = GENERATORS[config["architecture"]] | config["model_args"]
-    scale = STRIDE if arguments["vae"] else 1
+    if not (scale := _stride(arguments["vae"], folder)):
+        return "-"
     match arguments.get("input_size", 32):
         case [int(rows), int(cols)]:
             return f"{scale * cols}×{scale * rows}"
         case int(side):
             return f"{scale * side}×{scale * side}"
     return "-"
+
+
+def _stride(vae: str | None, folder: Path) -> int | None:
+    """Pixels to a number of what a generator makes, in each direction; None for an autoencoder that is not here."""
+    if vae in (None, SD_VAE):
+        return STRIDE if vae else 1
+    try:
+        return stride_of(json.loads((folder / AUTOENCODER_FILES[0]).read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _entry(run: dict, *keys: str):

@@ -22,7 +22,8 @@ from app.runtime.sampling import Run
 from app.runtime.store import Store
 from app.runtime.validation import one_of, page_request, refused, whole
 from vca import drawing
-from vca.diffusion.vae import DecoderError
+from vca.checkpoint import AUTOENCODER_FOLDER
+from vca.diffusion.vae import MEGABYTES, SD_VAE, DecoderError
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
 
@@ -32,9 +33,8 @@ STORE_BYTES = 256 * 2**20
 NO_GENERATOR = """<p class="vca-empty">There is no generator yet. Train one with
 <code>python -m training.generate cifar10_sit_vca --data FOLDER</code>, copy
 <code>runs/cifar10_sit_vca/checkpoint</code> to <code>weights/NAME</code>, and start the app again.</p>"""
-LATENTS = """<p class="vca-hint">This model makes latents. The autoencoder {source} (335 MB for Stable Diffusion's)
-turns them into pictures; it is fetched when it is first used. Before the last step you see three channels of the
-latents.</p>"""
+LATENTS = """<p class="vca-hint">This model makes latents. {decoder} turns them into pictures. Before the last step you
+see three channels of the latents.</p>"""
 FORGOTTEN = "These pictures are no longer kept on the server. Please generate them again."
 FIT_STEPS = f"""(count, sampler, steps) => {{
     const work = {sampling.MAX_WORK} / (sampler === "heun" ? 2 : 1);
@@ -176,8 +176,15 @@ def _choices(config: dict) -> tuple[list[str], list[str], str]:
     """Labels and samplers of the generator with this `config.json`, and a note about its autoencoder as HTML."""
     spec = GENERATORS[config["architecture"]]
     vae = config["model_args"].get("vae", spec["vae"])
-    note = LATENTS.format(source=escape(str(vae))) if vae else ""
+    note = LATENTS.format(decoder=_decoder(vae)) if vae else ""
     return config["label_names"], list(OBJECTIVES[spec["family"]].SAMPLERS), note
+
+
+def _decoder(vae: str) -> str:
+    if vae == AUTOENCODER_FOLDER:
+        return "An autoencoder that comes with it"
+    size = f" ({MEGABYTES} MB), fetched when it is first used," if vae == SD_VAE else ""
+    return f"The autoencoder {escape(str(vae))}{size}"
 
 
 def _first(labels: list[str]) -> str:

@@ -18,10 +18,11 @@ from app.runtime import packing, records
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.images import MAX_PIXELS, WORKING_SIDE, read_image
 from app.runtime.packing import MapStore
-from app.tabs import about
+from app.tabs import about, generate
 from app.ui import build
 from tests.helpers.app import LABELS, MHSA, PLAIN, PREFIXED, SMALL_PYRAMID, photo, recorded
 from vca import fused, preprocessing
+from vca.checkpoint import AUTOENCODER_FILES, AUTOENCODER_FOLDER
 from vca.explorer.packing import pack
 
 
@@ -312,11 +313,16 @@ def test_classifiers_and_generators_are_told_apart(weights, tmp_path):
     for name, architecture, options in (
         ("pixels", "vca_sit_xs_4", dict(input_size=(16, 32))),
         ("vca_latents", "vca_dit_s_8", dict(dim=24, depth=1, num_heads=2)),
+        ("brings_its_own", "sit_xs_4", dict(dim=24, depth=1, num_heads=2, input_size=16, vae=AUTOENCODER_FOLDER)),
+        ("of_another", "sit_xs_4", dict(dim=24, depth=1, num_heads=2, vae="user/autoencoder")),
     ):
         generator = vca.create_model(architecture, num_classes=len(LABELS), **options)
         vca.save(generator, tmp_path / name, label_names=LABELS)
+    (tmp_path / "brings_its_own" / AUTOENCODER_FOLDER).mkdir()
+    (tmp_path / "brings_its_own" / AUTOENCODER_FILES[0]).write_text('{"block_out_channels": [8, 16, 16]}')
     checkpoints = Checkpoints(tmp_path)
-    assert (checkpoints.classifiers, checkpoints.generators) == ([PLAIN], ["vca_latents", "pixels"])
+    assert checkpoints.classifiers == [PLAIN]
+    assert checkpoints.generators == ["vca_latents", "brings_its_own", "of_another", "pixels"]
     assert checkpoints.load_generator("pixels").label_names == LABELS
     for load, name, known in ((checkpoints.load, "pixels", PLAIN), (checkpoints.load_generator, PLAIN, "vca_latents")):
         with pytest.raises(gr.Error, match=f"model must be one of: {known}"):
@@ -325,3 +331,9 @@ def test_classifiers_and_generators_are_told_apart(weights, tmp_path):
     table = about.table(checkpoints)
     assert "| pixels<br>`pixels` | generates | 4 | 32×16 |" in table
     assert "| vca_latents<br>`vca_latents` | generates | 4 | 256×256 |" in table
+    assert "| brings_its_own<br>`brings_its_own` | generates | 4 | 64×64 |" in table
+    assert "| of_another<br>`of_another` | generates | 4 | - |" in table
+    said = {name: generate._choices(checkpoints.configs[name])[2] for name in checkpoints.generators}
+    assert "stabilityai/sd-vae-ft-ema (335 MB), fetched when it is first used, turns" in said["vca_latents"]
+    assert "An autoencoder that comes with it turns" in said["brings_its_own"]
+    assert "The autoencoder user/autoencoder turns" in said["of_another"] and not said["pixels"]

@@ -10,6 +10,7 @@ from vca.extras import import_extra
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 SCALE = 0.18215
 STRIDE = 8  # pixels to a latent of Stable Diffusion's autoencoder, in each direction
+MEGABYTES = 335  # of Stable Diffusion's autoencoder
 
 
 class DecoderError(RuntimeError):
@@ -46,6 +47,11 @@ def scaling_of(config: Any) -> Scaling:
     return Scaling(list(mean), [config["scaling_factor"] / deviation for deviation in std])
 
 
+def stride_of(config: Any) -> int:
+    """Pixels to a latent of an autoencoder of diffusers with this config, in each direction."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
 class LatentDecoder:
     """An AutoencoderKL, loaded when it is first used. It is no part of a generator's weights.
 
@@ -72,7 +78,7 @@ class LatentDecoder:
             except ImportError as error:
                 raise DecoderError(
                     "this model makes latents; showing them takes the package diffusers (pip install diffusers; it is "
-                    f"of the extra [latents] of vca) and the autoencoder {self.source} (335 MB for Stable Diffusion's)."
+                    f"of the extra [latents] of vca) and the autoencoder {self._described}."
                 ) from error
             try:
                 self._autoencoder = diffusers.AutoencoderKL.from_pretrained(
@@ -80,7 +86,7 @@ class LatentDecoder:
                 )  # which would take the package accelerate, and says so at every load
             except (OSError, ValueError) as error:
                 raise DecoderError(
-                    f"cannot load the autoencoder {self.source} (335 MB for Stable Diffusion's): it is no folder, "
+                    f"cannot load the autoencoder {self._described}: it is no folder, "
                     "not in the Hub's cache, and could not be downloaded. Fetch it where there is a network with "
                     f"`hf download {self.source}`, or give a folder as vae=. ({error})"
                 ) from error
@@ -88,9 +94,13 @@ class LatentDecoder:
         return self._autoencoder
 
     @property
+    def _described(self) -> str:
+        return f"{self.source} ({MEGABYTES} MB)" if self.source == SD_VAE else self.source
+
+    @property
     def stride(self) -> int:
         """Pixels to a latent, in each direction; loads the autoencoder, as the next two do."""
-        return 2 ** (len(self._open().config.block_out_channels) - 1)
+        return stride_of(self._open().config)
 
     @property
     def scaling(self) -> Scaling:

@@ -170,7 +170,7 @@ def test_problems_are_said_in_a_sentence(page):
     page.wait_for_selector(".vg .vv-problem:has-text('count times steps may be at most 1600 with euler.')")
     page.unroute("**/queue/join?*")
     choose(page, "Generator", LATENT)
-    page.wait_for_selector(".vca-hint:has-text('335 MB')")
+    page.wait_for_selector(".vca-hint:has-text('makes latents')")
     generate(page)
     page.wait_for_selector(".vg .vv-problem:has-text('cannot load the autoencoder')")
     choose_pixels(page)
