@@ -161,8 +161,8 @@ def build(checkpoints: Checkpoints) -> None:
         """What in an image speaks for a class, and what against it: a PNG over the image, and the numbers as .npz.
 
         In the picture orange speaks for the class and blue against it. Arrays: values, one a pixel of the model's
-        input; label; probability. The methods are gradient-weighted effective map, effective-map rollout, integrated
-        gradients, gradient x input, and occlusion.
+        input; label; probability. The methods are gradient-weighted effective map, effective-map rollout, relevance
+        (AttnLRP), integrated gradients, gradient x input, and occlusion.
 
         Args:
             image: a photo.

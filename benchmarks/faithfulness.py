@@ -142,7 +142,15 @@ In brackets: the difference from the random order, and whether it is significant
   noise of +-0.02 in every normalised pixel. Mean of the same {args.measured} images. Smaller is more stable.
 
 The two maps are `vca.attribution.gradient_weighted` and `vca.attribution.rollout`. Their form was chosen among variants
-on 40 CIFAR-10 training images. The centre prior and the edge map never look at the model. Photos have their subject in
+on 40 CIFAR-10 training images.
+
+Relevance is AttnLRP (arXiv 2402.05602), `vca.attribution.attn_lrp`: gradient x input, where products hand each factor
+half of the gradient, norms divide by a constant, and activations are the input times a constant. Two things differ from
+the paper: linear layers have its epsilon rule with an epsilon of 0, not the gamma rule that its authors use for vision
+transformers, and gates by a sigmoid are constants. A map, what the biases take and what the softmaxes keep add up to
+the logit exactly; the map alone does not, for VCA as for self-attention.
+
+The centre prior and the edge map never look at the model. Photos have their subject in
 the centre, so a method that beats the random order should be compared with these two as well.
 
 `vca.faithfulness` has two more measures, which this table leaves out. `pixel_flipping` (arXiv 1509.06321) turns cells

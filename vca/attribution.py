@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from vca.extras import import_extra
 from vca.layers.layer_maps import GlobalMaps, LayerMaps, readout
 from vca.maps import record
+from vca.relevance import attn_lrp
 from vca.taps import attention_layers
 
 CELLS = 16
@@ -184,6 +185,7 @@ Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
 METHODS: dict[str, Method] = {
     "gradient-weighted effective map": gradient_weighted,
     "effective-map rollout": rollout,
+    "relevance (AttnLRP)": attn_lrp,
     "integrated gradients": integrated_gradients,
     "gradient x input": gradient_x_input,
     "occlusion": occlusion,

@@ -88,13 +88,13 @@ def contrast(tokens: Tensor, x: Tensor, values: Tensor, lam: Tensor, gain: float
         (BH, n, d) in Stage I, (B, H, T, d) in Stage II.
     """
     if any(unpack_dual(tensor).tangent is not None for tensor in (tokens, x, values, lam)):
-        return _plain(tokens, x, values, lam, gain, axes)
+        return plain(tokens, x, values, lam, gain, axes)
     if axes == VF.STAGE1:
         return contrast_stage1(tokens, x, values, lam, gain)[0]
     return contrast_stage2(tokens, x, values, lam, gain)
 
 
-def _plain(tokens: Tensor, x: Tensor, values: Tensor, lam: Tensor, gain: float, axes: tuple[int, ...]) -> Tensor:
+def plain(tokens: Tensor, x: Tensor, values: Tensor, lam: Tensor, gain: float, axes: tuple[int, ...]) -> Tensor:
     """`contrast` without an operator."""
     values = values.flatten(0, 1) if axes == VF.STAGE1 else values
     out = VF.contrast(tokens, x.flatten(0, 1), values, lam, gain, axes)
@@ -208,12 +208,12 @@ def _backward_is_plain() -> bool:
 
 
 def _plain_gradients(grad: Tensor, inputs: Sequence[Tensor], gain: float, axes: tuple[int, ...]) -> list[Tensor | None]:
-    """The gradients of `_plain`, which can be differentiated and batched; None where no input asks for one."""
+    """The gradients of `plain`, which can be differentiated and batched; None where no input asks for one."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views stand apart in the graph; of the inputs, the tokens depend on the queries.
         tokens, x, values, lam = inputs = [tensor.view_as(tensor) for tensor in inputs]
-        out = _plain(tokens, x, values, lam, gain, axes)
+        out = plain(tokens, x, values, lam, gain, axes)
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
     return [next(found) if tensor.requires_grad else None for tensor in inputs]
