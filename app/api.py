@@ -215,10 +215,10 @@ def build(checkpoints: Checkpoints) -> None:
         Args:
             image: a photo.
             model: a classifier of /models, or a Hub id such as user/name; default the first one served.
-            other: another one; default the second one served.
+            other: another one, or a CNN of timm's; default the second one served.
             top_k: how many labels of each; default 5, or as many as there are.
         """
-        networks = {name: checkpoints.load(name) for name in (model, other)}
+        networks = {model: checkpoints.load(model), other: checkpoints.load(other, cnn=True)}
         picture = read_image(uploaded_file(image))
         sides = {}
         for name, network in networks.items():

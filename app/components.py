@@ -13,7 +13,8 @@ from app.runtime.checkpoints import Checkpoints
 
 FILE_TYPES = [".json", ".safetensors", ".zip"]
 HINT = """<p class='vca-hint'>One of ours, or any ViT, DeiT or Swin of timm: by its id on the Hub, or as config.json and
-model.safetensors, or a zip file of these, up to {limit}. Nobody else sees what you upload.</p>"""
+model.safetensors, or a zip file of these, up to {limit}.{more} Nobody else sees what you upload.</p>"""
+CNNS = " Here also a CNN of timm, such as ResNet or ConvNeXt: its Grad-CAM is shown."
 
 SHOW_ID = "(name) => {{ document.querySelector('#{} input').title = name ?? ''; }}"
 NEW_SEED = "() => Math.floor(Math.random() * 2 ** 32)"
@@ -53,13 +54,14 @@ class ModelChoice:
 
     def __init__(self, checkpoints: Checkpoints):
         self.checkpoints = checkpoints
-        self._dropdowns: list[gr.Dropdown] = []
+        self._dropdowns: dict[gr.Dropdown, bool] = {}  # and whether each takes CNNs
         self._loaders: list[tuple] = []
 
-    def dropdown(self, label: str, chosen: str | None) -> gr.Dropdown:
-        """A dropdown of all classifiers, of which one is `chosen` when the page opens."""
-        self._dropdowns.append(model_dropdown(label, self._served(), chosen))
-        return self._dropdowns[-1]
+    def dropdown(self, label: str, chosen: str | None, *, cnns: bool = False) -> gr.Dropdown:
+        """A dropdown of all classifiers, of which one is `chosen` when the page opens, with `cnns` of CNNs as well."""
+        made = model_dropdown(label, self._served(), chosen)
+        self._dropdowns[made] = cnns
+        return made
 
     def _served(self) -> list[tuple[str, str]]:
         return self.checkpoints.choices([*self.checkpoints.classifiers, *self.checkpoints.finer])
@@ -75,7 +77,8 @@ class ModelChoice:
             button = gr.Button("Load", size="sm")
             stop = gr.Button("Stop waiting", size="sm", visible=False)
             files = gr.File(label="Or your own", file_count="multiple", file_types=FILE_TYPES, height=110)
-            said = gr.HTML(HINT.format(limit=settings.upload_limit()))
+            more = CNNS if self._dropdowns[chosen_in] else ""
+            said = gr.HTML(HINT.format(limit=settings.upload_limit(), more=more))
         self._loaders.append((chosen_in, reference, button, stop, files, said))
 
     def connect(self) -> None:
@@ -83,13 +86,14 @@ class ModelChoice:
         others = gr.State([])
 
         def add(tab: int, label: str, value: str, known: list):
-            known = [entry for entry in known if entry[1] != value] + [(label, value)]
-            choices = [*self._served(), *known]
             here = self._loaders[tab][0]
-            dropdowns = [
-                gr.Dropdown(choices=choices, value=value) if dropdown is here else gr.Dropdown(choices=choices)
-                for dropdown in self._dropdowns
-            ]
+            model = self.checkpoints.load(value, cnn=self._dropdowns[here])
+            known = [entry for entry in known if entry[1] != value] + [(label, value, loading.is_cnn(model))]
+            dropdowns = []
+            for dropdown, cnns in self._dropdowns.items():
+                choices = [*self._served(), *((label, value) for label, value, cnn in known if cnns or not cnn)]
+                chosen = dict(value=value) if dropdown is here else {}
+                dropdowns.append(gr.Dropdown(choices=choices, **chosen))
             return [note(f"{label} is loaded, and chosen above."), known, *dropdowns]
 
         def note(text: str, kind: str = "vca-hint", role: str = "status") -> str:
@@ -125,9 +129,11 @@ class ModelChoice:
                 if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
                     raise vca.CheckpointError("The upload has no files.")
                 name, model = loading.open_upload(list(map(Path, files)))
+                return [*add(tab, f"{name} (uploaded)", self.checkpoints.keep(model), known), None]
             except vca.CheckpointError as error:
                 return [*nothing(str(error)), None]
-            return [*add(tab, f"{name} (uploaded)", self.checkpoints.keep(model), known), None]
+            except gr.Error as error:
+                return [*nothing(error.message), None]
 
         for tab, (_, reference, button, stop, files, said) in enumerate(self._loaders):
             joined, shared = [said, others, *self._dropdowns], dict(show_progress_on=said, api_visibility="private")

@@ -44,6 +44,7 @@ SMALLEST_CROP, LARGEST_CROP = 0.1, 2
 LARGEST_MEAN, SMALLEST_STD, LARGEST_STD = 1000, 1e-4, 1000
 MOST_LEVELS = 20
 LARGEST_ARGUMENT, MOST_ARGUMENTS, MOST_BLOCKS = 4096, 256, 512
+DEPTHS = ("depth", "depths", "layers", "block_config")  # what timm's families call the number of blocks
 
 
 class CheckpointError(ValueError):
@@ -201,7 +202,7 @@ def check_arguments(arguments: dict, file: Path) -> None:
         numbers = [value for value in values if isinstance(value, int | float)]
         if not all(-LARGEST_ARGUMENT <= number <= LARGEST_ARGUMENT for number in numbers):
             raise CheckpointError(f"{file}: {shown} is larger than {LARGEST_ARGUMENT}.")
-        if name in ("depth", "depths") and sum(numbers) > MOST_BLOCKS:
+        if name in DEPTHS and sum(numbers) > MOST_BLOCKS:
             raise CheckpointError(f"{file}: {shown} asks for more than {MOST_BLOCKS} blocks.")
 
 

@@ -24,6 +24,7 @@ CACHE_BYTES = 2 * 2**30
 PATIENCE = 60  # seconds that a visitor waits for a model of the Hub, before it is opened without them
 FINER = (336, 518)  # image sizes, in pixels, at which a model for 224 px shows finer maps
 MOST_LOST = 10  # points of accuracy, measured, that a larger image size may cost
+NO_ATTENTION = "{} is a CNN and has no attention to show: it can be the second model of Compare, and is loaded there."
 AT_SIZE = re.compile(r"(.+) @ (\d+) px")
 
 
@@ -100,14 +101,18 @@ class Checkpoints:
         sizes = (side // int(patch[1]) * int(patch[1]) for side in FINER)
         return [side for side in sizes if reached.get(side, 0) >= least]
 
-    def load(self, name: str) -> nn.Module:
+    def load(self, name: str, *, cnn: bool = False) -> nn.Module:
         """A classifier in evaluation mode: by its name here, by a folder or Hub id, or by what `keep` returned.
 
         A name of `finer` gives a copy of the classifier for that image size, with as many contrast tokens.
 
+        Args:
+            name: the classifier.
+            cnn: whether it may be a CNN.
+
         Raises:
-            gr.Error: there is none, or it is damaged, or the Hub takes long; the message says which there are, or what
-                is wrong.
+            gr.Error: there is none, or it is damaged or a CNN, or the Hub takes long; the message says which there are,
+                or what is wrong.
         """
         if name in self.classifiers:
             folder = self.folders[name]
@@ -118,7 +123,11 @@ class Checkpoints:
         for waited in self.opening(name):
             if waited > PATIENCE:
                 raise refused(f"{name}: the Hub takes long. It is still being loaded; please ask again in a minute.")
-        return self._get(name, lambda: loading.open_model(name))
+        model = self._get(name, lambda: loading.open_model(name))
+        if not cnn and loading.is_cnn(model):
+            uploaded = name.startswith(loading.UPLOADED)
+            raise refused(NO_ATTENTION.format(model.pretrained_cfg["architecture"] if uploaded else name))
+        return model
 
     def opening(self, name: str) -> Iterator[float]:
         """Opens a model that is not served here, beside whoever iterates: yields the seconds so far until it is done.

@@ -1,4 +1,4 @@
-"""From a reference to a ready classifier: a folder, a Hub id or an upload; ours, or a ViT, DeiT or Swin of timm's.
+"""From a reference to a ready classifier: a folder, a Hub id or an upload; ours, or a ViT, DeiT, Swin or CNN of timm's.
 
 Every parameter of a model that leaves here came from its file.
 """
@@ -23,7 +23,8 @@ from timm.models import is_model_in_modules, swin_transformer, vision_transforme
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import vca
 from app import settings
@@ -32,6 +33,7 @@ from app.runtime.limits import heavy_work
 from vca.checkpoint import load_folder, load_weights, open_weights
 from vca.config import MOST_BYTES, check_arguments, check_config, check_labels, check_preprocessing, read_json
 from vca.hub import REPO_ID, fetch
+from vca.maps import attention_layers
 from vca.models import BASELINES, list_models, task_of
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -41,12 +43,17 @@ TIMM_FILTERS = {  # timm's own conversions from the names and layouts of older f
     VisionTransformerDistilled: vision_transformer.checkpoint_filter_fn,
     SwinTransformer: swin_transformer.checkpoint_filter_fn,
 }
-WHAT_LOADS = "only classifiers of this project and ViT, DeiT and Swin models of timm can be shown"
+TIMM_CNNS = {"resnet", "resnetv2", "regnet", "convnext", "efficientnet", "mobilenetv3", "densenet"}
+WHAT_LOADS = (
+    "only classifiers of this project and ViT, DeiT and Swin models of timm can be shown, and as the second model of "
+    "Compare CNNs such as ResNet and ConvNeXt"
+)
 UPLOADED = "upload:/"  # how the names of uploaded models begin
 MODEL_BYTES = 2 * 2**30
 UNPACKED_BYTES = 256 * 2**20
 TABLE_BYTES = 128 * 2**20
 MAP_BYTES = 512 * 2**20
+GRADIENT_BYTES = 768 * 2**20
 LARGEST_INPUT = 1024
 OPENED_AT_ONCE = 8  # models of the Hub, for all visitors together
 ARCHIVE_ENTRIES = 1000
@@ -65,7 +72,7 @@ class Card:
 def open_model(reference: str) -> nn.Module:
     """A classifier by folder or by Hub id (`user/repo` or `hf-hub:user/repo`, either with `@revision`), ready to use.
 
-    It has `label_names`, `pretrained_cfg` with its `architecture`, and `card`.
+    It has `label_names`, `pretrained_cfg` with its `architecture`, and `card`. It may be a CNN, see `is_cnn`.
 
     Raises:
         vca.CheckpointError: it is none, or not to be trusted; the message is a sentence for the visitor.
@@ -186,7 +193,7 @@ def _load_ours(folder: Path, config: dict) -> nn.Module:
 
 def _load_timm(folder: Path, config: dict) -> nn.Module:
     file, architecture = folder / CONFIG, config["architecture"]
-    if not is_model_in_modules(architecture, TIMM_MODULES):
+    if not is_model_in_modules(architecture, TIMM_MODULES | TIMM_CNNS):
         raise vca.CheckpointError(f"{file}: {architecture[:100]} is not known; {WHAT_LOADS}.")
     if not isinstance(arguments := config.get("model_args", {}), dict):
         raise vca.CheckpointError(f"{file}: model_args must be an object.")
@@ -197,7 +204,8 @@ def _load_timm(folder: Path, config: dict) -> nn.Module:
 
     _check_size(folder, architecture, build)
     model = build()
-    load_weights(model, folder / WEIGHTS, convert=partial(TIMM_FILTERS[type(model)], model=model))
+    convert = TIMM_FILTERS.get(type(model))
+    load_weights(model, folder / WEIGHTS, convert=convert and partial(convert, model=model))
     model.pretrained_cfg["architecture"] = architecture
     model.label_names = _label_names(model)
     return model.eval()
@@ -214,7 +222,8 @@ def _check_size(folder: Path, architecture: str, build: Callable[[], nn.Module])
         raise
     except Exception as error:  # a wrong argument fails wherever the model first uses it
         raise vca.CheckpointError(f"{file}: cannot build {architecture}: {_line(error)}") from error
-    if not hasattr(model, "model_args") and type(model) not in TIMM_FILTERS:
+    convolves = is_model_in_modules(architecture, TIMM_CNNS) and isinstance(getattr(model, "feature_info", None), list)
+    if not hasattr(model, "model_args") and type(model) not in TIMM_FILTERS and not convolves:
         raise vca.CheckpointError(f"{file}: the model is a {type(model).__name__}; {WHAT_LOADS}.")
     if not model.num_classes:
         raise vca.CheckpointError(f"{file}: the model has no classes; only classifiers can be shown.")
@@ -233,8 +242,12 @@ def _check_size(folder: Path, architecture: str, build: Callable[[], nn.Module])
     if (tables := held - 4 * needed) > TABLE_BYTES:
         raise vca.CheckpointError(f"{folder}: the model takes {_size(tables)} beside its weights, which is too much.")
     try:
+        if convolves:
+            return _check_gradients(model.eval(), size, folder)
         with torch.device("meta"), torch.no_grad(), vca.record(model.eval()) as maps:
             model(torch.zeros(1, *size))
+    except vca.CheckpointError:
+        raise
     except Exception as error:
         raise vca.CheckpointError(f"{file}: the model cannot run at {size[1]}x{size[2]} ({_line(error)}).") from error
     tokens = [(m.stage1.positive.shape[1], m.stage1.positive.shape[-1]) for m in maps if m.window_size is None]
@@ -242,6 +255,28 @@ def _check_size(folder: Path, architecture: str, build: Callable[[], nn.Module])
     streams = [s for m in maps for stage in (m.stage1, m.stage2) if stage for s in (stage.positive, stage.negative)]
     if (taken := max(whole, sum(4 * s.numel() for s in streams if s is not None))) > MAP_BYTES:
         raise vca.CheckpointError(f"{folder}: its maps take {_size(taken)}, the limit is {_size(MAP_BYTES)}.")
+
+
+def _check_gradients(model: nn.Module, size: tuple[int, int, int], folder: Path) -> None:
+    """Runs a CNN without memory, to learn what a forward pass keeps for its gradient at most."""
+    taken = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal taken
+        taken += 0 if isinstance(tensor, nn.Parameter) else tensor.nbytes
+        return tensor
+
+    with torch.device("meta"), saved_tensors_hooks(count, lambda tensor: tensor):
+        logits = model(torch.zeros(1, *size, requires_grad=True))
+    if logits.shape != (1, model.num_classes):
+        raise ValueError(f"it returns {tuple(logits.shape)}, not {model.num_classes} logits")
+    if taken > GRADIENT_BYTES:
+        raise vca.CheckpointError(f"{folder}: its gradient takes {_size(taken)}, the limit is {_size(GRADIENT_BYTES)}.")
+
+
+def is_cnn(model: nn.Module) -> bool:
+    """Whether a model that was opened here has no attention to show."""
+    return not attention_layers(model)
 
 
 def _check_timm_config(model: nn.Module, file: Path) -> None:

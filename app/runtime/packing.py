@@ -3,6 +3,7 @@
 import json
 
 from PIL import Image
+from torch import Tensor
 
 from app.runtime.store import Store
 from vca.explorer.packing import Layer, arrays_of, pack_all, run_facts
@@ -41,6 +42,33 @@ def run_of(store: MapStore, maps, picture: Image.Image, caption, prefix_names: l
     if not layers:
         return dict(problem=NO_GRID)
     return dict(token=store.put(layers)) | run_facts(layers, picture, caption, prefix_names)
+
+
+def fixed_of(store: MapStore, values: Tensor, picture: Image.Image, says: str) -> dict:
+    """Keeps a map that no query changes, as the one block and the one head of a run.
+
+    Args:
+        store: where the map is kept.
+        values: (rows, columns), none negative.
+        picture: as in `run_facts`.
+        says: what the page calls it.
+
+    Returns:
+        What `run_of` returns, with `fixed`: what `says` says.
+    """
+    layer = Layer(
+        kind="fixed",
+        block=0,
+        heads=1,
+        grid=tuple(values.shape),
+        tokens=None,
+        prefix=0,
+        lambda1=None,
+        lambda2=None,
+        streams=(1, 0),
+        arrays=dict(positive1=values.float().reshape(1, 1, -1).numpy()),
+    )
+    return dict(token=store.put([layer]), fixed=says) | run_facts([layer], picture, ("", ""), [])
 
 
 def pair_of(sides: list[dict], film: dict, **more) -> str:

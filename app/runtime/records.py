@@ -1,6 +1,7 @@
 """What a classifier makes of an image: probabilities, the maps of its layers, the names of its tokens."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import ref
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import vca
 from app.runtime.images import read_image
 from app.runtime.limits import heavy_work
+from app.runtime.loading import is_cnn
 from app.runtime.store import Store
 from vca import preprocessing
 from vca.explorer.packing import prefix_names
@@ -94,8 +96,8 @@ def record(model: nn.Module, x: Tensor) -> tuple[np.ndarray, list[vca.LayerMaps]
 
 @torch.inference_mode()
 def record_logits(model: nn.Module, x: Tensor) -> tuple[Tensor, list[vca.LayerMaps]]:
-    """The logits (classes,) of one input, and the maps of all attention layers."""
-    with vca.record(model) as maps:
+    """The logits (classes,) of one input, and the maps of all attention layers; of a CNN none."""
+    with nullcontext([]) if is_cnn(model) else vca.record(model) as maps:
         logits = model(x)[0]
     return logits, maps
 

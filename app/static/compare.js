@@ -47,8 +47,14 @@ class Side {
     return this.photo.naturalHeight / this.photo.naturalWidth;
   }
 
+  // A map that no query changes, such as a CNN's: it has one row.
+  get isFixed() {
+    return Boolean(this.run.fixed);
+  }
+
   // The common query as a point of what this model sees, and back.
   get point() {
+    if (this.isFixed) return { x: 0, y: 0, prefix: null };
     const [left, top, right, bottom] = this.run.box;
     const { x, y, prefix } = this.view.state.query;
     return { x: clamp((x - left) / (right - left), 0, 0.9999), y: clamp((y - top) / (bottom - top), 0, 0.9999), prefix };
@@ -83,6 +89,11 @@ export class Comparison extends Panel {
 
   get depths() {
     return Math.max(...this.pair.sides.map(({ blocks }) => blocks.length));
+  }
+
+  // The sides that the query, block and head are asked of.
+  get asked() {
+    return this.sides.filter((side) => !side.isFixed);
   }
 
   // ---- Data
@@ -245,7 +256,8 @@ export class Comparison extends Panel {
 
   // The value of the strongest colour in the maps of a side, on the scale chosen.
   limitOf(side, stream) {
-    return this.state.scale === "own" ? side.limitOf(stream) : Math.max(...this.sides.map((each) => each.limitOf(stream)));
+    if (this.state.scale === "own" || side.isFixed) return side.limitOf(stream);
+    return Math.max(...this.asked.map((each) => each.limitOf(stream)));
   }
 }
 

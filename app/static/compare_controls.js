@@ -6,9 +6,9 @@ import { MEAN, STREAMS, clamp, latticeOf, layout, modesOf, pointUnder } from "./
 import { choices, listenToKeys, make, moved, press, redrawOnChange } from "./panel.js";
 
 export function drawControls(view) {
-  const { state, sides, pair } = view;
-  const infos = sides.map((side) => side.info);
-  const isEqual = pair.sides[0].blocks.length === pair.sides[1].blocks.length;
+  const { state, asked } = view;
+  const infos = asked.map((side) => side.info);
+  const isEqual = new Set(asked.map(({ run }) => run.blocks.length)).size === 1;
   const heads = Math.max(...infos.map((info) => info.heads));
   view.find(".vc-depth").textContent = isEqual ? "Block" : "Depth";
   choices(view.find(".vc-blocks"), Array.from({ length: view.depths }, (_, i) => i + 1), state.depth, (depth) => view.show({ depth }));
@@ -20,6 +20,10 @@ export function drawControls(view) {
     press(button, button.dataset.mode === chosen);
   }
   for (const button of view.find(".vc-scales").children) press(button, button.dataset.scale === state.scale);
+  view.find(".vc-scales").parentElement.hidden = asked.length === 1;
+  view.find(".vc-click").textContent = asked.length === 1
+    ? `Click in either: the query of ${asked[0].run.name} moves there.`
+    : "Click in either: the query moves in both, to the same place of the picture.";
 }
 
 export function listen(view) {
@@ -38,7 +42,7 @@ export function listen(view) {
   range.oninput = () => view.look({ step: Number(range.value) });
   view.find(".vv-branch input").onchange = (event) => view.look({ withoutClass: event.target.checked });
   view.sections.forEach((section, i) => buildFigures(view, section, i));
-  const sideOf = ({ target }) => view.sides.find(({ root }) => root.contains(target)) ?? view.sides[0];
+  const sideOf = ({ target }) => view.asked.find(({ root }) => root.contains(target)) ?? view.asked[0];
   listenToKeys(view.root, {
     isReady: () => view.sides.length,
     query: (event, right, down) => {

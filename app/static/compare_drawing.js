@@ -7,14 +7,14 @@ import { make, press, writeFigure } from "./panel.js";
 
 export function drawSide(side) {
   const { view, info, mode, root, run } = side;
-  const titles = titlesOf(info, mode);
+  const titles = side.isFixed ? { positive: "Grad-CAM" } : titlesOf(info, mode);
   const queries = latticeOf(info, mode, "query");
   const query = nameOf(queries, indexAt(info, queries, side.point), run.prefixNames);
   const head = side.head === MEAN ? `mean of ${info.heads} heads` : `head ${side.head + 1}`;
-  const where = `${titles[side.stream]}: block ${side.block + 1} of ${run.blocks.length}, ${head}; ${query}`;
+  const where = run.fixed ?? `${titles[side.stream]}: block ${side.block + 1} of ${run.blocks.length}, ${head}; ${query}`;
   root.querySelector("figcaption").textContent = where;
   const large = root.querySelector(".vc-large canvas");
-  large.setAttribute("aria-label", `${run.name}. ${where}. Arrow keys move the query.`);
+  large.setAttribute("aria-label", `${run.name}. ${where}. Arrow keys move the query${side.isFixed ? " of the other model" : ""}.`);
   drawCanvas(side, large, side.stream, true);
   for (const figure of root.querySelectorAll(".vv-panels figure")) {
     const { stream } = figure.dataset;
@@ -36,7 +36,8 @@ function drawCanvas(side, canvas, stream, isLarge) {
     painted: paint(side.rows[stream], stream, view.limitOf(side, stream), view.colors[isLarge ? "veil" : theme()]),
     photo: isLarge ? side.photo : null,
     prefixNames: isLarge ? side.run.prefixNames : null,
-    point: side.point,
+    point: side.isFixed ? null : side.point,
+    isSmooth: side.isFixed,
   });
 }
 

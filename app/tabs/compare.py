@@ -70,4 +70,4 @@ def build(context: Context) -> None:
 
 
 def _load(checkpoints: Checkpoints, name: str) -> nn.Module:
-    return checkpoints.load_generator(name) if name in checkpoints.generators else checkpoints.load(name)
+    return checkpoints.load_generator(name) if name in checkpoints.generators else checkpoints.load(name, cnn=True)

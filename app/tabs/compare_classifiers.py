@@ -9,7 +9,7 @@ from torch import nn
 from app import links
 from app.context import STALE_NOW, Context
 from app.inputs import image_input
-from app.runtime import cost, loading, packing, records
+from app.runtime import cams, cost, loading, packing, records
 from app.runtime.images import ImageError, uploaded_file
 from app.runtime.limits import heavy_work
 from app.runtime.records import Recorded
@@ -29,7 +29,8 @@ class Classifiers:
         """Makes the inputs."""
         choice, first = self.context.choice, self.context.model
         with gr.Column() as self.of_models:
-            self._second = choice.dropdown("Second model", twin_of(first.value, self.context.checkpoints.classifiers))
+            twin = twin_of(first.value, self.context.checkpoints.classifiers)
+            self._second = choice.dropdown("Second model", twin, cnns=True)
             choice.loader(self._second)
         with gr.Column(visible=False) as self.of_photos:
             self._photo = image_input(None, "Second photo")
@@ -58,7 +59,8 @@ class Classifiers:
             return ""
         if what == PHOTOS:
             return self._compare_photos(first, [upload, other]) if other else json.dumps(dict(note=SECOND_PHOTO))
-        networks = {name: self.context.checkpoints.load(name) for name in (first, second)}
+        load = self.context.checkpoints.load
+        networks = {second: load(second, cnn=True), first: load(first)}
         try:
             path = uploaded_file(upload)
             with heavy_work():
@@ -86,8 +88,14 @@ class Classifiers:
     def _side(self, name: str, model: nn.Module, recorded: Recorded) -> dict:
         """What the page needs of one classifier, as JSON values."""
         picture = drawing.muted(preprocessing.center_crop(model, recorded.image))
-        names = records.prefix_names(model)
-        run = packing.run_of(self.context.maps, recorded.maps, picture, ("", ""), names)
+        top = records.top_labels(model, recorded.probabilities, 5)
+        if loading.is_cnn(model):
+            says = f"Grad-CAM of {next(iter(top))}: a CNN has no attention to ask"
+            values = cams.grad_cam(model, recorded.x, int(recorded.probabilities.argmax()))
+            run = packing.fixed_of(self.context.maps, values, picture, says)
+        else:
+            names = records.prefix_names(model)
+            run = packing.run_of(self.context.maps, recorded.maps, picture, ("", ""), names)
         uploaded = name.startswith(loading.UPLOADED)
         title = (
             f"{model.pretrained_cfg['architecture']} (uploaded)" if uploaded else self.context.checkpoints.title(name)
@@ -95,7 +103,7 @@ class Classifiers:
         return run | dict(
             model=name,
             name=title,
-            top=list(records.top_labels(model, recorded.probabilities, 5).items()),
+            top=list(top.items()),
             box=_part_seen(model, recorded.image),
             facts=dict(Id="none" if uploaded else name) | _facts(model, recorded),
         )
@@ -121,7 +129,7 @@ def _facts(model: nn.Module, recorded: Recorded) -> dict[str, str]:
     card, (rows, cols) = model.card, recorded.x.shape[2:]
     return {
         "Architecture": model.pretrained_cfg["architecture"],
-        "Attention": ", ".join(sorted({layer.kind for layer in recorded.maps})),
+        "Attention": ", ".join(sorted({layer.kind for layer in recorded.maps})) or "none",
         "Trained on": card.trained_on or "not said",
         "Top-1, by its card": "not said" if card.top1 is None else f"{card.top1:.2f} %",
         "Classes": f"{model.num_classes:,}",

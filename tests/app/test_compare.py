@@ -13,7 +13,7 @@ from app.runtime import cost, loading, records
 from app.runtime.images import read_image
 from tests.helpers.app import MHSA, PLAIN, PREFIXED, photo, recorded, save_timm
 from tests.helpers.browser import needs_browser
-from tests.helpers.compare_page import READ, facts_of, pair, panel_of, send
+from tests.helpers.compare_page import READ, facts_of, load_another, pair, panel_of, send
 from tests.helpers.page import cell, expected_rows, our_faults, points_in_cells, signed_colors
 from vca import preprocessing
 
@@ -30,19 +30,6 @@ def timm_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("other") / "vit"
     save_timm(folder, "vit")
     return folder
-
-
-def load_another(page, tab: str, reference: str) -> str:
-    """Loads a model: in Compare as the second one, elsewhere as the page's; returns what the page then says."""
-    panel = panel_of(page, tab)
-    if tab != "Compare":
-        panel = page.locator(".vca-choice")
-    panel.get_by_text("Load another model").click()
-    panel.get_by_label("Hub id, or a folder").fill(reference)
-    panel.get_by_role("button", name="Load", exact=True).click()
-    said = panel.locator(".vca-loader .vca-problem, .vca-loader .vca-hint:has-text('is loaded')")
-    said.wait_for()
-    return said.inner_text()
 
 
 def canvas_point(page, side: int, x: float, y: float, aspect: float) -> tuple:

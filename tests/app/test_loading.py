@@ -164,7 +164,11 @@ DAMAGED = {
     "empty": (lambda t: t.clear(), "holds 0 values"),
 }
 CONFIGS = {
-    "another family": (dict(architecture="resnet18"), "ViT, DeiT and Swin"),
+    "another family": (dict(architecture="vgg11"), "ViT, DeiT and Swin"),
+    "features alone": (
+        dict(architecture="resnet18", model_args=dict(features_only=True)),
+        "the model is a FeatureListNet",
+    ),
     "a relative": (dict(architecture="vit_relpos_small_patch16_224"), "ViT, DeiT and Swin"),
     "unknown": (dict(architecture="vit_enormous"), "not known"),
     "no architecture": (dict(architecture=None), "names no architecture"),
@@ -180,6 +184,7 @@ CONFIGS = {
     "model_args": (dict(model_args=[1]), "must be an object"),
     "a large input": (dict(model_args=TIMM["vit"][1] | dict(img_size=2048)), "2048x2048 px, the limit is 1024"),
     "many blocks": (dict(model_args=dict(depth=513)), "model_args.depth asks for more than 512 blocks"),
+    "many blocks of a CNN": (dict(architecture="resnet18", model_args=dict(layers=[512, 1])), "more than 512 blocks"),
     "a long list": (dict(model_args=dict(x=[0] * 257)), "model_args.x holds more than 256 values"),
     "one label": (dict(label_names=["a"]), "1 label_names for 5 classes"),
     "labels a text": (dict(label_names="abcde"), "label_names must be a list"),

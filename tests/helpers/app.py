@@ -64,6 +64,16 @@ TIMM = {
 }
 
 
+def save_cnn(folder: Path) -> torch.nn.Module:
+    """A small ResNet for 64 px as timm saves it, with random weights; its last stage has 2x2 cells."""
+    arguments = dict(num_classes=5, layers=(1, 1, 1, 1))
+    torch.manual_seed(11)
+    model = timm.create_model("resnet18", **arguments).eval()
+    model.pretrained_cfg["input_size"] = (3, 64, 64)
+    save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
+    return model
+
+
 def save_timm(folder: Path, name: str, **config) -> torch.nn.Module:
     """A small model as timm saves it, with random weights that no builder would give."""
     architecture, arguments = TIMM[name]

@@ -17,6 +17,19 @@ def panel_of(page, tab: str):
     return page.get_by_role("tabpanel").locator("visible=true")
 
 
+def load_another(page, tab: str, reference: str) -> str:
+    """Loads a model: in Compare as the second one, elsewhere as the page's; returns what the page then says."""
+    panel = panel_of(page, tab)
+    if tab != "Compare":
+        panel = page.locator(".vca-choice")
+    panel.get_by_text("Load another model").click()
+    panel.get_by_label("Hub id, or a folder").fill(reference)
+    panel.get_by_role("button", name="Load", exact=True).click()
+    said = panel.locator(".vca-loader .vca-problem, .vca-loader .vca-hint:has-text('is loaded')")
+    said.wait_for()
+    return said.inner_text()
+
+
 def send(page, path) -> None:
     """Uploads a photo. What the tabs showed before is no longer called complete."""
     page.evaluate("() => document.querySelectorAll('.vt, .vx, .vc').forEach((root) => (root.dataset.state = 'before'))")

@@ -83,7 +83,7 @@ export function raster(canvas, info, mode, painted) {
 //   photo                drawn below the map, if given
 //   prefixNames          written beside the squares of the prefix tokens, if given
 //   isSmooth             blend the cells into each other
-//   point, hover         the query's point, and the key under the pointer or null
+//   point, hover         the query's point, null for a map without one, and the key under the pointer or null
 export function drawMap(canvas, { info, mode, aspect, painted, photo = null, prefixNames = null, point, hover = null, isSmooth = false }) {
   const [queries, keys] = [latticeOf(info, mode, "query"), latticeOf(info, mode, "key")];
   const boxes = layout(canvas, info, aspect, prefixNames);
@@ -125,7 +125,7 @@ export function drawMap(canvas, { info, mode, aspect, painted, photo = null, pre
     return [x + left * w, y + top * h, (right - left) * w, (bottom - top) * h];
   };
   if (hover !== null) frame(context, boxOf(keys, hover), photo ? 1.5 : 1);
-  frame(context, boxOf(queries, indexAt(info, queries, point)), photo ? 2.5 : 2);
+  if (point) frame(context, boxOf(queries, indexAt(info, queries, point)), photo ? 2.5 : 2);
 }
 
 // Lines between patches that do not share a window: [[x, y, width, height], ...], one of the two 0.
