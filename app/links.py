@@ -83,7 +83,7 @@ def connect(context: Context) -> None:
         if wanted in (*checkpoints.classifiers, *checkpoints.finer):
             return wanted
         said = plain(f"The model of this link is not here: {wanted}", 120)
-        gr.Warning(f"{said}. Load it on the left.", title="Link")
+        gr.Warning(f"{said}. “Load another model” loads it.", title="Link")
         return gr.skip()
 
     gr.on(

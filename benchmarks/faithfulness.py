@@ -145,10 +145,10 @@ The two maps are `vca.attribution.gradient_weighted` and `vca.attribution.rollou
 on 40 CIFAR-10 training images.
 
 Relevance is AttnLRP (arXiv 2402.05602), `vca.attribution.attn_lrp`: gradient x input, where products hand each factor
-half of the gradient, norms divide by a constant, and activations are the input times a constant. Two things differ from
-the paper: linear layers have its epsilon rule with an epsilon of 0, not the gamma rule that its authors use for vision
-transformers, and gates by a sigmoid are constants. A map, what the biases take and what the softmaxes keep add up to
-the logit exactly; the map alone does not, for VCA as for self-attention.
+half of the gradient, norms divide by a constant, and activations are the input times a constant; then the mean over
+each cell. Two things differ from the paper: linear layers have its epsilon rule with an epsilon of 0, not the gamma
+rule that its authors use for vision transformers, and gates by a sigmoid are constants. A map, what the biases take and
+what the softmaxes keep add up to the logit exactly; the map alone does not, for VCA as for self-attention.
 
 The centre prior and the edge map never look at the model. Photos have their subject in
 the centre, so a method that beats the random order should be compared with these two as well.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vca.extras import import_extra
 from vca.layers.layer_maps import GlobalMaps, LayerMaps, readout
 from vca.maps import record
-from vca.relevance import attn_lrp
+from vca.relevance import relevance
 from vca.taps import attention_layers
 
 CELLS = 16
@@ -43,6 +43,17 @@ def cell_size(model: nn.Module, images: Tensor) -> tuple[int, int]:
     patch = next((proj.stride for proj in embeds if isinstance(proj, nn.Conv2d)), (1, 1))
     merged = max(ceil(ceil(side / p) / CELLS) for side, p in zip(images.shape[-2:], patch, strict=True))
     return patch[0] * merged, patch[1] * merged
+
+
+def in_cells(values: Tensor, cell: tuple[int, int]) -> Tensor:
+    """Means over cells of pixels: (B, H, W) -> (B, rows, cols). The last row and column may be cut."""
+    return F.avg_pool2d(values[:, None], cell, ceil_mode=True, count_include_pad=False)[:, 0]
+
+
+def over_pixels(cells: Tensor, cell: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Every cell's value at each of its pixels: (..., rows, cols) -> (..., H, W)."""
+    pixels = cells.repeat_interleave(cell[0], -2).repeat_interleave(cell[1], -1)
+    return pixels[..., : size[0], : size[1]]
 
 
 def spread(values: Tensor, size: Sequence[int]) -> Tensor:
@@ -137,6 +148,17 @@ def gradient_x_input(model: nn.Module, images: Tensor, classes: Tensor) -> Tenso
     """Captum's gradient x input: the gradient of the logit times the normalised pixel, summed over the colours."""
     method = import_extra("captum.attr", "explain").InputXGradient(model)
     return method.attribute(images.detach().clone().requires_grad_(), target=classes).sum(1).detach()
+
+
+def attn_lrp(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """AttnLRP (arXiv 2402.05602), see `vca.relevance.relevance`: each pixel has the mean over its cell of `cell_size`.
+
+    The map has the sum that it has over pixels. What that sum lacks of the logit is exactly what biases and other
+    constants take and what softmaxes keep, in VCA as in self-attention.
+    """
+    cell = cell_size(model, images)
+    rows, cols = images.shape[2:]
+    return over_pixels(in_cells(relevance(model, images, classes), cell), cell, (rows, cols))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attribution import BATCH, Method, cell_size
+from vca.attribution import BATCH, Method, cell_size, in_cells, over_pixels
 from vca.extras import import_extra
 from vca.imputation import impute
 
@@ -61,17 +61,6 @@ def blurred(images: Tensor) -> Tensor:
     padded = F.pad(images, [reach] * 4, mode="replicate")
     rows = F.conv2d(padded, kernel[..., None, :], groups=images.shape[1])
     return F.conv2d(rows, kernel[..., None], groups=images.shape[1])
-
-
-def in_cells(values: Tensor, cell: tuple[int, int]) -> Tensor:
-    """Means over cells of pixels: (B, H, W) -> (B, rows, cols). The last row and column may be cut."""
-    return F.avg_pool2d(values[:, None], cell, ceil_mode=True, count_include_pad=False)[:, 0]
-
-
-def over_pixels(cells: Tensor, cell: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Every cell's value at each of its pixels: (..., rows, cols) -> (..., H, W)."""
-    pixels = cells.repeat_interleave(cell[0], -2).repeat_interleave(cell[1], -1)
-    return pixels[..., : size[0], : size[1]]
 
 
 def ranks(cells: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ class Rules(TorchFunctionMode):
         return rule(func, *args, **kwargs) if rule else func(*args, **kwargs)
 
 
-def attn_lrp(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    """AttnLRP (arXiv 2402.05602): the relevance of every pixel, summed over the colours, by the rules of `Rules`.
+def relevance(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """The relevance of every pixel for the logit of a class, summed over the colours, by the rules of `Rules`.
 
     Relevance stays behind in two places only. With the derivatives of the rules, the logit y of the class is
 
@@ -52,6 +52,14 @@ def attn_lrp(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 
     Linear layers have the paper's epsilon rule, with an epsilon of 0. Its gamma rule, which the authors use for vision
     transformers, is left out.
+
+    Args:
+        model: a classifier in evaluation mode.
+        images: (B, 3, H, W), normalised as the model takes them.
+        classes: (B,), the index of any class for each image.
+
+    Returns:
+        (B, H, W), in units of the logit. Positive speaks for the class.
 
     Raises:
         ValueError: the model has a layer that the rules cannot reach into, such as `nn.MultiheadAttention`.
@@ -68,8 +76,12 @@ def _is_live(x: Any) -> bool:
 
 
 def _share(x: Any, parts: int) -> Any:
-    """x with 1 / `parts` of its gradient."""
-    return x.detach() + (x - x.detach()) / parts if _is_live(x) else x
+    """x with 1 / `parts` of its gradient, in the same memory."""
+    if parts < 2 or not _is_live(x):
+        return x
+    view = x.view_as(x)
+    view.register_hook(lambda gradient: gradient / parts)
+    return view
 
 
 def _product(func: Callable, *factors: Any, **kwargs: Any) -> Tensor:

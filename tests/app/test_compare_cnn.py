@@ -83,7 +83,7 @@ def test_a_gradient_that_takes_much_memory_is_refused(cnn_folder, monkeypatch):
     [
         (dict(global_pool=""), "cannot run at 64x64"),
         (dict(features_only=True), "the model is a FeatureListNet"),
-        (dict(layers=[2, 2, 2, 2]), "missing layer1.1.bn1.bias"),
+        (dict(layers=[2, 1, 1, 1]), "missing layer1.1.bn1.bias"),
         (dict(color="red"), "cannot build resnet18"),
     ],
 )

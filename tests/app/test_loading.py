@@ -165,10 +165,6 @@ DAMAGED = {
 }
 CONFIGS = {
     "another family": (dict(architecture="vgg11"), "ViT, DeiT and Swin"),
-    "features alone": (
-        dict(architecture="resnet18", model_args=dict(features_only=True)),
-        "the model is a FeatureListNet",
-    ),
     "a relative": (dict(architecture="vit_relpos_small_patch16_224"), "ViT, DeiT and Swin"),
     "unknown": (dict(architecture="vit_enormous"), "not known"),
     "no architecture": (dict(architecture=None), "names no architecture"),

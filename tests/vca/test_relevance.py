@@ -15,9 +15,9 @@ from tests.helpers import kinds
 from tests.helpers.kernels import needs_compiler
 from tests.helpers.reference import softmax
 from tests.helpers.vits import DIM, HEADS, make_layer, make_timm_vit, make_vca_vit
-from vca.attribution import attn_lrp, gradient_x_input
+from vca.attribution import attn_lrp, cell_size, gradient_x_input
 from vca.layers.factory import KINDS
-from vca.relevance import Rules
+from vca.relevance import Rules, relevance
 
 CONSTANTS = ("bias", "bias_table", "cls_token", "reg_token", "pos_embed", "positive_embed", "negative_embed")
 MODELS = {
@@ -72,7 +72,7 @@ def test_map_and_softmaxes_add_up_to_the_logit_without_constants(case):
     model, x = make(case)
     without_constants(model)
     with KeptBySoftmaxes() as kept:
-        total = attn_lrp(model, x, torch.tensor([1])).sum().item()
+        total = relevance(model, x, torch.tensor([1])).sum().item()
     logit = model(x)[0, 1].item()
     assert abs(kept.total) > 1e-3 * abs(logit)
     assert total + kept.total == pytest.approx(logit, rel=1e-9)
@@ -90,7 +90,7 @@ def test_map_constants_and_softmaxes_add_up_to_the_logit(case):
     parts = [(tensor * g).sum().item() for tensor, g in zip([x, *constants.values()], gradients, strict=True)]
     assert sum(parts) + kept.total == pytest.approx(logit.item(), rel=1e-9)
     assert logit.item() == pytest.approx(model(x)[0, 1].item(), rel=1e-9)
-    torch.testing.assert_close(attn_lrp(model, x, torch.tensor([1])), (x * gradients[0]).sum(1).detach())
+    torch.testing.assert_close(relevance(model, x, torch.tensor([1])), (x * gradients[0]).sum(1).detach())
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "convnextv2_atto", "efficientnet_b0", "mixer_s32_224"])
@@ -98,7 +98,7 @@ def test_without_softmax_and_constants_the_map_adds_up_to_the_logit(name):
     size = 224 if "mixer" in name else 64
     model = without_constants(kinds.randomized(timm.create_model(name, num_classes=3), 0.02)).double().eval()
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
-    total = attn_lrp(model, x, torch.tensor([0, 2])).sum((1, 2))
+    total = relevance(model, x, torch.tensor([0, 2])).sum((1, 2))
     torch.testing.assert_close(total, model(x)[[0, 1], [0, 2]].detach(), rtol=1e-9, atol=0)
 
 
@@ -109,7 +109,21 @@ def test_a_linear_and_a_rectifying_model_have_gradient_x_input(model):
     x, classes = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([2, 0])
     model(x.float())
     model.double().eval()
-    torch.testing.assert_close(attn_lrp(model, x, classes), gradient_x_input(model, x, classes), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(relevance(model, x, classes), gradient_x_input(model, x, classes), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 72)])
+def test_a_map_is_even_within_cells_and_has_the_sum_of_the_pixels(size):
+    model = timm.create_model("resnet10t", num_classes=3).eval()
+    x, classes = torch.randn(2, 3, *size), torch.tensor([0, 2])
+    pixels, found = relevance(model, x, classes), attn_lrp(model, x, classes)
+    rows, cols = cell_size(model, x)
+    assert found.shape == pixels.shape and (rows, cols) == {16: (1, 1), 40: (5, 5)}[size[0]]
+    for top in range(0, size[0], rows):
+        for left in range(0, size[1], cols):
+            part = np.s_[:, top : top + rows, left : left + cols]
+            mean = pixels[part].mean((1, 2), keepdim=True)
+            torch.testing.assert_close(found[part], mean.expand_as(found[part]), rtol=1e-3, atol=1e-7)
 
 
 # ---- Each rule
@@ -229,8 +243,8 @@ def test_activations_in_place():
 
 def test_softmax_hands_down_what_proposition_3_1_says():
     (got,) = derivatives(lambda z: z.softmax(-1), X)
-    relevance = WEIGHT * softmax(X)
-    close(X * got, X * (relevance - softmax(X) * relevance.sum(-1, keepdims=True)))
+    of_maps = WEIGHT * softmax(X)
+    close(X * got, X * (of_maps - softmax(X) * of_maps.sum(-1, keepdims=True)))
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
@@ -294,20 +308,20 @@ def test_a_layer_of_vca_is_that_by_hand():
 def test_fused_kernels_make_no_difference():
     model = make_vca_vit(embed_dim=32, num_heads=2)
     x, classes = torch.randn(2, 3, 16, 16), torch.tensor([0, 3])
-    want = attn_lrp(model.double(), x.double(), classes).float()
+    want = relevance(model.double(), x.double(), classes).float()
     model.float()
     for block in model.blocks:
         block.attn.fused_attn = True
-    torch.testing.assert_close(attn_lrp(model, x, classes), want, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(relevance(model, x, classes), want, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("make_model", [make_vca_vit, make_timm_vit])
 def test_what_changes_or_compiles_a_model_is_heeded(make_model):
     model, x, classes = make_model(), torch.randn(1, 3, 16, 16), torch.tensor([1])
-    found = attn_lrp(model, x, classes)
-    torch.testing.assert_close(attn_lrp(torch.compile(model, backend="eager"), x, classes), found)
+    found = relevance(model, x, classes)
+    torch.testing.assert_close(relevance(torch.compile(model, backend="eager"), x, classes), found)
     with vca.intervene(model, mute=[0]):
-        assert not torch.allclose(attn_lrp(model, x, classes), found, rtol=0.01)
+        assert not torch.allclose(relevance(model, x, classes), found, rtol=0.01)
 
 
 @pytest.mark.parametrize(
