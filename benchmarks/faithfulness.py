@@ -150,8 +150,8 @@ each cell. Two things differ from the paper: linear layers have its epsilon rule
 rule that its authors use for vision transformers, and gates by a sigmoid are constants. A map, what the biases take and
 what the softmaxes keep add up to the logit exactly; the map alone does not, for VCA as for self-attention.
 
-The centre prior and the edge map never look at the model. Photos have their subject in
-the centre, so a method that beats the random order should be compared with these two as well.
+The centre prior and the edge map never look at the model. Photos have their subject in the centre, so a method that
+beats the random order should be compared with these two as well.
 
 `vca.faithfulness` has two more measures, which this table leaves out. `pixel_flipping` (arXiv 1509.06321) turns cells
 into uniform noise, the most important first, and averages the fall of the logit. `road` (arXiv 2202.00449) imputes
