@@ -39,11 +39,10 @@ def by_size(measured: dict) -> str:
         return ""
     images = next(iter(sizes.values()))["images"]
     accuracies = [f"{result['top1']:.1f} %" for result in sizes.values()]
+    tokens = ", with as many contrast tokens," if measured["architecture"].startswith("vca_") else ""
     return f"""
 
-The same weights at other image sizes, with as many contrast tokens, on {images:,} of the validation images ({
-        measured["precision"]
-    }):
+The same weights at other image sizes{tokens} on {images:,} of the validation images ({measured["precision"]}):
 
 | {" | ".join(f"{side} px" for side in sizes)} |
 {"|---" * len(sizes)}|
