@@ -63,10 +63,17 @@ FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.{0,50000}?)\n---", re.DOTALL)
 
 @dataclass(frozen=True)
 class Card:
-    """What a checkpoint's card and history say of it, as far as they do."""
+    """What a checkpoint's card and history say of it, as far as they do.
+
+    Attributes:
+        trained_on: its data set.
+        top1: its accuracy, in percent.
+        images_seen: the images that it was trained on, all runs and epochs together; not those of attention transfer.
+    """
 
     trained_on: str | None = None
     top1: float | None = None
+    images_seen: int | None = None
 
 
 def open_model(reference: str) -> nn.Module:
@@ -354,7 +361,17 @@ def read_card(folder: Path, history: list[dict]) -> Card:
     return Card(
         trained_on=shorten(", ".join(named), 200, placeholder=" ...") or None,
         top1=float(top1) if type(top1) in (int, float) and 0 <= top1 <= 100 else None,
+        images_seen=_images_seen(history),
     )
+
+
+def _images_seen(history: list[dict]) -> int | None:
+    """Steps times images of a step over the runs that learned labels; None where a run does not say them."""
+    runs = [run for run in history if _at(run, "results", "error") is None]
+    factors = [(_at(run, "steps"), _at(run, "recipe", "batch_size")) for run in runs]
+    if not factors or any(type(number) is not int or not 0 < number < 2**40 for pair in factors for number in pair):
+        return None
+    return sum(steps * images for steps, images in factors)
 
 
 def _at(value, *path):

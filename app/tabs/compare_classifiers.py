@@ -131,6 +131,7 @@ def _facts(model: nn.Module, recorded: Recorded) -> dict[str, str]:
         "Architecture": model.pretrained_cfg["architecture"],
         "Attention": ", ".join(sorted({layer.kind for layer in recorded.maps})) or "none",
         "Trained on": card.trained_on or "not said",
+        "Images seen in training": "not said" if card.images_seen is None else f"{card.images_seen:,}",
         "Top-1, by its card": "not said" if card.top1 is None else f"{card.top1:.2f} %",
         "Classes": f"{model.num_classes:,}",
         "Input": f"{cols} × {rows} px",

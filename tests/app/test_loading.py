@@ -138,13 +138,36 @@ def test_two_files(weights):
 
 def test_card(weights, tmp_path):
     shipped = Path(__file__).parents[2] / "weights" / "vca_vit_pico_patch4_32_cifar10"
-    assert loading.open_folder(shipped, "it").card == loading.Card("CIFAR-10", 86.89)
+    assert loading.open_folder(shipped, "it").card == loading.Card("CIFAR-10", 86.89, 1_996_800)
     folder = copy(weights / "vit", tmp_path / "vit")
     (folder / "README.md").write_text("---\ndatasets:\n- imagenet-1k\n- imagenet-21k\n---\n")
     assert loading.open_model(str(folder)).card == loading.Card("imagenet-1k, imagenet-21k", None)
     for damaged in ("---\n: [\n---\n", "---\nmodel-index: 3\n---", "\xff", ""):
         (folder / "README.md").write_text(damaged, encoding="latin-1")
         assert loading.open_model(str(folder)).card == loading.Card()
+
+
+@pytest.mark.parametrize(
+    "history, images",
+    [
+        ([dict(steps=10, recipe=dict(batch_size=32)), dict(steps=5, recipe=dict(batch_size=64), results={})], 640),
+        (
+            [
+                dict(steps=9, recipe=dict(batch_size=9), results=dict(error=0.1)),
+                dict(steps=2, recipe=dict(batch_size=4)),
+            ],
+            8,
+        ),
+        ([dict(steps=10, recipe=dict(batch_size=32)), dict(steps=5)], None),
+        ([dict(steps=10.5, recipe=dict(batch_size=32))], None),
+        ([dict(steps=True, recipe=dict(batch_size=-3))], None),
+        ([dict(steps=10**99, recipe=dict(batch_size=1))], None),
+        (["", 3, None], None),
+        ([], None),
+    ],
+)
+def test_images_seen_are_counted_over_all_runs_with_labels(tmp_path, history, images):
+    assert loading.read_card(tmp_path, history).images_seen == images
 
 
 # ---- What is refused
