@@ -147,17 +147,14 @@ def test_card(weights, tmp_path):
         assert loading.open_model(str(folder)).card == loading.Card()
 
 
+TRANSFER = dict(steps=9, recipe=dict(batch_size=9), results=dict(error=0.1))
+
+
 @pytest.mark.parametrize(
     "history, images",
     [
         ([dict(steps=10, recipe=dict(batch_size=32)), dict(steps=5, recipe=dict(batch_size=64), results={})], 640),
-        (
-            [
-                dict(steps=9, recipe=dict(batch_size=9), results=dict(error=0.1)),
-                dict(steps=2, recipe=dict(batch_size=4)),
-            ],
-            8,
-        ),
+        ([TRANSFER, dict(steps=2, recipe=dict(batch_size=4))], 8),
         ([dict(steps=10, recipe=dict(batch_size=32)), dict(steps=5)], None),
         ([dict(steps=10.5, recipe=dict(batch_size=32))], None),
         ([dict(steps=True, recipe=dict(batch_size=-3))], None),

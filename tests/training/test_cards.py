@@ -87,7 +87,7 @@ def test_a_classifiers_card_has_what_was_measured_by_source_and_size_and_how_it_
     write_config(folder, config | dict(training=[transfer, run | begun]))
     row = dict(top1=80.0, top5=95.0, loss=0.5, images=100, top1_interval=[71.1, 86.7])
     measured = dict(results=dict(val=row, other_sources=row | dict(top1=60.0)), precision="bf16",
-                    by_size={"32": row, "64": row | dict(top1=70.0)}, architecture="mhsa_vit_tiny_patch4_32")  # fmt: skip
+                    by_size={"32": row, "64": row | dict(top1=70.0)}, architecture="mhsa_vit_tiny")  # fmt: skip
     (folder / "results.json").write_text(json.dumps(measured))
     assert "contrast tokens, on 100" not in card_text(folder) and "sizes on 100" in card_text(folder)
     (folder / "results.json").write_text(json.dumps(measured | dict(architecture="vca_vit_pico_patch4_32")))
