@@ -119,7 +119,7 @@ def page(args: argparse.Namespace, rows: list[Row], cell: tuple[int, int], cells
     name = Path(args.checkpoint).name
     return f"""# Faithfulness of attributions: {name}
 
-    python -m benchmarks.faithfulness weights/{name} --data FOLDER --count {args.count}
+    python -m benchmarks.faithfulness weights/{name} --data FOLDER --count {args.count} --measured {args.measured}
 
 {table(rows)}
 
