@@ -38,6 +38,7 @@ from training.core.comparison_report import draw_curves, table
 from training.core.init import build_model
 from training.core.recipe import RecipeError
 from training.core.run import RunError, open_device
+from training.core.trainer import STOPPING
 from vca.checkpoint import write_atomically
 from vca.layers.factory import KINDS
 
@@ -88,7 +89,8 @@ def train_all(runs: list[Run], jobs: int) -> None:
         for process in processes:
             process.kill() if stopped_by else process.terminate()
         stopped_by.append(number)
-        os.write(2, b"\nstopping after this step; Ctrl-C again ends at once.\n")
+        if number == signal.SIGINT:  # a terminal that is closed takes no line
+            os.write(2, STOPPING)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:

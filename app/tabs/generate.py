@@ -23,7 +23,7 @@ from app.runtime.store import Store
 from app.runtime.validation import one_of, page_request, refused, whole
 from vca import drawing
 from vca.checkpoint import AUTOENCODER_FOLDER
-from vca.diffusion.vae import MEGABYTES, SD_VAE, DecoderError
+from vca.diffusion.vae import SD_VAE, DecoderError, described
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
 
@@ -183,8 +183,8 @@ def _choices(config: dict) -> tuple[list[str], list[str], str]:
 def _decoder(vae: str) -> str:
     if vae == AUTOENCODER_FOLDER:
         return "An autoencoder that comes with it"
-    size = f" ({MEGABYTES} MB), fetched when it is first used," if vae == SD_VAE else ""
-    return f"The autoencoder {escape(str(vae))}{size}"
+    fetched = ", fetched when it is first used," if vae == SD_VAE else ""
+    return f"The autoencoder {escape(described(str(vae)))}{fetched}"
 
 
 def _first(labels: list[str]) -> str:

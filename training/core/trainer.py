@@ -28,6 +28,7 @@ from training.data.seeding import seed_everything
 KEEP_STATES = 2
 MAX_SKIPPED = 10
 KEEP_SKIPPED = 3
+STOPPING = b"\nstopping after this step; Ctrl-C again ends at once.\n"
 
 
 class Trainer:
@@ -217,7 +218,7 @@ class Trainer:
     def _on_signal(self, number: int, _) -> None:
         if number == signal.SIGINT and self.world.size == 1:  # torchrun repeats it, a user means the second one
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.write(2, b"\nstopping after this step; Ctrl-C again ends at once.\n")
+            os.write(2, STOPPING)
         self._signalled = number
 
     def _save(self) -> None:

@@ -52,6 +52,11 @@ def stride_of(config: Any) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
+def described(source: str) -> str:
+    """The name of an autoencoder, and its size where that is known."""
+    return f"{source} ({MEGABYTES} MB)" if source == SD_VAE else source
+
+
 class LatentDecoder:
     """An AutoencoderKL, loaded when it is first used. It is no part of a generator's weights.
 
@@ -78,7 +83,7 @@ class LatentDecoder:
             except ImportError as error:
                 raise DecoderError(
                     "this model makes latents; showing them takes the package diffusers (pip install diffusers; it is "
-                    f"of the extra [latents] of vca) and the autoencoder {self._described}."
+                    f"of the extra [latents] of vca) and the autoencoder {described(self.source)}."
                 ) from error
             try:
                 self._autoencoder = diffusers.AutoencoderKL.from_pretrained(
@@ -86,16 +91,12 @@ class LatentDecoder:
                 )  # which would take the package accelerate, and says so at every load
             except (OSError, ValueError) as error:
                 raise DecoderError(
-                    f"cannot load the autoencoder {self._described}: it is no folder, "
+                    f"cannot load the autoencoder {described(self.source)}: it is no folder, "
                     "not in the Hub's cache, and could not be downloaded. Fetch it where there is a network with "
                     f"`hf download {self.source}`, or give a folder as vae=. ({error})"
                 ) from error
             self._autoencoder.requires_grad_(False).eval()
         return self._autoencoder
-
-    @property
-    def _described(self) -> str:
-        return f"{self.source} ({MEGABYTES} MB)" if self.source == SD_VAE else self.source
 
     @property
     def stride(self) -> int:
