@@ -71,6 +71,7 @@ def train(
     )
     held_out = normalize(decode(val_images, cfg, recipe.workers)[0], cfg)
     held_out = held_out[evenly(len(held_out), recipe.eval_images)][: recipe.eval_images]
+    shown = held_out[evenly(len(held_out), SHOWN)][:SHOWN].to(device)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.0)
     scheduler = CosineLRScheduler(
@@ -99,7 +100,7 @@ def train(
                     plot_curve(run, "psnr", "PSNR in dB, validation images")
                     file = run.path / "samples" / f"step-{trainer.step:08d}.png"
                     file.parent.mkdir(exist_ok=True)
-                    write_atomically(file, reconstructions(trainer.eval_model, held_out[:SHOWN].to(device)))
+                    write_atomically(file, reconstructions(trainer.eval_model, shown))
                 trainer.checkpoint(force=done)
                 if done:
                     break
@@ -119,7 +120,7 @@ def train(
         )  # fmt: skip
         write_atomically(folder / "results.json", json.dumps(made, indent=2).encode())
         write_atomically(folder / "log.jsonl", run.compact_log())
-        write_atomically(folder / "samples.png", reconstructions(shipped.float(), held_out[:SHOWN].to(device)))
+        write_atomically(folder / "samples.png", reconstructions(shipped.float(), shown))
     return result
 
 

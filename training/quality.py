@@ -6,8 +6,8 @@
 FOLDER holds train/CLASS/IMAGE, which the generator was trained on, and val/CLASS/IMAGE, which it was not. For each
 guidance scale: the share of images that the judge takes for the class they were asked for; how much they differ within
 a class; how near they lie to training images, since guidance raises the first number at the cost of variety and copying
-raises it at no cost; and the Fréchet distance to the training images on the judge's features, which is not FID. The
-same numbers of as many held-out images are the reference.
+raises it at no cost; the Fréchet distance to the training images on the judge's features, which is not FID, and
+precision and recall on them. The same numbers of as many held-out images are the reference.
 
 The numbers go into the checkpoint's `config.json` and its card, two pictures beside them. The images stay in --out; the
 same command goes on where it was interrupted. 1,000 images of a 4 M model at 25 steps and five scales take about 10
@@ -31,11 +31,12 @@ from training.core.attention_path import settle_attention
 from training.core.cli import interruptible
 from training.core.plots import grid_png
 from training.core.run import RunError, open_device
-from training.core.sampling import SampleError, sample_files
+from training.core.sampling import SampleError, add_schedule_arguments, sample_files, schedule_of
 from training.data.images import DataError, Images, eval_transform, generator_cfg, normalize
 from vca.checkpoint import place, write_atomically, write_config
 from vca.diffusion.vae import DecoderError
 from vca.extras import import_extra
+from vca.models.common import resized
 from vca.models.dit import DiffusionTransformer
 
 MAX_TRAIN = 50_000
@@ -98,6 +99,21 @@ def frechet_distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray])
     return metric.fid_statistics_to_metric(ours, theirs, verbose=False)[metric.KEY_METRIC_FID]
 
 
+def precision_recall(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """Of features (N, D) against real ones (M, D): precision and recall in percent, with 3 neighbors.
+
+    Source: arXiv 1904.06991.
+    """
+    metric = import_extra("torch_fidelity.metric_prc", "train")
+    found = metric.prc_features_to_metric(ours, theirs, prc_neighborhood=3, verbose=False)
+    return 100 * found[metric.KEY_METRIC_PRECISION], 100 * found[metric.KEY_METRIC_RECALL]
+
+
+def evenly(total: int, count: int) -> Tensor:
+    """Indices of `count` of `total` images, spread evenly; of all, if there are fewer."""
+    return torch.linspace(0, total - 1, min(count, total)).long()
+
+
 class QualityReference:
     """The judge, the training images and as many held-out images as are generated.
 
@@ -120,7 +136,8 @@ class QualityReference:
         recognised, recognised_by_class: percent. diversity, diversity_by_class: distance within a class in percent of
         that of held-out images, and its mean. nearest_pixels (grey levels), nearest_features: median distance to the
         nearest training image. copies: percent whose nearest training image is less than half as far as their 50
-        nearest on average. frechet_distance: on the judge's features.
+        nearest on average. frechet_distance: on the judge's features; precision, recall: on them, percent, against as
+        many training images.
         """
         features, logits = judged(self.judge, pixels)
         hits = (logits.argmax(1) == labels).double()
@@ -129,6 +146,7 @@ class QualityReference:
         ours = spread(features, labels, self.judge.num_classes)
         diversity = [100 * mine / real for mine, real in zip(ours, self.spread, strict=True)]
         near = nearest_pixels(pixels, self.images)
+        precision, recall = precision_recall(features, self.features[evenly(len(self.features), len(features))])
         result = dict(
             recognised=100 * hits.mean().item(),
             recognised_by_class=[round(share, 1) for share in shares],
@@ -138,6 +156,8 @@ class QualityReference:
             nearest_features=nearest(features, self.features, 1)[0].median().item(),
             copies=100 * (near[0][:, 0] < COPY * near[0].mean(1)).double().mean().item(),
             frechet_distance=frechet_distance(statistics(features), self.statistics),
+            precision=precision,
+            recall=recall,
         )
         return {key: round(value, 2) if isinstance(value, float) else value for key, value in result.items()}, near
 
@@ -184,14 +204,15 @@ def open_split(folder: str, split: str, label_names: list[str]) -> Images:
 def read_split(images: Images, side: int, count: int) -> tuple[Tensor, Tensor]:
     """`count` images, evenly spread over a split, as the generator sees them: uint8 (N, 3, H, W) and labels (N,)."""
     images.transform = eval_transform(generator_cfg(side), as_bytes=True)
-    chosen = torch.linspace(0, len(images) - 1, min(count, len(images))).long().tolist()
+    chosen = evenly(len(images), count).tolist()
     pixels, labels = zip(*(images[index] for index in chosen), strict=True)
     return torch.stack(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
 
 def measure_generator(generator: DiffusionTransformer, judge: nn.Module, args: argparse.Namespace) -> dict:
     """Runs the command: images, numbers and pictures; returns what the config and the card say."""
-    settings = dict(steps=args.steps, sampler=args.sampler, seed=args.seed, precision=args.precision)
+    schedule = schedule_of(args)
+    settings = dict(steps=args.steps, sampler=args.sampler, seed=args.seed, precision=args.precision) | schedule
     train_images, held_out_images = (open_split(args.data, split, generator.label_names) for split in ("train", "val"))
     made = {
         guidance: sample_files(
@@ -220,10 +241,11 @@ def measure_generator(generator: DiffusionTransformer, judge: nn.Module, args: a
     for name, picture in zip(("quality.png", "nearest.png"), pictures[best], strict=True):
         write_atomically(args.checkpoint / name, picture)
     return dict(
-        judge=Path(args.judge).name, count=args.count, sampler=args.sampler or next(iter(generator.objective.SAMPLERS)),
+        judge=Path(args.judge).name, judge_size=judge.pretrained_cfg["input_size"][-1], count=args.count,
+        sampler=args.sampler or next(iter(generator.objective.SAMPLERS)),
         steps=args.steps, seed=args.seed, precision=args.precision, train_images=len(train), best_guidance=best,
         guidance=rows, held_out=reference.held_out | dict(images=len(held_out)), features=reference.features.shape[1],
-        torch=torch.__version__, device=args.device, options=options_of(args),
+        torch=torch.__version__, device=args.device, options=options_of(args), **schedule,
     )  # fmt: skip
 
 
@@ -233,6 +255,9 @@ def options_of(args: argparse.Namespace) -> str:
     words = ["--judge", judge, "--data", "DATA", "--count", args.count, "--guidance"]
     words += [*(f"{guidance:g}" for guidance in args.guidance), "--steps", args.steps, "--precision", args.precision]
     words += ["--seed", args.seed] + (["--sampler", args.sampler] if args.sampler else [])
+    words += ["--judge-size", args.judge_size] if args.judge_size else []
+    for name, value in schedule_of(args).items():
+        words += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
     return shlex.join(map(str, words))
 
 
@@ -240,11 +265,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint folder of a generator; the result is written into it")
     parser.add_argument("--judge", required=True, help="checkpoint of a classifier of the same classes")
+    parser.add_argument("--judge-size", type=int, metavar="PIXELS", help="side at which it sees them; default its own")
     parser.add_argument("--data", required=True, metavar="FOLDER", help="images, as above")
     parser.add_argument("--count", type=int, default=1000, help="images at each guidance scale")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0])
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--sampler", help="ddpm or ddim for DiT; euler, heun or sde for SiT; default the first")
+    add_schedule_arguments(parser)
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), default="bf16", help="of the sampling; bf16 by autocast"
     )
@@ -261,6 +288,7 @@ def main() -> None:
         generator, judge = vca.load(args.checkpoint, device=device), vca.load(args.judge, device=device)
         settle_attention(generator, judge, device=device)
         check(generator, judge, args)
+        judge = resized(judge, args.judge_size) if args.judge_size else judge
         result = measure_generator(generator, judge, args)
     except ERRORS as error:
         sys.exit(f"error: {error}")
@@ -280,6 +308,8 @@ def check(generator: nn.Module, judge: nn.Module, args: argparse.Namespace) -> N
         raise SampleError(f"{args.checkpoint} is a classifier; only a generator makes images.")
     if judge.task != "classification":
         raise SampleError(f"--judge {args.judge} is a generator; a classifier is needed.")
+    if args.judge_size and not hasattr(judge, "set_input_size"):
+        raise SampleError(f"--judge-size is for a ViT; {args.judge} takes images of its own size alone.")
     if judge.label_names != generator.label_names:
         raise SampleError(f"the classes of {args.judge} are not those of {args.checkpoint}, in its order.")
     if not generator.training_history:

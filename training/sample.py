@@ -21,7 +21,14 @@ from training.core.attention_path import settle_attention
 from training.core.cli import interruptible
 from training.core.distributed import local_device
 from training.core.run import RunError, open_device
-from training.core.sampling import SampleError, process, sample_files, write_npz
+from training.core.sampling import (
+    SampleError,
+    add_schedule_arguments,
+    process,
+    sample_files,
+    schedule_of,
+    write_npz,
+)
 from vca.diffusion.sampling import check_guidance
 from vca.diffusion.vae import DecoderError
 
@@ -35,10 +42,7 @@ def main() -> None:
     parser.add_argument("--sampler", help="ddpm or ddim for DiT; euler, heun or sde for SiT; default the first")
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale; 1 for none")
     parser.add_argument("--guided-channels", type=int, help="guide these first channels only; default all")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
-                        help="guide on this part of the way from noise (0) to data (1); default all")  # fmt: skip
-    parser.add_argument("--time-shift", type=float, default=1.0,
-                        help="of SiT: above 1 more of the steps are near the noise, below near the data")  # fmt: skip
+    add_schedule_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--random-labels", action="store_true", help="draw the labels instead of taking turns")
     parser.add_argument("--flat", action="store_true", help="one folder for all classes")
@@ -58,13 +62,11 @@ def main() -> None:
             raise SampleError(f"{args.checkpoint} is a classifier; only a generator makes images.")
         check_guidance(args.guidance, args.guidance_interval)
         model.times(1, args.sampler, args.time_shift)  # refuses what it cannot do before anything is made
-        chosen = dict(guidance_interval=list(args.guidance_interval), time_shift=args.time_shift)
-        more = {name: value for name, value in chosen.items() if value not in ([0.0, 1.0], 1.0)}
         files = sample_files(
             model, args.out.with_suffix("") if packed else args.out, args.count, args.batch_size,
             flat=args.flat or packed, balanced=not args.random_labels, part=part,
             settings=dict(steps=args.steps, sampler=args.sampler, seed=args.seed, guidance_scale=args.guidance,
-                          guided_channels=args.guided_channels, precision=args.precision, **more),
+                          guided_channels=args.guided_channels, precision=args.precision, **schedule_of(args)),
         )  # fmt: skip
         present = sum(file.exists() for file in files)
         if packed and present == len(files):

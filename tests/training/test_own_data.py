@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from training.card import main as write_cards
 from training.core.classifier_recipe import ClassifierRecipe
 from training.core.datasets import DATASETS, fit, is_dataset
 from training.core.distributed import ALONE
+from training.core.generator_recipe import GeneratorRecipe
 from training.core.recipe import FOLDER, RecipeError
 from training.core.run import RunError, RunFolder
 
@@ -113,6 +115,15 @@ def test_what_a_run_learns_must_not_change_and_the_rest_may(tmp_path):
     del recipe["data"]  # as an earlier version wrote it
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     RunFolder(tmp_path, same, data=DATA, init=None)._lock.close()
+
+
+def test_a_generators_run_may_be_made_longer_but_not_shorter(tmp_path):
+    recipe = GeneratorRecipe("sit_xs_4", 10, 8, 0.1)
+    RunFolder(tmp_path, recipe)._lock.close()
+    (tmp_path / "state-00000010.pt").touch()
+    RunFolder(tmp_path, replace(recipe, steps=20))._lock.close()
+    with pytest.raises(RunError, match=r"holds a run with steps = 20; .* more to train it longer"):
+        RunFolder(tmp_path, recipe)
 
 
 def test_a_start_that_failed_reserves_nothing(data, tmp_path):

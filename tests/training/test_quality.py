@@ -17,6 +17,7 @@ from training.quality import (
     main,
     nearest,
     nearest_pixels,
+    precision_recall,
     read_images,
     spread,
 )
@@ -83,6 +84,14 @@ def test_frechet_distance_of_normal_distributions_in_closed_form():
     assert frechet_distance(ours, theirs) == pytest.approx(4 + 1 + (1 - 2) ** 2 + (2 - 1) ** 2)
 
 
+def test_precision_and_recall_of_points_on_a_line():
+    ours, theirs = (torch.tensor([0, 1, 2, 3, outlier])[:, None].float() for outlier in (50, 120))
+    # a ball reaches the third neighbor: around 120 it holds 50, around 50 it ends at 99
+    assert precision_recall(ours, theirs) == pytest.approx((100, 80))
+    assert precision_recall(ours[:4], theirs[:4] + 9) == (0, 0)
+    assert precision_recall(ours, ours) == (100, 100)
+
+
 def test_known_images_get_known_numbers(judge, images):
     train, held_out, labels = images
     reference = QualityReference(judge, train, held_out, labels)
@@ -93,6 +102,7 @@ def test_known_images_get_known_numbers(judge, images):
     answers = judged(judge, train)[1].argmax(1)
     copied = reference.measure(train, labels)[0]
     assert copied["copies"] == 100 and copied["nearest_pixels"] < 0.1 and copied["frechet_distance"] < 1e-6
+    assert copied["precision"] == copied["recall"] == 100
     assert copied["recognised"] == pytest.approx(100 * (answers == labels).float().mean().item(), abs=0.01)
     shares = [100 * (answers[labels == k] == k).float().mean().item() for k in range(3)]
     assert copied["recognised_by_class"] == pytest.approx(shares, abs=0.06)
@@ -163,12 +173,32 @@ def test_the_command_measures_resumes_and_writes_the_card(folders, monkeypatch, 
     capsys.readouterr()
 
 
+def test_when_guidance_applies_and_where_the_steps_lie_is_on_the_card(folders, monkeypatch, capsys):
+    chosen = ["--guidance-interval", "0.2", "0.9", "--time-shift", "2", "--judge-size", "16"]
+    monkeypatch.setattr(sys, "argv", command(folders, "--guidance", "3", "--out", str(folders / "timed"), *chosen))
+    main()
+    quality = json.loads((folders / "generator" / "config.json").read_text())["training"][-1]["results"]["quality"]
+    assert (quality["guidance_interval"], quality["time_shift"], quality["judge_size"]) == ([0.2, 0.9], 2, 16)
+    for option in ("--judge-size 16", "--guidance-interval 0.2 0.9", "--time-shift 2.0"):
+        assert option in quality["options"]
+    card = (folders / "generator" / "README.md").read_text()
+    assert "shifted by 2, guidance on all channels from 0.2 to 0.9 of the way" in card and "`judge` at 16 px" in card
+    plain = vca.load(folders / "generator").sample(["bird"], steps=2, guidance_scale=3)
+    timed = vca.load(folders / "generator").sample(
+        ["bird"], steps=2, guidance_scale=3, guidance_interval=(0.2, 0.9), time_shift=2
+    )
+    assert not torch.equal(plain, timed)
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         (("--count", "5"), "--count 5 is too few"),
         (("--judge", "GENERATOR"), "a classifier is needed"),
         (("--sampler", "ddim"), "sit has euler, heun, sde"),
+        (("--time-shift", "0"), "time_shift = 0.0 must be a positive number"),
+        (("--guidance-interval", "0.5", "0.2"), "guidance_interval"),
         (("--data", "nowhere"), "nowhere has no folder 'train'"),
     ],
 )

@@ -97,19 +97,22 @@ def _quality(quality: dict, label_names: list[str], folder: Path) -> str:
         row["least"] = min(row["diversity_by_class"])
     lines = [
         f"| {row['images']} | {' | '.join(f'{row[name]:.1f} %' for name in names)} | {row['nearest_pixels']:.1f} "
-        f"| {row['nearest_features']:.2f} | {row['frechet_distance']:.2f} |"
+        f"| {row['nearest_features']:.2f} | {row['frechet_distance']:.2f} "
+        + (f"| {row['precision']:.1f} % | {row['recall']:.1f} % |" if "recall" in row else "| - | - |")
         for row in rows
     ]
+    side = f" at {quality['judge_size']} px" if "judge_size" in quality else ""
+    columns = ["images", *names, "nearest (pixels)", "nearest (features)", "Fréchet", "precision", "recall"]
     return f"""
 
 ![Samples](quality.png)
 
 One column for each of the first classes at guidance {quality["best_guidance"]:g}: its first images, none selected.
 
-{quality["count"]:,} images at each guidance scale, judged by the classifier `{quality["judge"]}`:
+{quality["count"]:,} images at each guidance scale, judged by the classifier `{quality["judge"]}`{side}:
 
-| images | recognised | diversity | least | copies | nearest (pixels) | nearest (features) | Fréchet |
-|---|---|---|---|---|---|---|---|
+| {" | ".join(columns)} |
+|{"---|" * len(columns)}
 {chr(10).join(lines)}
 
 - *recognised*: the classifier's first answer is the class that was asked for;
@@ -120,7 +123,9 @@ One column for each of the first classes at guidance {quality["best_guidance"]:g
   as root mean square in grey levels of 0 to 255 (blurred images lie nearer to all others), and on the features;
 - *copies*: the nearest training image is less than half as far, in pixels, as the 50 nearest are on average;
 - *Fréchet*: distance between normal distributions fitted to these and to the training images' features of this
-  classifier. It is not FID and compares with no other judge or number of images.
+  classifier. It is not FID and compares with no other judge or number of images;
+- *precision, recall*: share of these images among the training images, and the reverse, on these features with 3
+  neighbors and as many training images.
 
 Recognised (diversity) by class at guidance {best["guidance"]:g}: {by_class}.
 
@@ -128,9 +133,9 @@ The images most like a copy, and the nearest training image below each:
 
 ![Nearest training images](nearest.png)
 
-Protocol: {quality["sampler"]}, {quality["steps"]} steps, guidance on all channels, classes in turn, seed {
-        quality["seed"]
-    }, {quality["precision"]},
+Protocol: {quality["sampler"]}, {quality["steps"]} steps{_shifted(quality)}, guidance on all channels{
+        _interval(quality)
+    }, classes in turn, seed {quality["seed"]}, {quality["precision"]},
 8-bit images in the classifier's own preprocessing; {quality["device"]}, torch {quality["torch"]}:
 
     python -m training.quality {place(folder)} {quality["options"]}"""

@@ -1,6 +1,7 @@
 """The keys of a generation recipe."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from training.core import recipe as recipes
 from training.core.recipe import key
@@ -12,6 +13,8 @@ TIME_SAMPLING = ("uniform", "logit_normal")
 @dataclass(frozen=True)
 class GeneratorRecipe(recipes.BaseRecipe):
     """Every key that a generation recipe may set."""
+
+    may_grow: ClassVar[frozenset] = frozenset({"steps"})  # the learning rate is constant
 
     model: str
     steps: int

@@ -37,7 +37,13 @@ def key(default, text: str):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecipe:
-    """The keys that every recipe has: how a run computes, saves and logs."""
+    """The keys that every recipe has: how a run computes, saves and logs.
+
+    Attributes:
+        may_grow: keys of which a resumed run may have more, because no earlier step depends on them.
+    """
+
+    may_grow: ClassVar[frozenset] = frozenset()
 
     dataset: str = key("", "name of the data set, for the card")
     license: str = key("", "licence of the data set, for the card")

@@ -101,7 +101,7 @@ class RunFolder:
         resolved = asdict(recipe) | identity
         recipe_file = self.path / "recipe.json"
         if old := self._read_recipe(type(recipe), recipe_file):
-            self._check(resolved, data, old)
+            self._check(type(recipe), resolved, data, old)
         write_atomically(recipe_file, json.dumps(resolved | dict(data=data), indent=2).encode())
         write_atomically(self.path / "environment.json", json.dumps(_environment(world), indent=2).encode())
         if log_to:
@@ -125,7 +125,7 @@ class RunFolder:
             raise RunError(f"{file} is damaged, or no run's; choose another --out, or delete it.")
         return defaults(kind) | old
 
-    def _check(self, resolved: dict, data: dict | None, old: dict) -> None:
+    def _check(self, kind: type, resolved: dict, data: dict | None, old: dict) -> None:
         """Refuses to go on with a run that was started otherwise."""
         if not self.states() and not (self.path / "checkpoint" / "model.safetensors").exists():
             return
@@ -135,11 +135,16 @@ class RunFolder:
                 f"{self.path} holds a run on other data: {', '.join(changes)}; "
                 "give the same data to resume it, or another --out to start anew."
             )
-        keys = (resolved.keys() | old.keys()) - MAY_DIFFER
+        keys = (resolved.keys() | old.keys()) - MAY_DIFFER - kind.may_grow
         if changed := sorted(key for key in keys if resolved.get(key) != old.get(key)):
             raise RunError(
                 f"{self.path} holds a run with another {', '.join(changed)}; "
                 "give the same recipe to resume it, or another --out to start anew."
+            )
+        if shorter := sorted(key for key in kind.may_grow if resolved[key] < old[key]):
+            raise RunError(
+                f"{self.path} holds a run with {shorter[0]} = {old[shorter[0]]}; give that to resume it, more to train "
+                "it longer, or another --out to start anew."
             )
 
     def states(self) -> list[Path]:

@@ -1,5 +1,6 @@
 """Generating images into files, by one process or several."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -19,6 +20,20 @@ from vca.models.dit import DiffusionTransformer
 
 class SampleError(ValueError):
     """Images that cannot be generated as asked; the message says why."""
+
+
+def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say when guidance applies and where the steps lie."""
+    parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
+                        help="guide on this part of the way from noise (0) to data (1); default all")  # fmt: skip
+    parser.add_argument("--time-shift", type=float, default=1.0,
+                        help="of SiT: above 1 more of the steps are near the noise, below near the data")  # fmt: skip
+
+
+def schedule_of(args: argparse.Namespace) -> dict:
+    """Those of these options that are not at their defaults, as arguments of `DiffusionTransformer.sample`."""
+    chosen = dict(guidance_interval=list(args.guidance_interval), time_shift=args.time_shift)
+    return {name: value for name, value in chosen.items() if value not in ([0.0, 1.0], 1.0)}
 
 
 def label_of(index: int, num_classes: int, seed: int, balanced: bool) -> int:

@@ -44,6 +44,17 @@ def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(data, finished, 
     assert untimed_log(finished / "log.jsonl") == untimed_log(out / "log.jsonl")
 
 
+def test_a_finished_run_trained_longer_ends_with_the_bytes_of_a_long_one(data, finished, tmp_path):
+    out = tmp_path / "grown"
+    assert run(command(data, out, steps=3)).returncode == 0
+    assert vca.load(out / "checkpoint").training_history[-1]["steps"] == 3
+    result = run(command(data, out))
+    assert result.returncode == 0 and "resumed" in result.stderr, result.stderr
+    for name in ("model.safetensors", "samples.png"):
+        long, grown = (folder / "checkpoint" / name for folder in (finished, out))
+        assert long.read_bytes() == grown.read_bytes(), name
+
+
 def test_evaluation_prints_the_number_of_the_card(data, finished, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate", str(finished / "checkpoint"), "--data", str(data), "--device", "cpu"])
     evaluate.main()
