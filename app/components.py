@@ -149,12 +149,12 @@ class ModelChoice:
             files.upload(partial(by_files, tab), [files, others], [*joined, files], **shared)
 
 
-def sampling_settings() -> tuple[gr.Number, gr.Slider, gr.Slider]:
+def sampling_settings(steps: int, guidance: float) -> tuple[gr.Number, gr.Slider, gr.Slider]:
     """Inputs for the seed, the number of steps and the guidance of a generator."""
     with gr.Row(equal_height=True):
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=sampling.MAX_SEED, min_width=120)
         new_seed = gr.Button("New seed", size="sm", min_width=90, elem_classes="vca-new-seed")
-    steps = gr.Slider(1, sampling.MAX_STEPS, 50, step=1, label="Steps", buttons=[])
-    guidance = gr.Slider(1, sampling.MAX_GUIDANCE, 3, step=0.1, label="Guidance (1 is none)", buttons=[])
+    chosen_steps = gr.Slider(1, sampling.MAX_STEPS, steps, step=1, label="Steps", buttons=[])
+    scale = gr.Slider(1, sampling.MAX_GUIDANCE, guidance, step=0.1, label="Guidance (1 is none)", buttons=[])
     new_seed.click(None, outputs=seed, js=NEW_SEED, show_progress="hidden", api_visibility="private")
-    return seed, steps, guidance
+    return seed, chosen_steps, scale

@@ -11,6 +11,7 @@ its size and sends nothing.
 
 import argparse
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
@@ -19,7 +20,7 @@ import yaml
 
 import vca
 from training.core.cli import interruptible
-from vca.checkpoint import FILES
+from vca.checkpoint import AUTOENCODER_FILES, FILES
 from vca.hub import REPO_ID, published_files, upload
 
 ROOT = Path(__file__).parent.parent
@@ -28,11 +29,14 @@ SHORT = "Where every head of a vision transformer looks"  # at most 60 character
 TEMPLATES = ROOT / "training" / "space"
 
 
-def space_files(folders: list[Path], repositories: list[str]) -> dict[str, Path | bytes]:
+def space_files(
+    folders: list[Path], repositories: list[str], published: Iterable[str] = FILES
+) -> dict[str, Path | bytes]:
     """The files of a Space that serves checkpoint folders, which it carries, and repositories, which it preloads.
 
     Args:
         repositories: Hub ids, either with "@revision".
+        published: the files of the first of them.
 
     Raises:
         CheckpointError: a folder must not be published.
@@ -40,7 +44,7 @@ def space_files(folders: list[Path], repositories: list[str]) -> dict[str, Path 
     code = [file for name in ("app", "vca") for file in sorted((ROOT / name).rglob("*")) if _is_code(file)]
     own = [*code, ROOT / "LICENSE", ROOT / "requirements.txt"]
     files: dict[str, Path | bytes] = {file.relative_to(ROOT).as_posix(): file for file in own}
-    front = yaml.safe_dump(front_matter(repositories), sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(front_matter(repositories, published), sort_keys=False, allow_unicode=True)
     files["app.py"] = _filled("app.py", models=",".join(repositories))
     files["README.md"] = _filled("README.md", front_matter=front, title=TITLE)
     for folder in folders:
@@ -59,8 +63,12 @@ def _is_code(file: Path) -> bool:
     return file.is_file() and not hidden and "__pycache__" not in file.parts
 
 
-def front_matter(repositories: list[str]) -> dict:
-    """What a Space says about itself: how it is built, and which repositories it uses."""
+def front_matter(repositories: list[str], published: Iterable[str] = FILES) -> dict:
+    """What a Space says about itself: how it is built, and which repositories it uses.
+
+    It preloads what every checkpoint has, and the autoencoder of the first repository, if that has `published` one.
+    """
+    own = [*FILES, *(name for name in AUTOENCODER_FILES if name in published)]
     names = [REPO_ID.fullmatch(name) for name in repositories]
     built = dict(
         title=TITLE,
@@ -78,7 +86,10 @@ def front_matter(repositories: list[str]) -> dict:
     )
     used = dict(
         models=[name["repo"] for name in names],
-        preload_from_hub=[" ".join(filter(None, (n["repo"], ",".join(FILES), n["revision"]))) for n in names],
+        preload_from_hub=[
+            " ".join(filter(None, (name["repo"], ",".join(FILES if number else own), name["revision"])))
+            for number, name in enumerate(names)
+        ],
     )
     return built | used if names else built
 
@@ -113,12 +124,13 @@ def main() -> None:
         missing = f" There is no folder {repositories[0]}." if repositories else ""
         parser.error(f"--repo publishes exactly one folder.{missing}")
     try:
-        targets = []
+        targets, published = [], FILES
         if args.repo:
-            targets.append(("model", args.repo, published_files(folders.pop(), args.repo)))
+            published = published_files(folders.pop(), args.repo)
+            targets.append(("model", args.repo, published))
             repositories.insert(0, f"{args.repo}@{args.revision}" if args.revision else args.repo)
         if args.space:
-            targets.append(("space", args.space, space_files(folders, repositories)))
+            targets.append(("space", args.space, space_files(folders, repositories, published)))
         for kind, repo, files in targets:
             if args.dry_run:
                 report(f"{repo} ({kind})", files)

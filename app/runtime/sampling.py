@@ -7,8 +7,8 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from textwrap import shorten
 from threading import Event, Thread
-from time import sleep
 
+import gradio as gr
 import numpy as np
 import torch
 from PIL import Image
@@ -25,10 +25,22 @@ MAX_WORK = 1600  # pictures times steps; a step of Heun's method is two
 KEPT_STATES = 50
 EXPLORED_SIDE = 384
 TOO_LARGE = "These pictures are too large to be generated here."
-FRAMES_PER_SECOND = 12
+FRAMES_PER_SECOND, DECODED_PER_SECOND = 12, 2  # shown while they grow; of latents, which have to be decoded
 COLUMNS, TILE = 4, 128  # pictures in a row of a saved grid, and how high one is at least
 FILM_MS, LAST_MS = 80, 2000  # milliseconds of a frame of a film, and of the last
 QUEUE = dict(concurrency_limit=1, concurrency_id="generate")  # gradio's: one at a time, of all visitors together
+
+
+def defaults_of(config: dict) -> tuple[int, float]:
+    """Steps and guidance scale at which the pictures on the card of this `config.json` were made; else 50 and 3."""
+    try:
+        quality = config["training"][-1]["results"]["quality"]
+        return (
+            whole("steps", quality["steps"], 1, MAX_STEPS),
+            number("guidance", quality["best_guidance"], 1, MAX_GUIDANCE),
+        )
+    except (KeyError, IndexError, TypeError, gr.Error):  # not measured, or by whoever wrote the file
+        return 50, 3
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,7 @@ class Run:
             )
 
     def progress(self) -> Iterator[tuple[int, Tensor]]:
-        """Samples in a thread of its own; yields the newest step and state, at most `FRAMES_PER_SECOND` times a second.
+        """Samples in a thread of its own; yields the newest step and state, a few times a second.
 
         Closing the iterator stops the run. Raises what `sample` raises.
         """
@@ -150,12 +162,13 @@ class Run:
             ended.set()
             news.set()
 
+        rate = DECODED_PER_SECOND if self.model.latent_decoder else FRAMES_PER_SECOND
         Thread(target=copy_context().run, args=(work,), daemon=True).start()  # the visitor's share of a lent GPU
         try:
             while news.wait() and not ended.is_set():
                 news.clear()
                 yield newest
-                sleep(1 / FRAMES_PER_SECOND)
+                ended.wait(1 / rate)
         finally:
             self.stop.set()
         if faults:
@@ -214,7 +227,7 @@ class Run:
         return strip(preview(self.model, self.model.objective.predicted(network, x, self.time(step))))
 
     def grid(self) -> Image.Image:
-        """The newest pictures, `COLUMNS` in a row, each pixel a square."""
+        """The newest pictures, `COLUMNS` in a row, small ones enlarged."""
         step = max(self.states) if self.images is None else self.request.steps
         return tiled(self.frame(step), self.request.count)
 
@@ -248,8 +261,9 @@ def on_lent_gpu(model: DiffusionTransformer, request: Request) -> tuple[dict[int
 
 
 def preview(model: DiffusionTransformer, x: Tensor) -> Tensor:
-    """States (B, C, H, W) as pictures (B, 3, H, W) in [0, 1]. Of latents it shows three channels: decoding is slow."""
-    return (x[:, :3] / 4 + 0.5).clamp(0, 1) if model.latent_decoder else model.decode(x)
+    """States (B, C, H, W) as pictures (B, 3, H, W) in [0, 1]: three channels of latents that are slow to decode."""
+    slow = model.latent_decoder and not model.latent_decoder.is_small
+    return (x[:, :3] / 4 + 0.5).clamp(0, 1) if slow else model.decode(x)
 
 
 def strip(images: Tensor) -> Image.Image:
@@ -265,15 +279,15 @@ def tiled(frame: Image.Image, count: int) -> Image.Image:
     size = (scale * frame.width, scale * height)
     grid = Image.new("RGB", (columns * size[0], -(-count // columns) * size[1]), "white")
     for i in range(count):
-        one = frame.crop((0, i * height, frame.width, (i + 1) * height)).resize(size, Image.Resampling.NEAREST)
+        one = frame.crop((0, i * height, frame.width, (i + 1) * height)).resize(size, Image.Resampling.BICUBIC)
         grid.paste(one, (i % columns * size[0], i // columns * size[1]))
     return grid
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
-    """Enlarges a small picture to a height of `EXPLORED_SIDE` pixels; every pixel becomes a square."""
+    """Enlarges a small picture to a height of `EXPLORED_SIDE` pixels, smoothly."""
     size = (EXPLORED_SIDE * picture.width // picture.height, EXPLORED_SIDE)
-    return picture.resize(size, Image.Resampling.NEAREST)
+    return picture.resize(size, Image.Resampling.BICUBIC)
 
 
 def one_line(error: Exception, limit: int = 400) -> str:

@@ -110,6 +110,8 @@ class Pictures extends Panel {
 
   show(frame) {
     const height = frame.naturalHeight / this.run.count;
+    const isLarge = frame.naturalWidth >= this.find(".vg-grid button").clientWidth;
+    this.find(".vg-size").textContent = `${frame.naturalWidth} × ${height} pixels each${isLarge ? "" : ", smoothly enlarged here"}.`;
     [...this.root.querySelectorAll(".vg-grid canvas")].forEach((canvas, i) => {
       canvas.width = frame.naturalWidth;
       canvas.height = height;

@@ -57,7 +57,8 @@ class Generators:
         ]
         labels = shared_labels(self.checkpoints, *(model.value for model in self._models))
         self._label = gr.Dropdown(labels, label="Class", value=next(iter(labels), None))
-        self._settings = sampling_settings()
+        first = self.checkpoints.configs[names[0]] if names else {}
+        self._settings = sampling_settings(*sampling.defaults_of(first))
         self._button = gr.Button("Generate", variant="primary")
 
     def connect(self, view: gr.HTML) -> None:

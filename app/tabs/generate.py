@@ -8,6 +8,7 @@ import base64
 import json
 from collections.abc import Iterator
 from html import escape
+from pathlib import Path
 
 import gradio as gr
 from PIL import Image
@@ -23,7 +24,7 @@ from app.runtime.store import Store
 from app.runtime.validation import one_of, page_request, refused, whole
 from vca import drawing
 from vca.checkpoint import AUTOENCODER_FOLDER
-from vca.diffusion.vae import SD_VAE, DecoderError, described
+from vca.diffusion.vae import DecoderError, described
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
 
@@ -33,8 +34,7 @@ STORE_BYTES = 256 * 2**20
 NO_GENERATOR = """<p class="vca-empty">There is no generator yet. Train one with
 <code>python -m training.generate cifar10_sit_vca --data FOLDER</code>, copy
 <code>runs/cifar10_sit_vca/checkpoint</code> to <code>weights/NAME</code>, and start the app again.</p>"""
-LATENTS = """<p class="vca-hint">This model makes latents. {decoder} turns them into pictures. Before the last step you
-see three channels of the latents.</p>"""
+LATENTS = """<p class="vca-hint">This model makes latents. {decoder} turns them into pictures.</p>"""
 FORGOTTEN = "These pictures are no longer kept on the server. Please generate them again."
 FIT_STEPS = f"""(count, sampler, steps) => {{
     const work = {sampling.MAX_WORK} / (sampler === "heun" ? 2 : 1);
@@ -72,11 +72,15 @@ def build(context: Context) -> None:
 
     def choose_model(name: str):
         one_of("model", name, checkpoints.generators)
-        labels, samplers, note = _choices(checkpoints.configs[name])
+        config = checkpoints.configs[name]
+        labels, samplers, note = _choices(config)
+        steps, guidance = sampling.defaults_of(config)
         return (
             gr.Dropdown(labels, value=_first(labels)),
             gr.Dropdown(samplers, value=samplers[0]),
             gr.HTML(note, visible=bool(note)),
+            gr.Slider(value=steps),
+            gr.Slider(value=guidance),
         )
 
     @page_request
@@ -134,14 +138,15 @@ def build(context: Context) -> None:
     def classify_picture(event: gr.EventData):
         return png_file(chosen(event)[-1], "generated.png"), gr.Tabs(selected="classify")
 
-    labels, samplers, about_first = _choices(checkpoints.configs[checkpoints.generators[0]])
+    first = checkpoints.configs[checkpoints.generators[0]]
+    labels, samplers, about_first = _choices(first)
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             name = model_dropdown("Generator", checkpoints.choices(checkpoints.generators), checkpoints.generators[0])
             note = gr.HTML(about_first, visible=bool(about_first))
             label = gr.Dropdown(labels, label="Class", value=_first(labels))
             count = gr.Slider(1, sampling.MAX_COUNT, 8, step=1, label="Pictures", buttons=[])
-            seed, steps, guidance = sampling_settings()
+            seed, steps, guidance = sampling_settings(*sampling.defaults_of(first))
             sampler = gr.Dropdown(samplers, label="Sampler", value=samplers[0])
             button = gr.Button("Generate", variant="primary")
         with gr.Column(scale=7, min_width=320):
@@ -167,7 +172,7 @@ def build(context: Context) -> None:
     running.failure(None, outputs=viewer, js=FAILED, **quiet)
     viewer.stop(None, cancels=[running], **quiet)
     gr.on([count.release, sampler.input], None, [count, sampler, steps], steps, js=FIT_STEPS, **quiet)
-    name.change(choose_model, name, [label, sampler, note], **quiet)
+    name.change(choose_model, name, [label, sampler, note, steps, guidance], **quiet)
     viewer.select(explore_step, outputs=[context.explored, context.tabs], **quiet)
     viewer.submit(classify_picture, outputs=[context.image, context.tabs], **quiet)
 
@@ -183,7 +188,7 @@ def _choices(config: dict) -> tuple[list[str], list[str], str]:
 def _decoder(vae: str) -> str:
     if vae == AUTOENCODER_FOLDER:
         return "An autoencoder that comes with it"
-    fetched = ", fetched when it is first used," if vae == SD_VAE else ""
+    fetched = "" if Path(vae).is_dir() else ", fetched when it is first used,"
     return f"The autoencoder {escape(described(str(vae)))}{fetched}"
 
 

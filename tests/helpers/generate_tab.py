@@ -2,10 +2,12 @@
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
 import vca
 from app.runtime.sampling import Run, check_request
 from tests.helpers.app import LABELS
+from vca.checkpoint import AUTOENCODER_FOLDER
 from vca.diffusion.sampling import to_bytes
 
 SIT, DIT, LATENT = "vca_small_sit", "vca_small_dit", "a_latent_dit"
@@ -22,6 +24,15 @@ def save_generator(folder, architecture: str, labels=LABELS, **options) -> None:
             if name != "pos_embed":
                 parameter.add_(0.1 * torch.randn_like(parameter))
     vca.save(model, folder, label_names=labels)
+
+
+def save_latent_generator(folder, **autoencoder) -> None:
+    """Saves a small generator of 4x4x3 latents with an autoencoder of its own that makes 8 px images of them."""
+    save_generator(folder, "sit_xs_2", input_size=4, in_channels=3, vae=AUTOENCODER_FOLDER)
+    torch.manual_seed(0)
+    sizes = dict(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3, sample_size=8) | autoencoder
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    AutoencoderKL(**blocks, **sizes, scaling_factor=1.0).save_pretrained(folder / AUTOENCODER_FOLDER)
 
 
 class Calls(list):

@@ -33,9 +33,9 @@ from tests.helpers.runs import PATIENCE
 from training import evaluate
 from training.core import classifier_recipe
 from training.core.recipe import read as read_recipe
-from training.publish import ROOT
+from training.publish import ROOT, front_matter
 from vca import CheckpointError, PushError
-from vca.checkpoint import sha256, write_atomically
+from vca.checkpoint import AUTOENCODER_FILES, FILES, sha256, write_atomically
 
 CARDS = [("classifier", make_model), ("generator", tiny)]
 
@@ -321,6 +321,11 @@ def test_a_space_says_how_it_is_built(owner, checkpoints, monkeypatch):
     assert front["preload_from_hub"] == [
         "owner/repo config.json,model.safetensors,README.md",
         "user/other config.json,model.safetensors,README.md v1",
+    ]
+    brings = [*FILES, *AUTOENCODER_FILES, "quality.png"]
+    assert front_matter(["owner/repo@v2", "user/other"], brings)["preload_from_hub"] == [
+        "owner/repo config.json,model.safetensors,README.md,vae/config.json,vae/diffusion_pytorch_model.safetensors v2",
+        "user/other config.json,model.safetensors,README.md",
     ]
     required = {line.name: line for line in map(Requirement, lines_of(files["requirements.txt"]))}
     assert {"torch", "timm", "scikit-image", "cachetools"} <= required.keys()

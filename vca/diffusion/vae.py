@@ -11,6 +11,7 @@ SD_VAE = "stabilityai/sd-vae-ft-ema"
 SCALE = 0.18215
 STRIDE = 8  # pixels to a latent of Stable Diffusion's autoencoder, in each direction
 MEGABYTES = 335  # of Stable Diffusion's autoencoder
+SMALL = 10_000_000  # parameters; Stable Diffusion's has 84 million
 
 
 class DecoderError(RuntimeError):
@@ -99,8 +100,13 @@ class LatentDecoder:
         return self._autoencoder
 
     @property
+    def is_small(self) -> bool:
+        """Whether decoding takes no longer than a few steps of a small generator; loads the autoencoder, as all do."""
+        return sum(parameter.numel() for parameter in self._open().parameters()) < SMALL
+
+    @property
     def stride(self) -> int:
-        """Pixels to a latent, in each direction; loads the autoencoder, as the next two do."""
+        """Pixels to a latent, in each direction."""
         return stride_of(self._open().config)
 
     @property

@@ -10,9 +10,11 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 import vca
+from app.runtime import sampling
+from app.runtime.sampling import enlarged, tiled
 from app.ui import build
 from tests.helpers.app import LABELS, PLAIN
-from tests.helpers.generate_tab import DIT, LATENT, SETTINGS, SIT, make_run, sampled
+from tests.helpers.generate_tab import DIT, LATENT, SETTINGS, SIT, make_run, sampled, save_latent_generator
 from vca.diffusion.sampling import to_bytes
 
 # ---- The endpoint
@@ -103,6 +105,17 @@ def test_without_a_generator_the_tab_says_how_to_train_one(tmp_path):
     assert "python -m training.generate cifar10_sit_vca" in words
 
 
+def test_the_form_opens_at_the_settings_of_the_cards_pictures():
+    def config(**quality) -> dict:
+        return dict(training=[dict(results=dict(quality=quality))])
+
+    assert sampling.defaults_of(config(steps=20, best_guidance=2.5)) == (20, 2.5)
+    for strange in (dict(steps=10**9, best_guidance=2), dict(steps=20, best_guidance="<b>"), dict(steps=20), {}):
+        assert sampling.defaults_of(config(**strange)) == (50, 3)
+    for unknown in ({}, dict(training=[]), dict(training="none"), dict(training=[dict(results=None)])):
+        assert sampling.defaults_of(unknown) == (50, 3)
+
+
 # ---- A run
 
 
@@ -165,4 +178,21 @@ def test_the_maps_of_a_step_are_those_of_the_sampling(weights, forwards, name, s
     assert words.endswith("told no class" if without_class else "told the class")
 
 
-# ---- In the browser
+def test_latents_of_a_small_autoencoder_are_shown_decoded_at_every_step(tmp_path, monkeypatch):
+    save_latent_generator(tmp_path / "latents")
+    run = make_run(tmp_path, "latents")
+    seen = dict(run.progress())
+    decoded = to_bytes(run.model.decode(run.states[3])).permute(0, 2, 3, 1).flatten(0, 1)
+    np.testing.assert_array_equal(np.asarray(run.frame(3)), decoded)
+    assert seen and run.images.shape == (3, 3, 8, 8) and run.predicted(2).size == (8, 24)
+    monkeypatch.setattr("vca.diffusion.vae.SMALL", 100)
+    channels = to_bytes((run.states[3] / 4 + 0.5).clamp(0, 1)).permute(0, 2, 3, 1).flatten(0, 1)
+    np.testing.assert_array_equal(np.asarray(run.frame(3)), channels)
+
+
+def test_small_pictures_are_enlarged_smoothly():
+    edge = Image.fromarray(np.repeat([[0, 0, 255, 255]], 4, axis=0).astype(np.uint8)).convert("RGB")
+    for large in (enlarged(edge), tiled(edge, 1)):
+        row = np.asarray(large)[large.height // 2, :, 0].astype(int)
+        assert row[0] == 0 and row[-1] == 255 and len(set(row)) > 20
+        assert np.abs(np.diff(row)).max() < 64, "no step as of one pixel to the next"
