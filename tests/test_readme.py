@@ -131,6 +131,22 @@ def test_the_summary_of_the_fused_operators_is_that_measured():
         assert cells == [row[column].removesuffix("x") for row in found for column in (0, 1, 3)]
 
 
+def test_the_first_table_of_speeds_is_that_measured():
+    rows = rows_of(SPEED)
+    deit = {tuple(row[1:4]): row[5:9] for row in rows if len(row) == 10 and row[0] == "deit_tiny_patch16_224"}
+    photo = {row[0].split()[0]: row for row in rows if len(row) == 7 and row[0].endswith("px)")}
+    shown = [row for row in rows if len(row) == 7 and row[1].endswith(" px")]
+    assert [row[2] for row in shown] == ["196", "784"] * 2 + ["256", "576", "1369"]
+    for name, _, patches, *cells in shown:
+        if name.startswith("DeiT"):
+            step = "train" if "training" in name else "forward"
+            single, half = (deit[step, dtype, patches] for dtype in ("float32", "bfloat16"))
+            expected = [single[1], single[3], half[0], half[2]]  # vca_fused and that compiled; vca and that compiled
+        else:
+            expected = [photo[patches][3], "-", photo[patches][5], "-"]
+        assert cells == [cell.removesuffix("x") for cell in expected], (name, patches)
+
+
 def test_the_protocol_of_faithfulness_is_what_its_command_writes(monkeypatch):
     text = (ROOT / "docs" / "faithfulness.md").read_text(encoding="utf-8")
     measured = re.search(r"^\| attribution.*?\|\n(?=\n)", text, re.M | re.S)[0].rstrip("\n")
