@@ -252,8 +252,8 @@ def build(checkpoints: Checkpoints) -> None:
         label: str | None = None,
         model: str = first_generator,
         count: int = 4,
-        steps: int = 50,
-        guidance: float = 2.0,
+        steps: int | None = None,
+        guidance: float | None = None,
         seed: int = 0,
         sampler: str | None = None,
     ) -> list[gr.FileData]:
@@ -265,13 +265,16 @@ def build(checkpoints: Checkpoints) -> None:
             label: a class of the model; default its first one.
             model: a generator of /models; default the first one served.
             count: how many pictures.
-            steps: steps of the sampler.
-            guidance: guidance scale; 1 for none.
+            steps: steps of the sampler; default as many as suit the model best.
+            guidance: guidance scale, 1 for none; default the one that suits the model best.
             seed: a whole number from 0.
             sampler: one of those in /models; default the first.
         """
         network = checkpoints.load_generator(model)
         label = network.label_names[0] if label is None else label
+        best_steps, best_guidance = sampling.defaults_of(checkpoints.configs[model])
+        steps = best_steps if steps is None else steps
+        guidance = best_guidance if guidance is None else guidance
         run = Run(network, check_request(network, label, count, steps, guidance, seed, sampler))
         try:
             run.sample(silent)

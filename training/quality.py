@@ -294,6 +294,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     config = json.loads((args.checkpoint / "config.json").read_text())
     config["training"][-1]["results"]["quality"] = result
+    config["sampling"] = dict(steps=args.steps, guidance_scale=result["best_guidance"], **schedule_of(args))
     write_config(args.checkpoint, config)
     write_card(args.checkpoint)
 

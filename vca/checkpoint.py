@@ -107,7 +107,8 @@ def save(
 def _description(model: nn.Module, label_names: list[str], training: list[dict]) -> dict:
     shared = dict(label_names=label_names, model_args=model.model_args, training=training)
     if isinstance(model, DiffusionTransformer):
-        return dict(architecture=model.architecture, num_classes=model.num_classes, **shared)
+        sampling = dict(sampling=model.sampling) if model.sampling else {}
+        return dict(architecture=model.architecture, num_classes=model.num_classes, **shared, **sampling)
     follow_input_size(model)
     for layer in model.modules():
         if isinstance(layer, OnGrid):
@@ -177,6 +178,8 @@ def load_folder(
         )
     if getattr(model, "latent_decoder", None) and all((folder / name).is_file() for name in AUTOENCODER_FILES):
         model.latent_decoder.source = str((folder / AUTOENCODER_FILES[0]).parent)
+    if "sampling" in config:
+        model.sampling = config["sampling"]
     model.label_names = list(config["label_names"])
     model.training_history = config["training"]
     return model.eval()

@@ -77,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("labels", nargs="+", metavar="CLASS")
     one.add_argument("--count", type=int, default=8, help="pictures of each class; default %(default)s")
     one.add_argument("--out", type=Path, default=Path("generated.png"), help="one picture, or a folder for many")
-    one.add_argument("--steps", type=int, default=50, help="default %(default)s")
-    one.add_argument("--guidance", type=float, default=2.0, help="guidance scale, 1 for none; default %(default)s")
+    one.add_argument("--steps", type=int, help="default what suits the checkpoint best, else 50")
+    one.add_argument("--guidance", type=float, help="guidance scale, 1 for none; default the best, else 2")
     one.add_argument("--seed", type=int, default=0, help="default %(default)s")
     one.add_argument("--sampler", help="ddpm or ddim for DiT; euler, heun, sde or dopri5 for SiT; default the first")
     command("list", list_all, None, "lists the models that can be built, and the checkpoints in weights/")
@@ -122,10 +122,10 @@ def generate(given: argparse.Namespace) -> None:
         raise ValueError("--count must be at least 1, --seed at least 0.")
     labels = [int(label) if label.isdecimal() and label not in model.label_names else label for label in given.labels]
     asked = [label for label in labels for _ in range(given.count)]
-    images = model.sample(
-        asked, steps=given.steps, guidance_scale=given.guidance, seed=given.seed, sampler=given.sampler,
-        callback=progress(),
-    )  # fmt: skip
+    chosen = dict(steps=given.steps, guidance_scale=given.guidance)
+    settings = dict(steps=50, guidance_scale=2.0) | model.sampling
+    settings |= {name: value for name, value in chosen.items() if value is not None}
+    images = model.sample(asked, seed=given.seed, sampler=given.sampler, callback=progress(), **settings)
     if given.out.suffix:
         columns = min(given.count, COLUMNS) if len(labels) == 1 else given.count
         drawing.grid(images, columns).save(given.out)

@@ -21,9 +21,13 @@ FIELD_TYPES = {
     "architecture": str, "num_classes": int, "label_names": list, "pretrained_cfg": dict, "model_args": dict,
     "training": list,
 }  # fmt: skip
-OPTIONAL_TYPES = {"num_features": int, "global_pool": str, "weights_sha256": str, "config_sha256": str, "dtype": str}
+OPTIONAL_TYPES = {
+    "num_features": int, "global_pool": str, "weights_sha256": str, "config_sha256": str, "dtype": str,
+    "sampling": dict,
+}  # fmt: skip
 COMPUTED_IN = "float32"  # whatever the type of the stored weights
-GENERATOR_FIELDS = CONFIG_FIELDS - {"num_features", "global_pool", "pretrained_cfg"}
+GENERATOR_FIELDS = CONFIG_FIELDS - {"num_features", "global_pool", "pretrained_cfg"} | {"sampling"}
+SAMPLING_FIELDS = {"steps", "guidance_scale", "guidance_interval", "time_shift"}
 PREPROCESSING_FIELDS = {
     "input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes",
     "pool_size", "first_conv", "classifier", "custom_load",
@@ -42,6 +46,7 @@ MOST_CLASSES, LONGEST_LABEL = 100_000, 300
 LARGEST_SIDE = 4096  # of an input, and of what is resized before the crop
 SMALLEST_CROP, LARGEST_CROP = 0.1, 2
 LARGEST_MEAN, SMALLEST_STD, LARGEST_STD = 1000, 1e-4, 1000
+MOST_STEPS, LARGEST_GUIDANCE, LARGEST_SHIFT = 1000, 100, 100
 MOST_LEVELS = 20
 LARGEST_ARGUMENT, MOST_ARGUMENTS, MOST_BLOCKS = 4096, 256, 512
 DEPTHS = ("depth", "depths", "layers", "block_config")  # what timm's families call the number of blocks
@@ -120,6 +125,7 @@ def check_config(config: dict, file: Path) -> dict:
         raise CheckpointError(f"{file}: unknown architecture {architecture!r}; vca.list_models() names them.")
     if not 0 <= config["num_classes"] <= MOST_CLASSES:  # 0: features alone, without a head
         raise CheckpointError(f"{file}: num_classes must be from 0 to {MOST_CLASSES:,}.")
+    check_sampling(config.get("sampling", {}), file)
     check_labels(config["label_names"], file)
     if len(config["label_names"]) != config["num_classes"]:
         raise CheckpointError(f"{file}: {len(config['label_names'])} label_names for {config['num_classes']} classes.")
@@ -157,6 +163,27 @@ def check_labels(names: list, file: Path) -> None:
         raise CheckpointError(f"{file}: label_names must be texts.")
     if not all(name.strip() and len(name) <= LONGEST_LABEL for name in names):
         raise CheckpointError(f"{file}: label_names must have from 1 to {LONGEST_LABEL} characters each.")
+
+
+def check_sampling(fields: dict[str, Any], file: Path) -> None:
+    """Refuses settings of a generator's sampling that it does not have or that take for ever."""
+    interval: Any = fields.get("guidance_interval", [0, 1])
+    listed = isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))
+    steps, scale, shift = (fields.get(name, 1) for name in ("steps", "guidance_scale", "time_shift"))
+    for field, fits, wanted in (
+        ("steps", type(steps) is int and 1 <= steps <= MOST_STEPS, f"a whole number from 1 to {MOST_STEPS}"),
+        ("guidance_scale", _is_number(scale) and 0 <= scale <= LARGEST_GUIDANCE, f"from 0 to {LARGEST_GUIDANCE}"),
+        ("guidance_interval", listed and 0 <= interval[0] <= interval[1] <= 1, "two rising numbers from 0 to 1"),
+        (
+            "time_shift",
+            _is_number(shift) and 1 / LARGEST_SHIFT <= shift <= LARGEST_SHIFT,
+            f"near 1, to {LARGEST_SHIFT}",
+        ),
+    ):
+        if not fits:
+            raise CheckpointError(f"{file}: sampling.{field} = {repr(fields[field])[:100]} must be {wanted}.")
+    if unknown := sorted(set(fields) - SAMPLING_FIELDS):
+        raise CheckpointError(f"{file}: unknown field sampling.{unknown[0][:100]}.")
 
 
 def check_preprocessing(fields: dict[str, Any], file: Path) -> None:

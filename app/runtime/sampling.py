@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from textwrap import shorten
 from threading import Event, Thread
 
-import gradio as gr
 import numpy as np
 import torch
 from PIL import Image
@@ -32,15 +31,9 @@ QUEUE = dict(concurrency_limit=1, concurrency_id="generate")  # gradio's: one at
 
 
 def defaults_of(config: dict) -> tuple[int, float]:
-    """Steps and guidance scale at which the pictures on the card of this `config.json` were made; else 50 and 3."""
-    try:
-        quality = config["training"][-1]["results"]["quality"]
-        return (
-            whole("steps", quality["steps"], 1, MAX_STEPS),
-            number("guidance", quality["best_guidance"], 1, MAX_GUIDANCE),
-        )
-    except (KeyError, IndexError, TypeError, gr.Error):  # not measured, or by whoever wrote the file
-        return 50, 3
+    """Steps and guidance scale that suit the generator of a `config.json` best, as its quality was measured."""
+    best = config.get("sampling", {})
+    return min(best.get("steps", 50), MAX_STEPS), min(max(best.get("guidance_scale", 3), 1), MAX_GUIDANCE)
 
 
 @dataclass(frozen=True)
@@ -97,6 +90,12 @@ class Run:
     stop: Event = field(default_factory=Event)
 
     @property
+    def schedule(self) -> dict:
+        """When guidance applies and where the steps lie: what suits the model best, arguments of its `sample`."""
+        best = self.model.sampling
+        return {name: best[name] for name in ("guidance_interval", "time_shift") if name in best}
+
+    @property
     def size(self) -> int:
         """Bytes of the states that this run may come to hold."""
         kept = min(self.request.steps, KEPT_STATES + 1) + 1
@@ -139,6 +138,7 @@ class Run:
                 seed=request.seed,
                 sampler=request.sampler,
                 callback=keep,
+                **self.schedule,
             )
 
     def progress(self) -> Iterator[tuple[int, Tensor]]:
@@ -176,7 +176,8 @@ class Run:
 
     def time(self, step: int) -> float:
         """The time t at which the network saw the state after `step` steps."""
-        return self.model.times(self.request.steps, self.request.sampler)[step]
+        shift = self.schedule.get("time_shift", 1.0)
+        return self.model.times(self.request.steps, self.request.sampler, shift)[step]
 
     @torch.inference_mode()
     def record(self, step: int, picture: int, without_class: bool) -> list[vca.LayerMaps]:
@@ -198,6 +199,8 @@ class Run:
         request, t = self.request, self.time(step)
         branch = "told no class" if without_class else "told the class"
         guidance = f", guidance {request.guidance:g}" if request.guidance != 1 else ""
+        if guidance and (interval := self.schedule.get("guidance_interval")):
+            guidance += f" from {interval[0]:g} to {interval[1]:g} of the way"
         return (
             f"{self.model.architecture}: {request.label}, picture {picture + 1}, seed {request.seed}, "
             f"after {step} of {request.steps} steps of {request.sampler}{guidance}: what the network looked at next, "
@@ -223,7 +226,8 @@ class Run:
         """
         request, x = self.request, self.states[step]
         labels = torch.full((request.count,), self.model.label_names.index(request.label), device=x.device)
-        network = self.model.conditioned(labels, request.guidance)
+        interval = self.schedule.get("guidance_interval", (0.0, 1.0))
+        network = self.model.conditioned(labels, request.guidance, guidance_interval=interval)
         return strip(preview(self.model, self.model.objective.predicted(network, x, self.time(step))))
 
     def grid(self) -> Image.Image:

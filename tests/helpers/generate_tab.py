@@ -16,13 +16,14 @@ SIT, DIT, LATENT = "vca_small_sit", "vca_small_dit", "a_latent_dit"
 SETTINGS = dict(label="right", count=3, steps=6, guidance=2.0, seed=11, sampler="euler")
 
 
-def save_generator(folder, architecture: str, labels=LABELS, **options) -> None:
-    """Saves a small generator with random weights."""
+def save_generator(folder, architecture: str, labels=LABELS, sampling: dict | None = None, **options) -> None:
+    """Saves a small generator with random weights, and what suits it best."""
     model = vca.create_model(architecture, num_classes=len(labels), dim=24, depth=2, num_heads=3, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name != "pos_embed":
                 parameter.add_(0.1 * torch.randn_like(parameter))
+    model.sampling = sampling or {}
     vca.save(model, folder, label_names=labels)
 
 

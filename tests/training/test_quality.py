@@ -183,11 +183,10 @@ def test_when_guidance_applies_and_where_the_steps_lie_is_on_the_card(folders, m
         assert option in quality["options"]
     card = (folders / "generator" / "README.md").read_text()
     assert "shifted by 2, guidance on all channels from 0.2 to 0.9 of the way" in card and "`judge` at 16 px" in card
-    plain = vca.load(folders / "generator").sample(["bird"], steps=2, guidance_scale=3)
-    timed = vca.load(folders / "generator").sample(
-        ["bird"], steps=2, guidance_scale=3, guidance_interval=(0.2, 0.9), time_shift=2
-    )
-    assert not torch.equal(plain, timed)
+    best = dict(steps=2, guidance_scale=3, guidance_interval=[0.2, 0.9], time_shift=2)
+    assert vca.load(folders / "generator").sampling == best
+    assert 'model.sample(["bird", 1], **model.sampling, seed=0)' in card
+    assert "guidance_scale=3.0, guidance_interval=[0.2, 0.9], time_shift=2.0. " in card
     capsys.readouterr()
 
 

@@ -324,6 +324,32 @@ def test_checkpoints_come_back_and_damaged_ones_do_not(tmp_path):
         vca.save(model, tmp_path / "d", label_names=["a", "b"])
 
 
+def test_what_suits_a_checkpoint_best_comes_back_with_it_and_is_checked(tmp_path):
+    model = tiny("sit_xs_2")
+    model.sampling = dict(steps=2, guidance_scale=3, guidance_interval=[0.5, 1.0], time_shift=0.5)
+    vca.save(model, tmp_path, label_names=["a", "b", "c"])
+    loaded = vca.load(tmp_path)
+    assert loaded.sampling == model.sampling
+    expected = model.sample([0], steps=2, guidance_scale=3, guidance_interval=(0.5, 1), time_shift=0.5)
+    assert torch.equal(loaded.sample(["a"], **loaded.sampling), expected)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["config_sha256"]
+    for change, message in (
+        (dict(steps=0), "sampling.steps = 0 must be a whole number from 1 to 1000"),
+        (dict(steps=True), "sampling.steps"),
+        (dict(guidance_scale="3"), "sampling.guidance_scale = '3' must be from 0 to 100"),
+        (dict(guidance_scale=float("nan")), "sampling.guidance_scale"),
+        (dict(guidance_interval=[0.6, 0.5]), "sampling.guidance_interval = .* must be two rising numbers"),
+        (dict(guidance_interval=0.5), "sampling.guidance_interval"),
+        (dict(time_shift=0), "sampling.time_shift"),
+        (dict(sampler="x"), "unknown field sampling.sampler"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | dict(sampling=change)))
+        with pytest.raises(CheckpointError, match=message):
+            vca.load(tmp_path)
+    assert vca.create_model("sit_xs_2").sampling == {}
+
+
 def test_a_missing_autoencoder_is_named_before_sampling(monkeypatch, tmp_path):
     model = tiny("sit_xs_2", in_channels=4, vae=str(tmp_path / "nowhere"))
     model.forward = None

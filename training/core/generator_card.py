@@ -34,16 +34,20 @@ noise, float32, the weights of the last step{average(recipe)}. This command prin
 
 One column for each of the first classes, from the noise of seed 0, indices 0, 1, ...; nothing was selected. Protocol:
 {sampler}, {recipe["sample_steps"]} steps, guidance {recipe["sample_guidance"]:g} on all channels, float32."""
+    measured = dict(steps=recipe["sample_steps"], guidance_scale=recipe["sample_guidance"])
+    settings = "**model.sampling" if config.get("sampling") else ", ".join(f"{k}={v:g}" for k, v in measured.items())
+    best = ", ".join(f"{key}={value}" for key, value in config.get("sampling", {}).items())
+    said = f"`model.sampling` is what suits it best: {best}. " if best else ""
     use = f"""```python
 import vca
 
 model = vca.load("{place(folder)}")
-images = model.sample(["{config["label_names"][0]}", 1], steps={recipe["sample_steps"]}, guidance_scale={
-        recipe["sample_guidance"]:g}, seed=0)
+images = model.sample(["{config["label_names"][0]}", 1], {settings}, seed=0)
 vca.to_pil(images)[0].save("picture.png")
 ```
 
-`images` is (2, 3, height, width) in [0, 1]. `sampler=` takes a scheduler of diffusers, too. This writes many pictures:
+`images` is (2, 3, height, width) in [0, 1]. {said}`sampler=` takes a scheduler of diffusers, too.
+This writes many pictures:
 
     python -m training.sample {place(folder)} --count 1000 --out samples"""
     metrics = [dict(type="loss", name="validation loss", value=results["val_loss"])]

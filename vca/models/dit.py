@@ -72,6 +72,8 @@ class DiffusionTransformer(nn.Module):
         family: as given.
         sample_shape: channels, height and width of what is denoised.
         grid_size: rows and columns of patches.
+        sampling: arguments of `sample` that suit these weights best, as `training.quality` measured them, of a
+            checkpoint: `model.sample(labels, **model.sampling)`. {} where nothing was measured.
     """
 
     task = GENERATION
@@ -104,6 +106,7 @@ class DiffusionTransformer(nn.Module):
         if vae is None and in_channels != 3:
             raise ValueError(f"in_channels={in_channels} without a vae; a generator of pixels has 3 channels.")
         self.family = family
+        self.sampling: dict[str, Any] = {}
         self.num_classes = num_classes
         self.patch_size = patch_size
         self.sample_shape = (in_channels, *size)

@@ -11,10 +11,20 @@ from PIL import Image
 
 import vca
 from app.runtime import sampling
+from app.runtime.checkpoints import Checkpoints
 from app.runtime.sampling import enlarged, tiled
 from app.ui import build
 from tests.helpers.app import LABELS, PLAIN
-from tests.helpers.generate_tab import DIT, LATENT, SETTINGS, SIT, make_run, sampled, save_latent_generator
+from tests.helpers.generate_tab import (
+    DIT,
+    LATENT,
+    SETTINGS,
+    SIT,
+    make_run,
+    sampled,
+    save_generator,
+    save_latent_generator,
+)
 from vca.diffusion.sampling import to_bytes
 
 # ---- The endpoint
@@ -105,15 +115,23 @@ def test_without_a_generator_the_tab_says_how_to_train_one(tmp_path):
     assert "python -m training.generate cifar10_sit_vca" in words
 
 
-def test_the_form_opens_at_the_settings_of_the_cards_pictures():
-    def config(**quality) -> dict:
-        return dict(training=[dict(results=dict(quality=quality))])
-
-    assert sampling.defaults_of(config(steps=20, best_guidance=2.5)) == (20, 2.5)
-    for strange in (dict(steps=10**9, best_guidance=2), dict(steps=20, best_guidance="<b>"), dict(steps=20), {}):
-        assert sampling.defaults_of(config(**strange)) == (50, 3)
-    for unknown in ({}, dict(training=[]), dict(training="none"), dict(training=[dict(results=None)])):
-        assert sampling.defaults_of(unknown) == (50, 3)
+def test_what_suits_a_generator_best_is_what_the_app_does(tmp_path):
+    best = dict(steps=5, guidance_scale=2.5, guidance_interval=[0.3, 0.7], time_shift=2.0)
+    save_generator(tmp_path / SIT, "vca_sit_xs_4", input_size=(16, 24), sampling=best)
+    assert sampling.defaults_of(Checkpoints(tmp_path).configs[SIT]) == (5, 2.5)
+    assert sampling.defaults_of({}) == (50, 3)
+    run = make_run(tmp_path, steps=5, guidance=2.5)
+    run.sample(lambda *_: None)
+    model = vca.load(tmp_path / SIT)
+    assert model.sampling == best
+    expected = model.sample(["right"] * 3, seed=SETTINGS["seed"], **model.sampling)
+    assert torch.equal(run.images, expected)
+    assert run.time(2) == model.times(5, "euler", 2.0)[2] != 2 / 5
+    assert "guidance 2.5 from 0.3 to 0.7 of the way" in run.caption(2, 0, without_class=False)
+    t = run.time(1)  # before 0.3: not guided
+    velocity = model.conditioned(torch.tensor([LABELS.index("right")] * 3))(run.states[1], torch.full((3,), t))
+    alone = to_bytes(model.decode(run.states[1] + (1 - t) * velocity.detach())).permute(0, 2, 3, 1).flatten(0, 1)
+    assert t < 0.3 and np.abs(np.asarray(run.predicted(1)).astype(int) - alone.numpy()).max() <= 1
 
 
 # ---- A run
