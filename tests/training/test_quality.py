@@ -12,6 +12,7 @@ import vca
 from tests.helpers.generator_runs import CLASSES, write_images
 from training.quality import (
     QualityReference,
+    best_of,
     frechet_distance,
     judged,
     main,
@@ -110,6 +111,14 @@ def test_known_images_get_known_numbers(judge, images):
     collapsed = held_out.clone()
     collapsed[labels == 1] = held_out[1]
     assert reference.measure(collapsed, labels)[0]["diversity_by_class"] == pytest.approx([100, 0, 100], abs=0.1)
+
+
+def test_the_best_guidance_is_the_nearest_of_those_recognised_as_real_images_are():
+    rows = [
+        dict(guidance=guidance, recognised=recognised, frechet_distance=distance)
+        for guidance, recognised, distance in ((1, 60, 3), (2, 90, 2), (3, 95, 4), (4, 96, 5))
+    ]
+    assert best_of(rows, 95) == 3 and best_of(rows, 85) == 2 and best_of(rows, 99) == 4
 
 
 @pytest.fixture(scope="module")
