@@ -251,7 +251,9 @@ def _describe_run(run: dict, first: bool) -> str:
         start = f"attention transfer from `{teacher}`"
     elif not first:
         start = f"from the result of the run above (`--init {run['init']}`)"
-    if teacher and "error" not in run["results"]:
+    if teacher and recipe.get("align_weight"):
+        start += f", its block {recipe['align_block']} aligned with `{teacher}`"
+    elif teacher and "error" not in run["results"]:
         start += f", with the teacher `{teacher}`"
     values = ", ".join(f"{key} {recipe[key]}" for key in SHOWN_KEYS if key in recipe)
     return (
@@ -282,7 +284,7 @@ def _reached(results: dict) -> str:
         return "mean relative error " + ", ".join(f"{value:.3f} at {side} px" for side, value in sizes)
     reached = f"validation loss {results['val_loss']:.4f}"
     if quality := results.get("quality"):
-        best = max(quality["guidance"], key=lambda row: row["recognised"])
+        best = next(row for row in quality["guidance"] if row["guidance"] == quality["best_guidance"])
         reached += f", {best['recognised']:.1f} % of images recognised at guidance {best['guidance']:g}"
     return reached
 

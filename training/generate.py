@@ -27,6 +27,7 @@ from training.core import cli
 from training.core.align import Aligned
 from training.core.datasets import fit
 from training.core.distributed import ALONE, World, join
+from training.core.generator_card import AUTOENCODER_RESULTS
 from training.core.generator_recipe import GeneratorRecipe
 from training.core.init import build_model
 from training.core.metrics import draw_times, validation_data, validation_loss
@@ -36,7 +37,7 @@ from training.core.recipe import RecipeError
 from training.core.run import RunFolder, progress
 from training.core.trainer import Trainer
 from training.data.batches import MemoryBatches
-from training.data.features import Features, OnlineFeatures, open_features
+from training.data.features import Features, OnlineFeatures, open_features, seen_by
 from training.data.images import Images, decode, describe, generator_cfg, open_splits
 from training.data.latents import LatentBatches, Latents, open_latents
 from vca.checkpoint import AUTOENCODER_FILES, AUTOENCODER_FOLDER, write_atomically
@@ -83,11 +84,12 @@ def open_data(
 
 
 def bring_autoencoder(source: str, checkpoint: Path) -> None:
-    """Copies an autoencoder in a folder into a checkpoint, which `vca.load` then finds there."""
-    for name in AUTOENCODER_FILES:
-        target = checkpoint / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, (Path(source) / target.name).read_bytes())
+    """Copies an autoencoder in a folder into a checkpoint, where `vca.load` finds it, and what was measured of it."""
+    (checkpoint / AUTOENCODER_FOLDER).mkdir(parents=True, exist_ok=True)
+    for name in (*AUTOENCODER_FILES, AUTOENCODER_RESULTS):
+        file = Path(source) / Path(name).name
+        if name in AUTOENCODER_FILES or file.exists():
+            write_atomically(checkpoint / name, file.read_bytes())
 
 
 def sample_grid(model: DiffusionTransformer, recipe: GeneratorRecipe) -> bytes:
@@ -140,7 +142,7 @@ def train(
         train_split, val_split = open_latents(data, vae, recipe.sample_shape, recipe.workers, world, device)
     else:
         train_split, val_split = open_splits(data, world, device)
-    aligned_with = dict(teacher=teacher) if teacher else {}
+    aligned_with = dict(teacher=seen_by(teacher)) if teacher else {}
     run = RunFolder(out, recipe, world, log_to=log_to, data=describe(train_split, val_split), init=init, **aligned_with)
     recipe = fit(recipe, train_split.class_folders, len(train_split), world, fit_batch)
     set_tf32(recipe.tf32)

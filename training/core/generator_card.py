@@ -1,10 +1,13 @@
 """What the card of a generator says, from its config: its numbers, each with the whole protocol."""
 
+import json
 from pathlib import Path
 
-from vca.checkpoint import place
+from vca.checkpoint import AUTOENCODER_FOLDER, place
 from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
+
+AUTOENCODER_RESULTS = f"{AUTOENCODER_FOLDER}/results.json"  # of an autoencoder that was trained here
 
 
 def generator(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
@@ -13,7 +16,12 @@ def generator(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
     spec = GENERATORS[config["architecture"]]
     objective = "predicts the velocity of a flow (SiT)" if spec["family"] == "sit" else "predicts noise (DiT)"
     vae = config["model_args"].get("vae", spec["vae"])
-    of = f"latents of the autoencoder {vae}" if vae else "pixels in [-1, 1]"
+    own = vae == AUTOENCODER_FOLDER
+    of = (
+        f"latents of {f'its own autoencoder, in `{vae}/`' if own else f'the autoencoder {vae}'}"
+        if vae
+        else "pixels in [-1, 1]"
+    )
     side = recipe["input_size"]
     sampler = next(iter(OBJECTIVES[spec["family"]].SAMPLERS))
     about = f"""A class-conditional generator of {side}x{side} {of} that {objective}, with {
@@ -24,6 +32,7 @@ Validation loss {results["val_loss"]:.4f} on {results["images"]:,} images that w
 noise, float32, the weights of the last step{average(recipe)}. This command prints the number:
 
     python -m training.evaluate {place(folder)} --data DATA"""
+    about += _autoencoder(folder / AUTOENCODER_RESULTS) if own else ""
     about += _fid(results["fid"]) if "fid" in results else "\n\nNo FID is claimed here."
     if "quality" in results:
         about += _quality(results["quality"], config["label_names"], folder)
@@ -52,6 +61,21 @@ This writes many pictures:
     python -m training.sample {place(folder)} --count 1000 --out samples"""
     metrics = [dict(type="loss", name="validation loss", value=results["val_loss"])]
     return "unconditional-image-generation", metrics, about, use
+
+
+def _autoencoder(file: Path) -> str:
+    """What `training.autoencoder` measured of the autoencoder that a checkpoint brings, if it was trained here."""
+    if not file.exists():
+        return ""
+    made = json.loads(file.read_text(encoding="utf-8"))
+    found, recipe = made["results"], made["recipe"]
+    return f"""
+
+Its autoencoder gives images that were not trained on back with a PSNR of {found["psnr"]:.2f} dB. The cosine distance
+between the features that `{made["teacher"]}` has of both is {found["features"]:.3f} ({found["images"]:,} images). It
+was trained for {made["steps"]:,} steps of {recipe["batch_size"]} images:
+
+    {made["command"]}"""
 
 
 def _fid(measured: list[dict]) -> str:

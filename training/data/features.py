@@ -54,6 +54,20 @@ def last_features(teacher: FrozenFeatures, images: Tensor, context: torch.autoca
         return teacher(images)[0]
 
 
+def is_stored(teacher: str) -> bool:
+    """Whether this is a folder of features, and no model."""
+    return (Path(teacher) / "train" / FEATURES.file).exists()
+
+
+def seen_by(teacher: str) -> str:
+    """The pretrained model by its name: of a folder of features, the one that made them.
+
+    Raises:
+        DataError: as `Features`.
+    """
+    return Features(teacher, "train").index["teacher"] if is_stored(teacher) else teacher
+
+
 def open_features(
     teacher: str, images: Images | Latents, pixels: Tensor | None, grid_size: int, precision: str, device: torch.device
 ) -> Features | OnlineFeatures:
@@ -69,7 +83,7 @@ def open_features(
     Raises:
         DataError, RecipeError, vca.CheckpointError: the features are not to be had, or those of other images.
     """
-    if not (Path(teacher) / "train" / FEATURES.file).exists():
+    if not is_stored(teacher):
         if pixels is None:
             raise RecipeError(
                 "cached latents have no images for --teacher to see; give it the folder that "

@@ -1,7 +1,9 @@
 """Alignment with a pretrained model: its features, stored and online; what is learned; and that it leaves no trace."""
 
+import json
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,13 +101,15 @@ def aligned_run(data, stored, tmp_path_factory):
     return out
 
 
-def test_tokens_come_closer_and_the_checkpoint_knows_nothing_of_it(finished, aligned_run):
+def test_tokens_come_closer_and_the_checkpoint_knows_nothing_of_it(finished, aligned_run, stored):
     distances = [line["align"] for line in untimed_log(aligned_run / "log.jsonl") if "align" in line]
     assert len(distances) == 14 and distances[-1] < 0.9 * distances[0]
     plain, aligned = (vca.load(folder / "checkpoint") for folder in (finished, aligned_run))
     assert plain.state_dict().keys() == aligned.state_dict().keys()
     assert aligned.training_history[-1]["recipe"]["align_weight"] == 0.5
-    assert "teacher" in aligned.training_history[-1]
+    seen = json.loads((Path(stored) / "train" / "index.json").read_text())["teacher"]
+    assert aligned.training_history[-1]["teacher"] == seen and seen.endswith("/teacher"), "not the folder of features"
+    assert f"its block 3 aligned with `{seen}`" in (aligned_run / "checkpoint" / "README.md").read_text()
 
 
 def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(data, stored, aligned_run, tmp_path):

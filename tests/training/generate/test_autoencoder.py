@@ -151,6 +151,10 @@ def test_a_generator_trains_on_them_and_its_checkpoint_brings_the_autoencoder(pl
     images = model.sample([0, 1], steps=2)
     assert images.shape == (2, 3, 16, 16) and images.isfinite().all()
     assert Image.open(folder / "samples.png").size == (3 * 16, 8 * 16)
+    measured = json.loads((folder / "vae" / "results.json").read_text())["results"]
+    card = (folder / "README.md").read_text()
+    assert "8x8 latents of its own autoencoder, in `vae/`" in card and f"PSNR of {measured['psnr']:.2f} dB" in card
+    assert str(tmp_path) not in card and "training.autoencoder" in card
 
 
 def test_latents_of_another_autoencoder_or_shape_are_refused(place, undisturbed, cached, tmp_path):
