@@ -1,5 +1,6 @@
 """The page: a header, and the tabs."""
 
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -72,6 +73,9 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
                         tab.build(context)
                     if tab in (generate, about):  # the others write an address with what they show
                         shown.select(None, js=ADDRESS.format(name), show_progress="hidden", api_visibility="private")
+                    if tab is generate:
+                        prepare = partial(generate.prepare, checkpoints)
+                        shown.select(prepare, show_progress="hidden", api_visibility="private")
         choice.connect()
         links.connect(context)
     return demo.queue(max_size=settings.QUEUE if settings.is_public() else None)

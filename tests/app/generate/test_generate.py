@@ -13,6 +13,7 @@ import vca
 from app.runtime import sampling
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.sampling import enlarged, tiled
+from app.tabs import generate
 from app.ui import build
 from tests.helpers.app import LABELS, PLAIN
 from tests.helpers.generate_tab import (
@@ -132,6 +133,24 @@ def test_what_suits_a_generator_best_is_what_the_app_does(tmp_path):
     velocity = model.conditioned(torch.tensor([LABELS.index("right")] * 3))(run.states[1], torch.full((3,), t))
     alone = to_bytes(model.decode(run.states[1] + (1 - t) * velocity.detach())).permute(0, 2, 3, 1).flatten(0, 1)
     assert t < 0.3 and np.abs(np.asarray(run.predicted(1)).astype(int) - alone.numpy()).max() <= 1
+
+
+def test_opening_the_tab_loads_its_generator_but_fetches_nothing(tmp_path, weights, monkeypatch):
+    save_latent_generator(tmp_path / "latents")
+    checkpoints = Checkpoints(tmp_path)
+    generate.prepare(checkpoints)
+    decoder = checkpoints.load_generator("latents").latent_decoder
+    opened = []
+    monkeypatch.setattr("vca.diffusion.vae.LatentDecoder.load", lambda self, device: opened.append(self.source))
+    generate.prepare(checkpoints)
+    assert opened == [decoder.source]
+    monkeypatch.setattr(checkpoints, "generators", [])
+    generate.prepare(checkpoints)
+    for name in (LATENT, SIT):  # an autoencoder that is nowhere here, and none
+        others = Checkpoints(weights)
+        monkeypatch.setattr(others, "generators", [name])
+        generate.prepare(others)
+    assert len(opened) == 1
 
 
 # ---- A run
