@@ -164,6 +164,13 @@ class QualityReference:
         return {key: round(value, 2) if isinstance(value, float) else value for key, value in result.items()}, near
 
 
+def over_seeds(measured: list[dict]) -> dict:
+    """The mean of what `QualityReference.measure` says of images of several seeds, and its main numbers by seed."""
+    means = {key: np.round(np.mean([one[key] for one in measured], axis=0), 2).tolist() for key in measured[0]}
+    names = ("recognised", "frechet_distance", "precision", "recall")
+    return means | dict(by_seed={name: [one[name] for one in measured] for name in names})
+
+
 def best_of(rows: list[dict], real: float) -> float:
     """The guidance scale of smallest Fréchet distance of those at which images are recognised as often as real ones,
     in percent; if they never are, the one of the most recognised."""
@@ -222,16 +229,17 @@ def read_split(images: Images, side: int, count: int) -> tuple[Tensor, Tensor]:
 def measure_generator(generator: DiffusionTransformer, judge: nn.Module, args: argparse.Namespace) -> dict:
     """Runs the command: images, numbers and pictures; returns what the config and the card say."""
     schedule = schedule_of(args)
-    settings = dict(steps=args.steps, sampler=args.sampler, seed=args.seed, precision=args.precision) | schedule
+    settings = dict(steps=args.steps, sampler=args.sampler, precision=args.precision) | schedule
     train_images, held_out_images = (open_split(args.data, split, generator.label_names) for split in ("train", "val"))
     made = {
-        guidance: sample_files(
-            generator, args.out / f"guidance-{guidance:g}", args.count, args.batch_size, flat=True, balanced=True,
-            settings=settings | dict(guidance_scale=guidance, guided_channels=None),
+        (guidance, seed): sample_files(
+            generator, args.out / f"guidance-{guidance:g}" / f"seed-{seed}", args.count, args.batch_size, flat=True,
+            balanced=True, settings=settings | dict(seed=seed, guidance_scale=guidance, guided_channels=None),
         )
         for guidance in args.guidance
+        for seed in args.seeds
     }  # fmt: skip
-    side = Image.open(made[args.guidance[0]][0]).height
+    side = Image.open(made[args.guidance[0], args.seeds[0]][0]).height
     held_out, held_out_labels = read_split(held_out_images, side, args.count)
     if held_out_labels.bincount(minlength=generator.num_classes).min() < 2:
         raise DataError(f"{args.data}/val must hold at least two images of each class.")
@@ -240,11 +248,14 @@ def measure_generator(generator: DiffusionTransformer, judge: nn.Module, args: a
     reference = QualityReference(judge, train, held_out, held_out_labels)
     labels = torch.arange(args.count) % generator.num_classes
     rows, pictures = [], {}
-    for guidance, files in made.items():
-        pixels = read_images(files)
-        numbers, near = reference.measure(pixels, labels)
-        rows.append(dict(guidance=guidance, **numbers))
-        pictures[guidance] = class_grid(pixels, labels), nearest_grid(pixels, near, train)
+    for guidance in args.guidance:
+        by_seed = []
+        for seed in args.seeds:
+            pixels = read_images(made[guidance, seed])
+            numbers, near = reference.measure(pixels, labels)
+            by_seed.append(numbers)
+            pictures.setdefault(guidance, (class_grid(pixels, labels), nearest_grid(pixels, near, train)))
+        rows.append(dict(guidance=guidance, **over_seeds(by_seed)))
         print(json.dumps(rows[-1]))
     print(json.dumps(dict(held_out=reference.held_out)))
     best = best_of(rows, reference.held_out["recognised"])
@@ -253,7 +264,7 @@ def measure_generator(generator: DiffusionTransformer, judge: nn.Module, args: a
     return dict(
         judge=Path(args.judge).name, judge_size=judge.pretrained_cfg["input_size"][-1], count=args.count,
         sampler=args.sampler or next(iter(generator.objective.SAMPLERS)),
-        steps=args.steps, seed=args.seed, precision=args.precision, train_images=len(train), best_guidance=best,
+        steps=args.steps, seeds=args.seeds, precision=args.precision, train_images=len(train), best_guidance=best,
         guidance=rows, held_out=reference.held_out | dict(images=len(held_out)), features=reference.features.shape[1],
         torch=torch.__version__, device=args.device, options=options_of(args), **schedule,
     )  # fmt: skip
@@ -264,7 +275,7 @@ def options_of(args: argparse.Namespace) -> str:
     judge = place(Path(args.judge)) if Path(args.judge).is_dir() else args.judge
     words = ["--judge", judge, "--data", "DATA", "--count", args.count, "--guidance"]
     words += [*(f"{guidance:g}" for guidance in args.guidance), "--steps", args.steps, "--precision", args.precision]
-    words += ["--seed", args.seed] + (["--sampler", args.sampler] if args.sampler else [])
+    words += ["--seeds", *args.seeds] + (["--sampler", args.sampler] if args.sampler else [])
     words += ["--judge-size", args.judge_size] if args.judge_size else []
     for name, value in schedule_of(args).items():
         words += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
@@ -285,7 +296,7 @@ def main() -> None:
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), default="bf16", help="of the sampling; bf16 by autocast"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of --count images each")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--out", type=Path, help="folder of the images; default runs/quality/CHECKPOINT")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

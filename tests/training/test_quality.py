@@ -169,7 +169,7 @@ def test_the_command_measures_resumes_and_writes_the_card(folders, monkeypatch, 
         assert f"({picture})" in card and Image.open(folders / "generator" / picture).size == size
     assert vca.load(folders / "generator").training_history == config["training"]
 
-    files = sorted(folders.glob("out/guidance-3/*.png"))
+    files = sorted(folders.glob("out/guidance-3/seed-0/*.png"))
     before = {file: file.stat().st_mtime_ns for file in files}
     files[4].unlink()
     main()
@@ -183,7 +183,7 @@ def test_the_command_measures_resumes_and_writes_the_card(folders, monkeypatch, 
 
 
 def test_when_guidance_applies_and_where_the_steps_lie_is_on_the_card(folders, monkeypatch, capsys):
-    chosen = ["--guidance-interval", "0.2", "0.9", "--time-shift", "2", "--judge-size", "16"]
+    chosen = ["--seeds", "4", "5", "--guidance-interval", "0.2", "0.9", "--time-shift", "2", "--judge-size", "16"]
     monkeypatch.setattr(sys, "argv", command(folders, "--guidance", "3", "--out", str(folders / "timed"), *chosen))
     main()
     quality = json.loads((folders / "generator" / "config.json").read_text())["training"][-1]["results"]["quality"]
@@ -191,6 +191,12 @@ def test_when_guidance_applies_and_where_the_steps_lie_is_on_the_card(folders, m
     for option in ("--judge-size 16", "--guidance-interval 0.2 0.9", "--time-shift 2.0"):
         assert option in quality["options"]
     card = (folders / "generator" / "README.md").read_text()
+    (row,) = quality["guidance"]
+    by_seed = row["by_seed"]["frechet_distance"]
+    assert len(set(by_seed)) == 2 and row["frechet_distance"] == pytest.approx(sum(by_seed) / 2, abs=0.01)
+    assert (
+        f"{row['frechet_distance']:.2f} ± {abs(by_seed[0] - by_seed[1]) / 2**0.5:.1f} |" in card and "seed 4, 5" in card
+    )
     assert "shifted by 2, guidance on all channels from 0.2 to 0.9 of the way" in card and "`judge` at 16 px" in card
     best = dict(steps=2, guidance_scale=3, guidance_interval=[0.2, 0.9], time_shift=2)
     assert vca.load(folders / "generator").sampling == best

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import stdev
 
 from vca.checkpoint import AUTOENCODER_FOLDER, place
 from vca.models import GENERATORS
@@ -124,12 +125,15 @@ def _quality(quality: dict, label_names: list[str], folder: Path) -> str:
     for row in rows:
         row["least"] = min(row["diversity_by_class"])
     lines = [
-        f"| {row['images']} | {' | '.join(f'{row[name]:.1f} %' for name in names)} | {row['nearest_pixels']:.1f} "
-        f"| {row['nearest_features']:.2f} | {row['frechet_distance']:.2f} "
+        f"| {row['images']} | {' | '.join(f'{row[name]:.1f}{_spread(row, name)} %' for name in names)} "
+        f"| {row['nearest_pixels']:.1f} | {row['nearest_features']:.2f} "
+        f"| {row['frechet_distance']:.2f}{_spread(row, 'frechet_distance')} "
         + (f"| {row['precision']:.1f} % | {row['recall']:.1f} % |" if "recall" in row else "| - | - |")
         for row in rows
     ]
     side = f" at {quality['judge_size']} px" if "judge_size" in quality else ""
+    seeds = quality.get("seeds") or [quality["seed"]]
+    of_seeds = " and seed; mean ± standard deviation over the seeds" if len(seeds) > 1 else ""
     columns = ["images", *names, "nearest (pixels)", "nearest (features)", "Fréchet", "precision", "recall"]
     return f"""
 
@@ -137,7 +141,7 @@ def _quality(quality: dict, label_names: list[str], folder: Path) -> str:
 
 One column for each of the first classes at guidance {quality["best_guidance"]:g}: its first images, none selected.
 
-{quality["count"]:,} images at each guidance scale, judged by the classifier `{quality["judge"]}`{side}:
+{quality["count"]:,} images at each guidance scale{of_seeds}, judged by the classifier `{quality["judge"]}`{side}:
 
 | {" | ".join(columns)} |
 |{"---|" * len(columns)}
@@ -163,10 +167,16 @@ The images most like a copy, and the nearest training image below each:
 
 Protocol: {quality["sampler"]}, {quality["steps"]} steps{_shifted(quality)}, guidance on all channels{
         _interval(quality)
-    }, classes in turn, seed {quality["seed"]}, {quality["precision"]},
+    }, classes in turn, seed {", ".join(map(str, seeds))}, {quality["precision"]},
 8-bit images in the classifier's own preprocessing; {quality["device"]}, torch {quality["torch"]}:
 
     python -m training.quality {place(folder)} {quality["options"]}"""
+
+
+def _spread(row: dict, name: str) -> str:
+    """The standard deviation of a number over the seeds, if there are several."""
+    values = row.get("by_seed", {}).get(name, [])
+    return f" ± {stdev(values):.1f}" if len(values) > 1 else ""
 
 
 def average(recipe: dict) -> str:
