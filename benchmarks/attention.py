@@ -5,6 +5,7 @@
     python -m benchmarks.attention --device cuda --dtypes bfloat16 --out runs/benchmark
     python -m benchmarks.attention --variants mhsa vca vca_fused  # the C++ kernels; needs a C++ compiler
     python -m benchmarks.attention --device cuda --dtypes bfloat16 --variants mhsa vca vca_fused  # the Triton kernels
+    python -m benchmarks.attention --scopes layer --variants mhsa vca vca_fused agent diff xca lite_mla  # other kinds
     python -m benchmarks.attention --models deit_small_patch16_224 sit_b_2 --scopes model --batch 8
     python -m benchmarks.attention --variants mhsa vca vca_compiled --scopes core  # needs a C++ compiler on a CPU
 
@@ -19,6 +20,7 @@ import argparse
 import copy
 import functools
 import json
+import math
 import os
 import re
 import statistics
@@ -31,17 +33,20 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; 
 
 import torch
 from timm.layers import Attention
+from timm.models.efficientvit_mit import LiteMLA
+from timm.models.xcit import XCA
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vca
-from benchmarks.report import REFERENCE, Row, floors, plot, table
+from benchmarks.report import REFERENCE, Row, floors, growth, plot, table
 from training.core.cli import interruptible
 from training.core.cost import example
 from training.core.precision import prepare_compiler
 from vca.kernels import cpu, ops
 from vca.models import GENERATORS
 
+PEERS = ("xca", "lite_mla")  # timm's: cross-covariance attention of XCiT, ReLU attention of EfficientViT
 VARIANTS = ("mhsa", "vca", "mhsa_eager", "diff", "agent", "mhsa_dwc", "vca_maps")
 COMPILED = ("vca_compiled", "vca_fused_compiled", "mhsa_compiled")
 FUSED = ("vca_fused", "vca_fused_compiled")
@@ -66,6 +71,18 @@ class Given(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.qkv
+
+
+class OnTokens(nn.Module):
+    """A layer of images (B, C, H, W) as one of patches (B, N, C) on a square grid."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = math.isqrt(x.shape[1])
+        return self.layer(x.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
 
 
 class WithMaps(nn.Module):
@@ -95,7 +112,16 @@ def kind_of(variant: str) -> str:
     return re.sub("_(eager|maps|fused|compiled|cudnn)", "", variant)
 
 
+def tokens_of(args, side: int) -> int:
+    """The side of the grid of contrast tokens for a patch grid of that side."""
+    return min(args.token_side, side) if args.token_side else max(1, side // 2)
+
+
 def make_layer(variant: str, dim: int, side: int, token_side: int, dwc: bool = True) -> nn.Module:
+    if variant == "xca":
+        return XCA(dim, dim // HEAD_DIM, qkv_bias=True)
+    if variant == "lite_mla":
+        return OnTokens(LiteMLA(dim, dim))
     place = dict(grid_size=(side, side), token_grid=(token_side, token_side))
     return vca.create_attention(kind_of(variant), dim, dim // HEAD_DIM, dwc=dwc, **place)
 
@@ -141,7 +167,7 @@ def make_run(args, scope: str, step: str, dtype: torch.dtype, side: int, variant
     """A function that runs the variant once."""
     torch.manual_seed(0)
     place = dict(device=args.device, dtype=dtype)
-    token_side = min(args.token_side, side)
+    token_side = tokens_of(args, side)
     if scope in MODELS:
         module = make_model(scope, variant, side, token_side, args.dwc)
         inputs = make_inputs(module, args.batch, **place)
@@ -233,7 +259,7 @@ def floor(args, step: str, dtype: torch.dtype, side: int, variant: str) -> float
     kind = kind_of(variant)
     if kind not in MOVED:
         return None
-    length, tokens = side * side, min(args.token_side, side) ** 2
+    length, tokens = side * side, tokens_of(args, side) ** 2
     sequence = args.batch * length * args.dim
     flops = sequence * (12 * tokens if kind == "vca" else 4 * length) * (3 if step == "train" else 1)
     bandwidth, throughput = rates(args.device, dtype)
@@ -270,13 +296,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=MODELS[:1], choices=MODELS, help="the whole models")
     parser.add_argument("--dim", type=int, default=192, help="channels of core and layer, 64 a head")
     parser.add_argument("--no-dwc", dest="dwc", action="store_false", help="without the depthwise convolution")
-    parser.add_argument("--token-side", type=int, default=7, help="side of the grid of contrast tokens")
+    parser.add_argument(
+        "--token-side", type=int, default=7,
+        help="side of the grid of contrast tokens; 0: half that of the patches, one token for four patches",
+    )  # fmt: skip
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
     )
     parser.add_argument("--scopes", nargs="+", default=SCOPES, choices=SCOPES)
     parser.add_argument("--steps", nargs="+", default=["forward", "train"], choices=["forward", "train"])
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=(*VARIANTS, "vca_fused", CUDNN, *COMPILED))
+    parser.add_argument(
+        "--variants", nargs="+", default=VARIANTS, choices=(*VARIANTS, *PEERS, "vca_fused", CUDNN, *COMPILED)
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15, help="measurements of which the median is taken")
     parser.add_argument("--slice", type=float, default=0.05, help="seconds that one measurement of the reference takes")
@@ -299,9 +330,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"vca_fused takes at most {ops.MAX_TOKENS} contrast tokens on a GPU; lower --token-side")
     if CUDNN in args.variants and (args.device == "cpu" or "float32" in args.dtypes):
         parser.error(f"{CUDNN} needs --device cuda, and --dtypes bfloat16 or float16")
+    if set(PEERS) & set(args.variants) and set(args.scopes) != {"layer"}:
+        parser.error(f"{' and '.join(PEERS)} are measured as layers alone: --scopes layer")
     if args.dim < HEAD_DIM or args.dim % HEAD_DIM:
         parser.error(f"--dim must be a multiple of {HEAD_DIM}, the channels of a head")
-    if min(*args.sides, *args.model_sides, args.token_side, args.batch, args.rounds) < 1:
+    if min(*args.sides, *args.model_sides, args.batch, args.rounds) < 1 or args.token_side < 0:
         parser.error("sides, batch and rounds must be positive")
     return args
 
@@ -322,9 +355,13 @@ def main(argv: list[str] | None = None) -> None:
                     print(table(newest, args.variants).splitlines()[-1], flush=True)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU thread(s)"
     title = f"torch {torch.__version__}, {machine}, batch {args.batch}, C = {args.dim}, {args.dim // HEAD_DIM} heads, "
-    title += f"{args.token_side}x{args.token_side} contrast tokens{'' if args.dwc else ', no depthwise convolution'}"
+    tokens = (
+        f"{args.token_side}x{args.token_side} contrast tokens" if args.token_side else "a contrast token for 4 patches"
+    )
+    title += f"{tokens}{'' if args.dwc else ', no depthwise convolution'}"
     title += f"; above 1 is faster than {REFERENCE} (SDPA)"
     text = f"{title}\n\n{table(rows, args.variants)}\n"
+    text += f"\n{growth(rows, args.variants)}\n" if max(len(args.sides), len(args.model_sides)) > 1 else ""
     if any(r.floor_ms for r in rows):
         text += f"\n{floors(rows)}\n"
     (args.out / "attention.md").write_text(text, encoding="utf-8")

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
+from statistics import linear_regression
 
 REFERENCE = "mhsa"
 
@@ -52,6 +54,24 @@ def floors(rows: list[Row]) -> str:
             cells = r.scope, r.step, r.dtype, r.patches, r.variant, f"{r.ms:.3g}", f"{r.floor_ms:.3g}"
             lines.append(line([*cells, f"{r.ms / r.floor_ms:.2f}"]))
     return "\n".join(lines)
+
+
+def growth(rows: list[Row], variants: list[str]) -> str:
+    """Markdown: the exponent p by which time grows with the number of patches N, as N^p, fitted by least squares."""
+    head = ["scope", "step", "type", "patches", *variants]
+    lines = [line(head), "|---" * len(head) + "|"]
+    for key in dict.fromkeys((r.scope, r.step, r.dtype) for r in rows):
+        found = [r for r in rows if (r.scope, r.step, r.dtype) == key]
+        patches = sorted({r.patches for r in found})
+        if len(patches) > 1:
+            cells = [f"{exponent([r for r in found if r.variant == variant]):.2f}" for variant in variants]
+            lines.append(line([*key, f"{patches[0]} to {patches[-1]}", *cells]))
+    return "Time grows as patches to the power of\n\n" + "\n".join(lines)
+
+
+def exponent(rows: list[Row]) -> float:
+    """The slope of the line through log time over log patches."""
+    return linear_regression([log(r.patches) for r in rows], [log(r.ms) for r in rows]).slope
 
 
 def plot(rows: list[Row], variants: list[str], file: Path) -> None:

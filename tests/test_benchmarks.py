@@ -54,6 +54,33 @@ def test_the_variants_of_a_layer_agree_where_they_must():
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(different) for b in different[:i])
 
 
+def test_the_exponent_of_growth_is_that_of_the_times():
+    def row(patches: int, ms: float, variant: str) -> report.Row:
+        return report.Row("layer", "forward", "float32", patches, variant, ms, 1.0)
+
+    rows = [row(n, 3 * n**power, name) for n in (64, 196, 784) for name, power in (("mhsa", 2), ("vca", 1.25))]
+    assert "| layer | forward | float32 | 64 to 784 | 2.00 | 1.25 |" in report.growth(rows, ["mhsa", "vca"])
+
+
+@pytest.mark.parametrize("name", attention.PEERS)
+def test_other_linear_kinds_are_layers_of_the_same_width(name, capsys):
+    layer, x = attention.make_layer(name, 192, 4, 2).eval(), torch.randn(2, 16, 192)
+    with torch.no_grad():
+        out = layer(x)
+        mixed = layer(torch.cat([x[:, :1] + 1, x[:, 1:]], dim=1))
+    assert out.shape == x.shape and (out[:, 5:] - mixed[:, 5:]).abs().max() > 1e-6, "patches see one another"
+    with pytest.raises(SystemExit):
+        attention.parse(["--variants", "mhsa", name])
+    assert "--scopes layer" in capsys.readouterr().err
+    assert attention.parse(["--variants", "mhsa", name, "--scopes", "layer"]).variants == ["mhsa", name]
+
+
+def test_a_token_for_four_patches():
+    args = attention.parse(["--token-side", "0"])
+    assert [attention.tokens_of(args, side) for side in (1, 8, 14)] == [1, 4, 7]
+    assert attention.tokens_of(attention.parse([]), 5) == 5
+
+
 def test_the_reference_is_fused_attention():
     layer = attention.finish(attention.make_layer(report.REFERENCE, 192, 4, 2), report.REFERENCE)
     assert type(layer) is attention.Attention and layer.fused_attn
