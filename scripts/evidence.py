@@ -3,7 +3,8 @@
     python -m scripts.evidence
 
 `docs/evidence/NAME.json` is the `log.json` of a `training.compare`. The page holds its table and its curves,
-`docs/evidence/NAME.png`, between the lines `<!-- NAME -->` and `<!-- end -->`; without such a log it says so there.
+`docs/evidence/NAME.png`, between the lines `<!-- NAME -->` and `<!-- end -->`; without such a log it says so there. The
+table of the generators that ship is that of their checkpoints, as `training.quality` measured them.
 """
 
 import json
@@ -11,10 +12,12 @@ import re
 from pathlib import Path
 
 from training.core.comparison_report import draw_curves, table
+from training.core.generator_card import deviation
 from vca.checkpoint import write_atomically
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
+GENERATORS = ("vca_sit_xs_2_scenes", "sit_xs_2_scenes")
 NOT_RUN = "*This has not been run to its end yet.*"
 
 
@@ -27,8 +30,33 @@ def section(name: str, log: dict) -> str:
     return f"{table(log)}\n\n![The curves of every run](evidence/{name}.png)"
 
 
-def fill(page: str, logs: dict[str, dict]) -> str:
-    """The text of a page with the sections of the logs between their marks, and `NOT_RUN` between those of no log.
+def generators() -> str:
+    """A table of the generators of `GENERATORS`, at every guidance scale."""
+    files = {name: ROOT / "weights" / name / "config.json" for name in GENERATORS}
+    if not all(file.exists() for file in files.values()):
+        return NOT_RUN
+    runs = {name: json.loads(file.read_text())["training"][-1] for name, file in files.items()}
+    if not all("quality" in run["results"] for run in runs.values()):
+        return NOT_RUN
+    numbers = dict(recognised="recognised", frechet_distance="Fréchet distance", precision="precision", recall="recall")
+    lines = [f"| generator | steps | validation loss | guidance | {' | '.join(numbers.values())} |", "|---" * 8 + "|"]
+    for name, run in runs.items():
+        for row in run["results"]["quality"]["guidance"]:
+            cells = [f"{row[key]:.1f}{deviation(row, key)}" for key in numbers]
+            loss = f"{run['results']['val_loss']:.4f}"
+            lines.append(f"| `{name}` | {run['steps']:,} | {loss} | {row['guidance']:g} | {' | '.join(cells)} |")
+    real = runs[GENERATORS[0]]["results"]["quality"]["held_out"]
+    lines.append(f"| {real['images']:,} real images | | | | {' | '.join(f'{real[key]:.1f}' for key in numbers)} |")
+    return "\n".join(lines)
+
+
+def sections(logs: dict[str, dict]) -> dict[str, str]:
+    """What stands between the marks of the page."""
+    return {name: section(name, log) for name, log in logs.items()} | dict(generators=generators())
+
+
+def fill(page: str, sections: dict[str, str]) -> str:
+    """The text of a page with sections between their marks, and `NOT_RUN` where there is none.
 
     Raises:
         ValueError: a mark has no end.
@@ -36,7 +64,7 @@ def fill(page: str, logs: dict[str, dict]) -> str:
 
     def replaced(match: re.Match) -> str:
         name = match[1]
-        return f"<!-- {name} -->\n{section(name, logs[name]) if name in logs else NOT_RUN}\n<!-- end -->"
+        return f"<!-- {name} -->\n{sections.get(name, NOT_RUN)}\n<!-- end -->"
 
     begun = len(re.findall(r"^<!-- (?!end -->)[\w-]+ -->$", page, re.M))
     filled, count = re.subn(r"^<!-- (?!end -->)([\w-]+) -->\n.*?^<!-- end -->$", replaced, page, flags=re.M | re.S)
@@ -47,7 +75,7 @@ def fill(page: str, logs: dict[str, dict]) -> str:
 
 def main() -> None:
     logs = read_logs()
-    write_atomically(PAGE, fill(PAGE.read_text(encoding="utf-8"), logs).encode())
+    write_atomically(PAGE, fill(PAGE.read_text(encoding="utf-8"), sections(logs)).encode())
     for name, log in logs.items():
         draw_curves(log, ROOT / "docs" / "evidence" / f"{name}.png")
 

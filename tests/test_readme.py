@@ -11,7 +11,7 @@ from PIL import Image
 
 import vca
 from benchmarks import faithfulness
-from scripts import evidence
+from scripts import evidence, speed
 from tests.helpers.classifiers import PAPER
 from training import compare
 from training.evaluate import table
@@ -81,7 +81,7 @@ def test_the_tables_of_evidence_are_those_of_the_published_logs():
     logs = evidence.read_logs()
     assert logs
     text = evidence.PAGE.read_text(encoding="utf-8")
-    assert evidence.fill(text, logs) == text
+    assert evidence.fill(text, evidence.sections(logs)) == text
     for name, log in logs.items():
         assert f"<!-- {name} -->\n{compare.table(log)}\n\n![" in text
         with Image.open(ROOT / "docs" / "evidence" / f"{name}.png") as curves:
@@ -147,6 +147,16 @@ def test_the_first_table_of_speeds_is_that_measured():
         assert cells == [cell.removesuffix("x") for cell in expected], (name, patches)
 
 
+def test_the_plot_of_speeds_shows_what_the_tables_say(tmp_path):
+    shown = speed.curves(SPEED, "layer")
+    for name, column, width in (("vca", 5, 12), ("agent", 8, 12), ("vca_fused", 6, 10)):
+        rows = (row for row in rows_of(SPEED) if len(row) == width and row[:3] == ["layer", "forward", "float32"])
+        assert shown[name] == {int(row[3]): float(row[column].removesuffix("x")) for row in rows}, name
+    speed.draw(SPEED, tmp_path / "speed.png")
+    with Image.open(tmp_path / "speed.png") as drawn, Image.open(ROOT / "docs" / "speed.png") as published:
+        assert drawn.size == published.size
+
+
 def test_the_protocol_of_faithfulness_is_what_its_command_writes(monkeypatch):
     text = (ROOT / "docs" / "faithfulness.md").read_text(encoding="utf-8")
     measured = re.search(r"^\| attribution.*?\|\n(?=\n)", text, re.M | re.S)[0].rstrip("\n")
@@ -161,19 +171,6 @@ def test_the_sizes_of_models_are_those_tested():
     assert shown.keys() == PAPER.keys()
     for name, (parameters, gmacs) in PAPER.items():
         assert shown[name][0] == f"{parameters:,}" and float(shown[name][1]) == pytest.approx(gmacs, abs=1.5e-4)
-
-
-def test_the_numbers_of_the_two_generators_are_those_of_their_checkpoints():
-    rows = [row for row in rows_of(evidence.PAGE.read_text(encoding="utf-8")) if "sit_xs_4" in row[0]]
-    assert len(rows) == 2
-    for name, loss, *cells in rows:
-        config = vca.checkpoint.read_config(ROOT / "weights" / f"{name.strip('`')}_cifar10")
-        results = config["training"][-1]["results"]
-        by_scale = {row["guidance"]: row for row in results["quality"]["guidance"]}
-        assert loss == f"{results['val_loss']:.4f}"
-        assert cells[:3] == [f"{by_scale[scale]['recognised']:.1f} %" for scale in (1, 2, 4)]
-        for cell, scale in zip(cells[3:], (1, 2, 4), strict=True):
-            assert float(cell) == pytest.approx(by_scale[scale]["frechet_distance"], abs=0.051)
 
 
 def test_the_citation_is_the_same_everywhere():
@@ -196,5 +193,6 @@ def test_a_table_takes_the_place_of_the_old_one_and_without_a_log_the_page_says_
     page = "words\n<!-- a -->\nold\n\nold\n<!-- end -->\nmore\n<!-- b -->\n<!-- end -->\n"
     curves = "![The curves of every run](evidence/a.png)"
     filled = f"words\n<!-- a -->\nLOG\n\n{curves}\n<!-- end -->\nmore\n<!-- b -->\n{evidence.NOT_RUN}\n<!-- end -->\n"
-    assert evidence.fill(page, {"a": "log"}) == filled
-    assert evidence.fill(filled, {"a": "log"}) == filled
+    sections = {"a": evidence.section("a", "log")}
+    assert evidence.fill(page, sections) == filled
+    assert evidence.fill(filled, sections) == filled

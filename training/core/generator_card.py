@@ -125,9 +125,9 @@ def _quality(quality: dict, label_names: list[str], folder: Path) -> str:
     for row in rows:
         row["least"] = min(row["diversity_by_class"])
     lines = [
-        f"| {row['images']} | {' | '.join(f'{row[name]:.1f}{_spread(row, name)} %' for name in names)} "
+        f"| {row['images']} | {' | '.join(f'{row[name]:.1f}{deviation(row, name)} %' for name in names)} "
         f"| {row['nearest_pixels']:.1f} | {row['nearest_features']:.2f} "
-        f"| {row['frechet_distance']:.2f}{_spread(row, 'frechet_distance')} "
+        f"| {row['frechet_distance']:.2f}{deviation(row, 'frechet_distance')} "
         + (f"| {row['precision']:.1f} % | {row['recall']:.1f} % |" if "recall" in row else "| - | - |")
         for row in rows
     ]
@@ -173,12 +173,12 @@ Protocol: {quality["sampler"]}, {quality["steps"]} steps{_shifted(quality)}, gui
     python -m training.quality {place(folder)} {quality["options"]}"""
 
 
-def _spread(row: dict, name: str) -> str:
-    """The standard deviation of a number over the seeds, if there are several."""
-    values = row.get("by_seed", {}).get(name, [])
-    return f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-
-
 def average(recipe: dict) -> str:
     """Which weights were measured, if not the last ones."""
     return " (exponential moving average)" if recipe["ema_decay"] else ""
+
+
+def deviation(row: dict, name: str) -> str:
+    """The standard deviation of a number over the seeds, if there are several."""
+    values = row.get("by_seed", {}).get(name, [])
+    return f" ± {stdev(values):.1f}" if len(values) > 1 else ""
