@@ -1,12 +1,14 @@
 """Writes the tables and their curves into docs/evidence.md from the published logs.
 
     python -m scripts.evidence
+    python -m scripts.evidence --publish scenes-generators weights/NAME weights/TWIN  # what was measured of generators
 
-`docs/evidence/NAME.json` is the `log.json` of a `training.compare`. The page holds its table and its curves,
-`docs/evidence/NAME.png`, between the lines `<!-- NAME -->` and `<!-- end -->`; without such a log it says so there. The
-table of the generators that ship is that of their checkpoints, as `training.quality` measured them.
+`docs/evidence/NAME.json` is the `log.json` of a `training.compare`, or what `training.quality` measured of generators.
+The page holds its table, and the curves of a comparison, `docs/evidence/NAME.png`, between the lines `<!-- NAME -->`
+and `<!-- end -->`; without such a log it says so there.
 """
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -14,15 +16,15 @@ from pathlib import Path
 from training.core.comparison_report import draw_curves, table
 from training.core.generator_card import deviation
 from vca.checkpoint import write_atomically
+from vca.config import read_config
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "evidence.md"
-GENERATORS = ("vca_sit_xs_2_scenes", "sit_xs_2_scenes")
+PAGE, FOLDER = ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence"
 NOT_RUN = "*This has not been run to its end yet.*"
 
 
 def read_logs() -> dict[str, dict]:
-    return {file.stem: json.loads(file.read_text()) for file in sorted((ROOT / "docs" / "evidence").glob("*.json"))}
+    return {file.stem: json.loads(file.read_text()) for file in sorted(FOLDER.glob("*.json"))}
 
 
 def section(name: str, log: dict) -> str:
@@ -30,29 +32,36 @@ def section(name: str, log: dict) -> str:
     return f"{table(log)}\n\n![The curves of every run](evidence/{name}.png)"
 
 
-def generators() -> str:
-    """A table of the generators of `GENERATORS`, at every guidance scale."""
-    files = {name: ROOT / "weights" / name / "config.json" for name in GENERATORS}
-    if not all(file.exists() for file in files.values()):
-        return NOT_RUN
-    runs = {name: json.loads(file.read_text())["training"][-1] for name, file in files.items()}
-    if not all("quality" in run["results"] for run in runs.values()):
-        return NOT_RUN
-    numbers = dict(recognised="recognised", frechet_distance="Fréchet distance", precision="precision", recall="recall")
-    lines = [f"| generator | steps | validation loss | guidance | {' | '.join(numbers.values())} |", "|---" * 8 + "|"]
+def publish(name: str, checkpoints: list[Path]) -> None:
+    """Writes what was measured of generators into `docs/evidence/NAME.json`."""
+    runs = {folder.name: read_config(folder)["training"][-1] for folder in checkpoints}
+    kept = {generator: {key: run[key] for key in ("command", "steps", "results")} for generator, run in runs.items()}
+    write_atomically(FOLDER / f"{name}.json", json.dumps(dict(generators=kept), indent=1).encode())
+
+
+def generators(log: dict) -> str:
+    """A table of generators at every guidance scale."""
+    runs = log["generators"]
+    numbers = dict(
+        recognised="recognized (%)", frechet_distance="Fréchet distance", precision="precision (%)", recall="recall (%)"
+    )
+    measured = [row for run in runs.values() for row in run["results"]["quality"]["guidance"]]
+    numbers = {key: title for key, title in numbers.items() if all(key in row for row in measured)}
+    lines = [f"| generator | steps | validation loss | guidance | {' | '.join(numbers.values())} |"]
+    lines.append("|---" * (4 + len(numbers)) + "|")
     for name, run in runs.items():
         for row in run["results"]["quality"]["guidance"]:
             cells = [f"{row[key]:.1f}{deviation(row, key)}" for key in numbers]
             loss = f"{run['results']['val_loss']:.4f}"
             lines.append(f"| `{name}` | {run['steps']:,} | {loss} | {row['guidance']:g} | {' | '.join(cells)} |")
-    real = runs[GENERATORS[0]]["results"]["quality"]["held_out"]
+    real = next(iter(runs.values()))["results"]["quality"]["held_out"]
     lines.append(f"| {real['images']:,} real images | | | | {' | '.join(f'{real[key]:.1f}' for key in numbers)} |")
     return "\n".join(lines)
 
 
 def sections(logs: dict[str, dict]) -> dict[str, str]:
     """What stands between the marks of the page."""
-    return {name: section(name, log) for name, log in logs.items()} | dict(generators=generators())
+    return {name: generators(log) if "generators" in log else section(name, log) for name, log in logs.items()}
 
 
 def fill(page: str, sections: dict[str, str]) -> str:
@@ -74,10 +83,17 @@ def fill(page: str, sections: dict[str, str]) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--publish", metavar="NAME", help="of the log that the checkpoints make")
+    parser.add_argument("checkpoints", nargs="*", type=Path, help="folders of generators")
+    args = parser.parse_args()
+    if args.publish:
+        publish(args.publish, args.checkpoints)
     logs = read_logs()
     write_atomically(PAGE, fill(PAGE.read_text(encoding="utf-8"), sections(logs)).encode())
     for name, log in logs.items():
-        draw_curves(log, ROOT / "docs" / "evidence" / f"{name}.png")
+        if "runs" in log:
+            draw_curves(log, FOLDER / f"{name}.png")
 
 
 if __name__ == "__main__":

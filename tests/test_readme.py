@@ -83,6 +83,8 @@ def test_the_tables_of_evidence_are_those_of_the_published_logs():
     text = evidence.PAGE.read_text(encoding="utf-8")
     assert evidence.fill(text, evidence.sections(logs)) == text
     for name, log in logs.items():
+        if "generators" in log:
+            continue
         assert f"<!-- {name} -->\n{compare.table(log)}\n\n![" in text
         with Image.open(ROOT / "docs" / "evidence" / f"{name}.png") as curves:
             assert curves.width > 1000
