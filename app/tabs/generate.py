@@ -32,7 +32,6 @@ from vca.models import GENERATORS
 from vca.models.dit import OBJECTIVES
 
 TITLE = "Generate"
-RECOGNIZED = "automobile"  # of CIFAR-10's classes, one that small generators draw well
 STORE_BYTES = 256 * 2**20
 NO_GENERATOR = """<p class="vca-empty">There is no generator yet. Train one with
 <code>python -m training.generate cifar10_sit_vca --data FOLDER</code>, copy
@@ -79,7 +78,7 @@ def build(context: Context) -> None:
         labels, samplers, note = _choices(config)
         steps, guidance = sampling.defaults_of(config)
         return (
-            gr.Dropdown(labels, value=_first(labels)),
+            gr.Dropdown(labels, value=_first(config)),
             gr.Dropdown(samplers, value=samplers[0]),
             gr.HTML(note, visible=bool(note)),
             gr.Slider(value=steps),
@@ -147,7 +146,7 @@ def build(context: Context) -> None:
         with gr.Column(scale=2, min_width=280):
             name = model_dropdown("Generator", checkpoints.choices(checkpoints.generators), checkpoints.generators[0])
             note = gr.HTML(about_first, visible=bool(about_first))
-            label = gr.Dropdown(labels, label="Class", value=_first(labels))
+            label = gr.Dropdown(labels, label="Class", value=_first(first))
             count = gr.Slider(1, sampling.MAX_COUNT, 8, step=1, label="Pictures", buttons=[])
             seed, steps, guidance = sampling_settings(*sampling.defaults_of(first))
             sampler = gr.Dropdown(samplers, label="Sampler", value=samplers[0])
@@ -204,9 +203,16 @@ def _decoder(vae: str) -> str:
     return f"The autoencoder {escape(described(str(vae)))}{fetched}"
 
 
-def _first(labels: list[str]) -> str:
-    """The class that is chosen at first."""
-    return RECOGNIZED if RECOGNIZED in labels else labels[0]
+def _first(config: dict) -> str:
+    """The class that is chosen at first: the one that was recognized most often, where that was measured."""
+    labels = config["label_names"]
+    try:
+        quality = config["training"][-1]["results"]["quality"]
+        best = next(row for row in quality["guidance"] if row["guidance"] == quality["best_guidance"])
+        shares = [float(share) for share in best["recognised_by_class"]]
+        return labels[shares.index(max(shares))]
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
+        return labels[0]
 
 
 def _ended(run: Run) -> dict:

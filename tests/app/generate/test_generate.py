@@ -135,6 +135,18 @@ def test_what_suits_a_generator_best_is_what_the_app_does(tmp_path):
     assert t < 0.3 and np.abs(np.asarray(run.predicted(1)).astype(int) - alone.numpy()).max() <= 1
 
 
+def test_the_class_chosen_at_first_is_the_one_recognized_most():
+    def config(*shares, **quality) -> dict:
+        rows = [dict(guidance=1, recognised_by_class=[9] * 4), dict(guidance=3, recognised_by_class=list(shares))]
+        results = dict(quality=dict(guidance=rows, best_guidance=3) | quality)
+        return dict(label_names=LABELS, training=[dict(results=results)])
+
+    assert generate._first(config(40, 90.5, 12, 90.5)) == LABELS[1]
+    strange = [config("x", 1, 2, 3), config(None), config(), config(1, 2, best_guidance=7), config(guidance=5)]
+    unknown = [dict(label_names=LABELS, training=training) for training in ([], ["none"], [dict(results=None)])]
+    assert {generate._first(one) for one in (*strange, *unknown)} == {LABELS[0]}
+
+
 def test_opening_the_tab_loads_its_generator_but_fetches_nothing(tmp_path, weights, monkeypatch):
     save_latent_generator(tmp_path / "latents")
     checkpoints = Checkpoints(tmp_path)
