@@ -46,7 +46,7 @@ def take(url: str, folder: Path) -> None:
                 if tab == "Compare":
                     page.wait_for_selector(".vc-facts tr:last-child td:has-text(' ms')")
                 elif tab == "Generate":
-                    choose(page, "Class", "ship")
+                    choose(page, "Class", "mountain")
                     page.get_by_role("button", name="Generate", exact=True).locator("visible=true").click()
                     page.wait_for_selector(".vg[data-film=complete]", timeout=300_000)
                 page.wait_for_timeout(1000)

@@ -32,7 +32,7 @@ from vca.maps import record
 from vca.models import list_models, task_of
 from vca.models.common import CLASSIFICATION, GENERATION
 
-CLASSIFIER, GENERATOR = Path("weights/vca_vit_small_patch14_everyday"), Path("weights/vca_sit_xs_4_cifar10")
+CLASSIFIER, GENERATOR = Path("weights/vca_vit_small_patch14_everyday"), Path("weights/vca_sit_xs_2_scenes")
 COLUMNS = 8
 ERRORS = (CheckpointError, DecoderError, ImportError, ValueError)
 

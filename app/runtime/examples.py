@@ -93,7 +93,7 @@ def _photos() -> dict[str, tuple[str, Image.Image, set[str]]]:
 
 MISTAKES = ("galaxies", "rocket")  # those that may be shown as one, in this order
 GENERATED = sorted((STATIC / "examples").glob("*.png"))
-# The first picture of each class by `python -m training.sample weights/vca_sit_xs_4_cifar10 --count 10 --guidance 3`.
+# The first picture of each class of `training.sample CHECKPOINT --count 10 --guidance 3`, by a cifar10_sit_vca.
 
 
 @cache

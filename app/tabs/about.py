@@ -50,18 +50,18 @@ TIMESTEPS = """
 ## On the way from noise to picture
 
 The same layers look differently at noise and at a picture. Below are the effective maps of
-`vca_sit_xs_4_cifar10` while it generates, for the patch under the cross, mean of the heads; to the right two numbers of
+`vca_sit_xs_2_scenes` while it generates, for the patch under the cross, mean of the heads; to the right two numbers of
 every block, over all heads, patches and three pictures of each class.
 
-- **Attention narrows while the picture forms.** Block 2 spans 3.7 patches on average at the start, near the 4.1 of a
-  map that is the same everywhere, and 3.1 at t = 0.8, when the outlines stand. Most blocks widen a little at the end.
-- **Contrast comes with content.** At noise at most 8 % of what a block attends by is pushed away; by t = 0.8 it is 22 %
-  in block 7 and 11 to 17 % in blocks 4 to 6. The first block only draws in.
-- **What to look at is settled early.** In this picture block 2 looks along the query's row from t = 0.4 on.
+- **Attention narrows a little while the picture forms.** Block 2 spans 3.7 patches on average at the start and 3.4 at
+  t = 0.6; a map that is the same everywhere spans 4.1. Most blocks widen again towards the end.
+- **Contrast comes with content.** Block 5 pushes away 16 % of what it attends by at noise, and 24 % at the picture;
+  block 3 rises from 6 to 11 %. The first two blocks and the last one hardly push anything away.
+- **What to look at is settled early.** In this picture block 2 looks along the query's row from t = 0.2 on.
 """
 TIMESTEPS_PICTURE = (
     STATIC / "timesteps.png",
-    "States of a picture of an automobile at six times from noise to picture, the effective maps of blocks 2, 5 and 7 "
+    "States of a picture of a forest at six times from noise to picture, the effective maps of blocks 2, 5 and 7 "
     "then, and two curves of every block over time: how far its attention reaches, and how much it pushes away.",
 )
 PAPER = """

@@ -18,14 +18,13 @@ def generator(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
     objective = "predicts the velocity of a flow (SiT)" if spec["family"] == "sit" else "predicts noise (DiT)"
     vae = config["model_args"].get("vae", spec["vae"])
     own = vae == AUTOENCODER_FOLDER
-    of = (
-        f"latents of {f'its own autoencoder, in `{vae}/`' if own else f'the autoencoder {vae}'}"
-        if vae
-        else "pixels in [-1, 1]"
-    )
+    if own:
+        of = f"latents of its own autoencoder, which is in `{vae}/`"
+    else:
+        of = f"latents of the autoencoder {vae}" if vae else "pixels in [-1, 1]"
     side = recipe["input_size"]
     sampler = next(iter(OBJECTIVES[spec["family"]].SAMPLERS))
-    about = f"""A class-conditional generator of {side}x{side} {of} that {objective}, with {
+    about = f"""A class-conditional generator of {side}x{side} {of}. It {objective} and has {
         config["num_classes"]
     } classes: {", ".join(config["label_names"])}.
 

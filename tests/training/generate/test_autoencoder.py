@@ -153,7 +153,11 @@ def test_a_generator_trains_on_them_and_its_checkpoint_brings_the_autoencoder(pl
     assert Image.open(folder / "samples.png").size == (3 * 16, 8 * 16)
     measured = json.loads((folder / "vae" / "results.json").read_text())["results"]
     card = (folder / "README.md").read_text()
-    assert "8x8 latents of its own autoencoder, in `vae/`" in card and f"PSNR of {measured['psnr']:.2f} dB" in card
+    assert (
+        "8x8 latents of its own autoencoder, which is in `vae/`. It predicts" in card
+        and '".[latents]"' in card
+        and f"PSNR of {measured['psnr']:.2f} dB" in card
+    )
     assert str(tmp_path) not in card and "training.autoencoder" in card
 
 
