@@ -1,6 +1,8 @@
-"""Draws `docs/speed.png`, the plot of docs/speed.md, from the tables of that page.
+"""Draws `docs/speed.png`, the plot of docs/speed.md.
 
-python -m scripts.speed
+    python -m scripts.speed
+
+The numbers are those of the tables of that page, which `benchmarks.attention` wrote.
 """
 
 from pathlib import Path
