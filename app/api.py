@@ -265,8 +265,8 @@ def build(checkpoints: Checkpoints) -> None:
             label: a class of the model; default its first one.
             model: a generator of /models; default the first one served.
             count: how many pictures.
-            steps: steps of the sampler; default as many as suit the model best.
-            guidance: guidance scale, 1 for none; default the one that suits the model best.
+            steps: steps of the sampler; default as many as suit the model best, or 50 where that was not measured.
+            guidance: guidance scale, 1 for none; default the one that suits the model best, or 3.
             seed: a whole number from 0.
             sampler: one of those in /models; default the first.
         """

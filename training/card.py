@@ -20,7 +20,7 @@ from training.core import measured
 from training.core.classifier_recipe import ClassifierRecipe
 from training.core.cli import interruptible
 from training.core.datasets import DATASETS
-from training.core.generator_card import average, generator
+from training.core.generator_card import average, best_row, generator
 from training.core.generator_recipe import GeneratorRecipe
 from training.core.recipe import defaults, shipped
 from vca.checkpoint import load_folder, place, sha256, write_atomically
@@ -286,7 +286,7 @@ def _reached(results: dict) -> str:
         return "mean relative error " + ", ".join(f"{value:.3f} at {side} px" for side, value in sizes)
     reached = f"validation loss {results['val_loss']:.4f}"
     if quality := results.get("quality"):
-        best = next(row for row in quality["guidance"] if row["guidance"] == quality["best_guidance"])
+        best = best_row(quality)
         reached += f", {best['recognised']:.1f} % of images recognised at guidance {best['guidance']:g}"
     return reached
 

@@ -111,7 +111,7 @@ def precision_recall(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     return 100 * found[metric.KEY_METRIC_PRECISION], 100 * found[metric.KEY_METRIC_RECALL]
 
 
-def evenly(total: int, count: int) -> Tensor:
+def evenly_spaced(total: int, count: int) -> Tensor:
     """Indices of `count` of `total` images, spread evenly; of all, if there are fewer."""
     return torch.linspace(0, total - 1, min(count, total)).long()
 
@@ -148,7 +148,7 @@ class QualityReference:
         ours = spread(features, labels, self.judge.num_classes)
         diversity = [100 * mine / real for mine, real in zip(ours, self.spread, strict=True)]
         near = nearest_pixels(pixels, self.images)
-        precision, recall = precision_recall(features, self.features[evenly(len(self.features), len(features))])
+        precision, recall = precision_recall(features, self.features[evenly_spaced(len(self.features), len(features))])
         result = dict(
             recognised=100 * hits.mean().item(),
             recognised_by_class=[round(share, 1) for share in shares],
@@ -221,7 +221,7 @@ def open_split(folder: str, split: str, label_names: list[str]) -> Images:
 def read_split(images: Images, side: int, count: int) -> tuple[Tensor, Tensor]:
     """`count` images, evenly spread over a split, as the generator sees them: uint8 (N, 3, H, W) and labels (N,)."""
     images.transform = eval_transform(generator_cfg(side), as_bytes=True)
-    chosen = evenly(len(images), count).tolist()
+    chosen = evenly_spaced(len(images), count).tolist()
     pixels, labels = zip(*(images[index] for index in chosen), strict=True)
     return torch.stack(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
@@ -254,7 +254,8 @@ def measure_generator(generator: DiffusionTransformer, judge: nn.Module, args: a
             pixels = read_images(made[guidance, seed])
             numbers, near = reference.measure(pixels, labels)
             by_seed.append(numbers)
-            pictures.setdefault(guidance, (class_grid(pixels, labels), nearest_grid(pixels, near, train)))
+            if guidance not in pictures:
+                pictures[guidance] = class_grid(pixels, labels), nearest_grid(pixels, near, train)
         rows.append(dict(guidance=guidance, **over_seeds(by_seed)))
         print(json.dumps(rows[-1]))
     print(json.dumps(dict(held_out=reference.held_out)))

@@ -162,13 +162,12 @@ class Run:
             ended.set()
             news.set()
 
-        rate = DECODED_PER_SECOND if self.model.latent_decoder else FRAMES_PER_SECOND
         Thread(target=copy_context().run, args=(work,), daemon=True).start()  # the visitor's share of a lent GPU
         try:
             while news.wait() and not ended.is_set():
                 news.clear()
                 yield newest
-                ended.wait(1 / rate)
+                ended.wait(1 / (DECODED_PER_SECOND if decodes(self.model) else FRAMES_PER_SECOND))
         finally:
             self.stop.set()
         if faults:
@@ -264,10 +263,16 @@ def on_lent_gpu(model: DiffusionTransformer, request: Request) -> tuple[dict[int
     return {step: x.cpu() for step, x in run.states.items()}, run.images.cpu()
 
 
+def decodes(model: DiffusionTransformer) -> bool:
+    """Whether the states that are shown are latents, and decoded."""
+    return bool(model.latent_decoder and model.latent_decoder.is_small)
+
+
 def preview(model: DiffusionTransformer, x: Tensor) -> Tensor:
     """States (B, C, H, W) as pictures (B, 3, H, W) in [0, 1]: three channels of latents that are slow to decode."""
-    slow = model.latent_decoder and not model.latent_decoder.is_small
-    return (x[:, :3] / 4 + 0.5).clamp(0, 1) if slow else model.decode(x)
+    if model.latent_decoder and not decodes(model):
+        return (x[:, :3] / 4 + 0.5).clamp(0, 1)
+    return model.decode(x)
 
 
 def strip(images: Tensor) -> Image.Image:

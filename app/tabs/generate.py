@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import suppress
 from html import escape
-from pathlib import Path
+from os.path import isdir
 
 import gradio as gr
 import torch
@@ -184,7 +184,7 @@ def prepare(checkpoints: Checkpoints) -> None:
     sooner by some seconds. What fails is said when pictures are asked for."""
     with suppress(IndexError, gr.Error, DecoderError):
         decoder = checkpoints.load_generator(checkpoints.generators[0]).latent_decoder
-        if decoder and Path(decoder.source).is_dir():
+        if decoder and isdir(decoder.source):
             decoder.load(torch.device("cpu"))
 
 
@@ -199,7 +199,7 @@ def _choices(config: dict) -> tuple[list[str], list[str], str]:
 def _decoder(vae: str) -> str:
     if vae == AUTOENCODER_FOLDER:
         return "An autoencoder that comes with it"
-    fetched = "" if Path(vae).is_dir() else ", fetched when it is first used,"
+    fetched = "" if isdir(str(vae)) else ", fetched when it is first used,"
     return f"The autoencoder {escape(described(str(vae)))}{fetched}"
 
 

@@ -116,7 +116,7 @@ def _quality(quality: dict, label_names: list[str], folder: Path) -> str:
     """What `training.quality` measured."""
     names = ("recognised", "diversity", "least", "copies")
     rows = [dict(row, images=f"guidance {row['guidance']:g}") for row in quality["guidance"]]
-    best = next(row for row in rows if row["guidance"] == quality["best_guidance"])
+    best = best_row(quality)
     shares = zip(label_names, best["recognised_by_class"], best["diversity_by_class"], strict=True)
     by_class = ", ".join(f"{name} {share:.0f} ({spread:.0f}) %" for name, share, spread in shares)
     real = quality["held_out"]
@@ -175,6 +175,11 @@ Protocol: {quality["sampler"]}, {quality["steps"]} steps{_shifted(quality)}, gui
 def average(recipe: dict) -> str:
     """Which weights were measured, if not the last ones."""
     return " (exponential moving average)" if recipe["ema_decay"] else ""
+
+
+def best_row(quality: dict) -> dict:
+    """What `training.quality` measured at the best guidance scale."""
+    return next(row for row in quality["guidance"] if row["guidance"] == quality["best_guidance"])
 
 
 def deviation(row: dict, name: str) -> str:
