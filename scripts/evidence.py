@@ -18,8 +18,8 @@ from training.core.generator_card import deviation
 from vca.checkpoint import write_atomically
 from vca.config import read_config
 
-ROOT = Path(__file__).parents[1]
-PAGE, FOLDER = ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence"
+FOLDER = Path(__file__).parents[1] / "docs" / "evidence"
+PAGE = FOLDER.with_suffix(".md")
 NOT_RUN = "*This has not been run to its end yet.*"
 
 

@@ -151,6 +151,8 @@ def test_a_link_and_a_drag(page, url, weights):
     assert page.locator(".vk-large i").evaluate("(box) => getComputedStyle(box).left") == "0px"
     page.get_by_role("button", name="The middle of the photo").click()
     page.wait_for_function("() => !location.hash.includes('crop=')")
+    head = "document.querySelector('.vt-strip button:not([aria-pressed=true])')"
+    page.evaluate(f"() => addEventListener('popstate', () => {head}.click(), {{ once: true }})")
     page.go_back()
     page.wait_for_function("() => location.hash.includes('crop=')")
     asked(page)

@@ -270,8 +270,9 @@ def test_the_page_is_filled_from_logs_of_both_sorts(tmp_path, monkeypatch):
     page = tmp_path / "docs" / "evidence.md"
     marks = "<!-- error -->\nold\n<!-- end -->", "<!-- accuracy -->\n<!-- end -->", "<!-- later -->\n<!-- end -->"
     page.write_text("\n\n".join(("# Page", *marks, "")))
-    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    monkeypatch.setattr(evidence, "FOLDER", folder)
     monkeypatch.setattr(evidence, "PAGE", page)
+    monkeypatch.setattr(sys, "argv", ["evidence"])
     evidence.main()
     text = page.read_text()
     for name, log in logs.items():

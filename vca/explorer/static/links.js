@@ -22,7 +22,7 @@ export class Address {
   constructor(tab, root, isFirst = false) {
     Object.assign(this, { tab, root, hasCome: !isFirst });
     this.lead();
-    addEventListener("hashchange", () => this.lead());
+    addEventListener("popstate", () => this.lead()); // "hashchange" comes later: what is drawn before it would take Back back
   }
 
   // The address has changed, by a link or by Back: it stays until what it names is on show.
