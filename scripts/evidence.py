@@ -4,11 +4,12 @@
     python -m scripts.evidence --publish scenes-generators weights/NAME weights/TWIN  # what was measured of generators
 
 `docs/evidence/NAME.json` is the `log.json` of a `training.compare`, or what `training.quality` measured of generators.
-The page holds its table, and the curves of a comparison, `docs/evidence/NAME.png`, between the lines `<!-- NAME -->`
-and `<!-- end -->`; without such a log it says so there.
+The page holds its table, and the curves of a comparison or of generators at several steps, `docs/evidence/NAME.png`,
+between the lines `<!-- NAME -->` and `<!-- end -->`; without such a log it says so there.
 """
 
 import argparse
+import io
 import json
 import re
 from pathlib import Path
@@ -29,14 +30,51 @@ def read_logs() -> dict[str, dict]:
 
 def section(name: str, log: dict) -> str:
     """What the page shows of a log."""
-    return f"{table(log)}\n\n![The curves of every run](evidence/{name}.png)"
+    if "generators" not in log:
+        return f"{table(log)}\n\n![The curves of every run](evidence/{name}.png)"
+    curve = f"\n\n![Quality against steps](evidence/{name}.png)" if curves_of(log) else ""
+    return generators(log) + curve
 
 
 def publish(name: str, checkpoints: list[Path]) -> None:
     """Writes what was measured of generators into `docs/evidence/NAME.json`."""
-    runs = {folder.name: read_config(folder)["training"][-1] for folder in checkpoints}
-    kept = {generator: {key: run[key] for key in ("command", "steps", "results")} for generator, run in runs.items()}
+    kept = {}
+    for folder in checkpoints:
+        config = read_config(folder)
+        run = {key: config["training"][-1][key] for key in ("command", "steps", "results")}
+        kept[folder.name] = dict(architecture=config["architecture"], **run)
     write_atomically(FOLDER / f"{name}.json", json.dumps(dict(generators=kept), indent=1).encode())
+
+
+def curves_of(log: dict) -> dict[str, list[tuple[int, dict]]]:
+    """What was measured of each architecture of a log at each guidance scale, with its steps, in their order; without
+    those that were measured at one number of steps alone."""
+    curves: dict[str, list[tuple[int, dict]]] = {}
+    for run in sorted(log["generators"].values(), key=lambda run: run["steps"]):
+        for row in run["results"]["quality"]["guidance"]:
+            name = f"{run.get('architecture')}, guidance {row['guidance']:g}"
+            curves.setdefault(name, []).append((run["steps"], row))
+    return {name: points for name, points in curves.items() if len({steps for steps, _ in points}) > 1}
+
+
+def draw_steps(curves: dict[str, list[tuple[int, dict]]], file: Path) -> None:
+    """Draws the distance and the recognition of `curves_of` against the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    numbers = dict(frechet_distance="Fréchet distance on the judge's features", recognised="recognized (%)")
+    for axis, (key, title) in zip(axes, numbers.items(), strict=True):
+        axis.set(xlabel="step", ylabel=title)
+        for name, points in curves.items():
+            axis.plot([steps for steps, _ in points], [row[key] for _, row in points], marker=".", label=name)
+    axes[0].legend()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=120)
+    plt.close(figure)
+    write_atomically(file, stream.getvalue())
 
 
 def generators(log: dict) -> str:
@@ -61,7 +99,7 @@ def generators(log: dict) -> str:
 
 def sections(logs: dict[str, dict]) -> dict[str, str]:
     """What stands between the marks of the page."""
-    return {name: generators(log) if "generators" in log else section(name, log) for name, log in logs.items()}
+    return {name: section(name, log) for name, log in logs.items()}
 
 
 def fill(page: str, sections: dict[str, str]) -> str:
@@ -92,8 +130,10 @@ def main() -> None:
     logs = read_logs()
     write_atomically(PAGE, fill(PAGE.read_text(encoding="utf-8"), sections(logs)).encode())
     for name, log in logs.items():
-        if "runs" in log:
+        if "generators" not in log:
             draw_curves(log, FOLDER / f"{name}.png")
+        elif curves := curves_of(log):
+            draw_steps(curves, FOLDER / f"{name}.png")
 
 
 if __name__ == "__main__":

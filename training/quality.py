@@ -2,6 +2,7 @@
 
     python -m training.quality weights/GENERATOR --judge weights/CLASSIFIER --data FOLDER
     python -m training.quality weights/GENERATOR --judge weights/CLASSIFIER --data FOLDER --guidance 1 2 --steps 50
+    python -m training.quality weights/GENERATOR weights/TWIN --judge weights/CLASSIFIER --data FOLDER
 
 FOLDER holds train/CLASS/IMAGE, which the generator was trained on, and val/CLASS/IMAGE, which it was not. For each
 guidance scale: the share of images that the judge takes for the class they were asked for; how much they differ within
@@ -11,9 +12,9 @@ precision and recall on them. The same numbers of as many held-out images are th
 
 The numbers go into the checkpoint's `config.json` and its card, two pictures beside them, and as `sampling` the
 settings that are best: the smallest Fréchet distance of those at which images are recognised as often as held-out
-ones. The images stay in --out; the same command goes on where it was interrupted. 1,000 images of a 4 M model at 25
-steps and five scales take about 10 minutes of one core, 50,000 training images looked at by a classifier of 1 M and
-compared with them about 4.
+ones. Several generators of the same classes share what is measured of real images. The images stay in --out; the same
+command goes on where it was interrupted. 1,000 images of a 4 M model at 25 steps and five scales take about 10 minutes
+of one core, 50,000 training images looked at by a classifier of 1 M and compared with them about 4.
 """
 
 import argparse
@@ -130,7 +131,7 @@ class QualityReference:
         self.features = judged(judge, images)[0]
         self.statistics = statistics(self.features)
         self.spread = spread(judged(judge, held_out)[0], labels, judge.num_classes)
-        self.held_out = self.measure(held_out, labels)[0]
+        self.held_out = self.measure(held_out, labels)[0] | dict(images=len(held_out))
 
     def measure(self, pixels: Tensor, labels: Tensor) -> tuple[dict, tuple[Tensor, Tensor]]:
         """The numbers of images (N, 3, H, W), uint8, asked for as `labels`; and `nearest_pixels` of them.
@@ -226,26 +227,52 @@ def read_split(images: Images, side: int, count: int) -> tuple[Tensor, Tensor]:
     return torch.stack(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
 
-def measure_generator(generator: DiffusionTransformer, judge: nn.Module, args: argparse.Namespace) -> dict:
-    """Runs the command: images, numbers and pictures; returns what the config and the card say."""
+class QualityReferences:
+    """The `QualityReference` of images of each size, made once.
+
+    Args:
+        judge: as there.
+        folder: images, as above.
+        label_names: the generators' classes.
+        count: of held-out images.
+
+    Raises:
+        DataError: a split is missing, or has other classes.
+    """
+
+    def __init__(self, judge: nn.Module, folder: str, label_names: list[str], count: int):
+        self.judge, self.folder, self.count = judge, folder, count
+        self.train, self.val = (open_split(folder, split, label_names) for split in ("train", "val"))
+        self._made: dict[int, QualityReference] = {}
+
+    def at(self, side: int) -> QualityReference:
+        """That of images of `side` pixels. Raises a DataError: a class has no two held-out images."""
+        if side not in self._made:
+            held_out, labels = read_split(self.val, side, self.count)
+            if labels.bincount(minlength=self.judge.num_classes).min() < 2:
+                raise DataError(f"{self.folder}/val must hold at least two images of each class.")
+            images = read_split(self.train, side, MAX_TRAIN)[0]
+            print(f"the judge looks at {len(images)} training images", file=sys.stderr)
+            self._made[side] = QualityReference(self.judge, images, held_out, labels)
+        return self._made[side]
+
+
+def measure_generator(
+    checkpoint: Path, generator: DiffusionTransformer, references: QualityReferences, args: argparse.Namespace
+) -> None:
+    """Makes the images of a generator, and writes numbers, pictures and the best settings into its checkpoint."""
     schedule = schedule_of(args)
     settings = dict(steps=args.steps, sampler=args.sampler, precision=args.precision) | schedule
-    train_images, held_out_images = (open_split(args.data, split, generator.label_names) for split in ("train", "val"))
     made = {
         (guidance, seed): sample_files(
-            generator, args.out / f"guidance-{guidance:g}" / f"seed-{seed}", args.count, args.batch_size, flat=True,
-            balanced=True, settings=settings | dict(seed=seed, guidance_scale=guidance, guided_channels=None),
+            generator, args.out / place(checkpoint) / f"guidance-{guidance:g}" / f"seed-{seed}", args.count,
+            args.batch_size, flat=True, balanced=True,
+            settings=settings | dict(seed=seed, guidance_scale=guidance, guided_channels=None),
         )
         for guidance in args.guidance
         for seed in args.seeds
     }  # fmt: skip
-    side = Image.open(made[args.guidance[0], args.seeds[0]][0]).height
-    held_out, held_out_labels = read_split(held_out_images, side, args.count)
-    if held_out_labels.bincount(minlength=generator.num_classes).min() < 2:
-        raise DataError(f"{args.data}/val must hold at least two images of each class.")
-    train = read_split(train_images, side, MAX_TRAIN)[0]
-    print(f"the judge looks at {len(train)} training images", file=sys.stderr)
-    reference = QualityReference(judge, train, held_out, held_out_labels)
+    reference = references.at(Image.open(made[args.guidance[0], args.seeds[0]][0]).height)
     labels = torch.arange(args.count) % generator.num_classes
     rows, pictures = [], {}
     for guidance in args.guidance:
@@ -255,20 +282,24 @@ def measure_generator(generator: DiffusionTransformer, judge: nn.Module, args: a
             numbers, near = reference.measure(pixels, labels)
             by_seed.append(numbers)
             if guidance not in pictures:
-                pictures[guidance] = class_grid(pixels, labels), nearest_grid(pixels, near, train)
+                pictures[guidance] = class_grid(pixels, labels), nearest_grid(pixels, near, reference.images)
         rows.append(dict(guidance=guidance, **over_seeds(by_seed)))
         print(json.dumps(rows[-1]))
     print(json.dumps(dict(held_out=reference.held_out)))
     best = best_of(rows, reference.held_out["recognised"])
     for name, picture in zip(("quality.png", "nearest.png"), pictures[best], strict=True):
-        write_atomically(args.checkpoint / name, picture)
-    return dict(
-        judge=Path(args.judge).name, judge_size=judge.pretrained_cfg["input_size"][-1], count=args.count,
+        write_atomically(checkpoint / name, picture)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["training"][-1]["results"]["quality"] = dict(
+        judge=Path(args.judge).name, judge_size=references.judge.pretrained_cfg["input_size"][-1], count=args.count,
         sampler=args.sampler or next(iter(generator.objective.SAMPLERS)),
-        steps=args.steps, seeds=args.seeds, precision=args.precision, train_images=len(train), best_guidance=best,
-        guidance=rows, held_out=reference.held_out | dict(images=len(held_out)), features=reference.features.shape[1],
+        steps=args.steps, seeds=args.seeds, precision=args.precision, train_images=len(reference.images),
+        best_guidance=best, guidance=rows, held_out=reference.held_out, features=reference.features.shape[1],
         torch=torch.__version__, device=args.device, options=options_of(args), **schedule,
     )  # fmt: skip
+    config["sampling"] = dict(steps=args.steps, guidance_scale=best, **schedule)
+    write_config(checkpoint, config)
+    write_card(checkpoint)
 
 
 def options_of(args: argparse.Namespace) -> str:
@@ -285,7 +316,10 @@ def options_of(args: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="checkpoint folder of a generator; the result is written into it")
+    parser.add_argument(
+        "checkpoints", type=Path, nargs="+", metavar="checkpoint",
+        help="checkpoint folder of a generator; the result is written into it",
+    )  # fmt: skip
     parser.add_argument("--judge", required=True, help="checkpoint of a classifier of the same classes")
     parser.add_argument("--judge-size", type=int, metavar="PIXELS", help="side at which it sees them; default its own")
     parser.add_argument("--data", required=True, metavar="FOLDER", help="images, as above")
@@ -299,44 +333,43 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of --count images each")
     parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--out", type=Path, help="folder of the images; default runs/quality/CHECKPOINT")
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="the images go to OUT/CHECKPOINT")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    args.out = args.out or Path("runs/quality") / place(args.checkpoint)
     try:
-        if not args.checkpoint.is_dir():
-            raise vca.CheckpointError(f"{args.checkpoint}: no such checkpoint folder.")
+        for folder in args.checkpoints:
+            if not folder.is_dir():
+                raise vca.CheckpointError(f"{folder}: no such checkpoint folder.")
         device = open_device(args.device)
-        generator, judge = vca.load(args.checkpoint, device=device), vca.load(args.judge, device=device)
-        settle_attention(generator, judge, device=device)
-        check(generator, judge, args)
+        generators = {folder: vca.load(folder, device=device) for folder in args.checkpoints}
+        judge = vca.load(args.judge, device=device)
+        settle_attention(*generators.values(), judge, device=device)
+        for folder, generator in generators.items():
+            check(folder, generator, judge, args)
         judge = resized(judge, args.judge_size) if args.judge_size else judge
-        result = measure_generator(generator, judge, args)
+        references = QualityReferences(judge, args.data, judge.label_names, args.count)
+        for folder, generator in generators.items():
+            measure_generator(folder, generator, references, args)
     except ERRORS as error:
         sys.exit(f"error: {error}")
-    config = json.loads((args.checkpoint / "config.json").read_text())
-    config["training"][-1]["results"]["quality"] = result
-    config["sampling"] = dict(steps=args.steps, guidance_scale=result["best_guidance"], **schedule_of(args))
-    write_config(args.checkpoint, config)
-    write_card(args.checkpoint)
 
 
-def check(generator: nn.Module, judge: nn.Module, args: argparse.Namespace) -> None:
+def check(checkpoint: Path, generator: nn.Module, judge: nn.Module, args: argparse.Namespace) -> None:
     """Refuses what cannot be measured, before anything is generated.
 
     Raises:
         SampleError: the message says why.
     """
     if generator.task != "generation":
-        raise SampleError(f"{args.checkpoint} is a classifier; only a generator makes images.")
+        raise SampleError(f"{checkpoint} is a classifier; only a generator makes images.")
     if judge.task != "classification":
         raise SampleError(f"--judge {args.judge} is a generator; a classifier is needed.")
     if args.judge_size and not hasattr(judge, "set_input_size"):
         raise SampleError(f"--judge-size is for a ViT; {args.judge} takes images of its own size alone.")
     if judge.label_names != generator.label_names:
-        raise SampleError(f"the classes of {args.judge} are not those of {args.checkpoint}, in its order.")
+        raise SampleError(f"the classes of {args.judge} are not those of {checkpoint}, in its order.")
     if not generator.training_history:
-        raise SampleError(f"{args.checkpoint} tells nothing of its training, to which the result could be added.")
+        raise SampleError(f"{checkpoint} tells nothing of its training, to which the result could be added.")
     if args.count < 2 * generator.num_classes:
         raise SampleError(f"--count {args.count} is too few: diversity takes two images of each class.")
 

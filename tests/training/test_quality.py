@@ -1,6 +1,7 @@
 """The judge's numbers on images whose answer is known, and the command from checkpoint to card."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -169,7 +170,7 @@ def test_the_command_measures_resumes_and_writes_the_card(folders, monkeypatch, 
         assert f"({picture})" in card and Image.open(folders / "generator" / picture).size == size
     assert vca.load(folders / "generator").training_history == config["training"]
 
-    files = sorted(folders.glob("out/guidance-3/seed-0/*.png"))
+    files = sorted(folders.glob("out/*/generator/guidance-3/seed-0/*.png"))
     before = {file: file.stat().st_mtime_ns for file in files}
     files[4].unlink()
     main()
@@ -203,6 +204,29 @@ def test_when_guidance_applies_and_where_the_steps_lie_is_on_the_card(folders, m
     assert 'model.sample(["bird", 1], **model.sampling, seed=0)' in card
     assert "guidance_scale=3.0, guidance_interval=[0.2, 0.9], time_shift=2.0. " in card
     capsys.readouterr()
+
+
+def test_two_generators_share_what_is_measured_of_real_images(folders, monkeypatch, capsys):
+    alone, twin = folders / "generator", folders / "twin"
+    shutil.copytree(alone, twin)
+    torch.manual_seed(2)
+    other = vca.load(twin)
+    with torch.no_grad():
+        other.final_layer.linear.bias.add_(torch.randn_like(other.final_layer.linear.bias))
+    vca.save(other, twin, label_names=list(CLASSES), training=other.training_history)
+    name, first, *rest = command(folders, "--guidance", "1", "--out", str(folders / "both"))
+    asked = [name, first, str(twin), *rest]
+    monkeypatch.setattr(sys, "argv", asked)
+    main()
+    assert capsys.readouterr().err.count("the judge looks at 60 training images") == 1
+    measured = [vca.load(folder).training_history[-1]["results"]["quality"] for folder in (alone, twin)]
+    assert measured[0]["guidance"] != measured[1]["guidance"] and measured[0]["held_out"] == measured[1]["held_out"]
+    assert measured[0]["options"] == measured[1]["options"]
+    assert all("training.quality" in (folder / "README.md").read_text() for folder in (alone, twin))
+
+    monkeypatch.setattr(sys, "argv", [name, first, str(folders / "nowhere"), *rest])
+    with pytest.raises(SystemExit, match="nowhere: no such checkpoint folder"):
+        main()
 
 
 @pytest.mark.parametrize(
