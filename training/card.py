@@ -25,7 +25,7 @@ from training.core.generator_recipe import GeneratorRecipe
 from training.core.recipe import defaults, shipped
 from vca.checkpoint import load_folder, place, sha256, write_atomically
 from vca.config import CheckpointError, read_config
-from vca.models import CLASSIFIERS, GENERATORS, task_of
+from vca.models import CLASSIFIERS, autoencoder_of, task_of
 
 SHOWN_KEYS = (
     "lr", "batch_size", "weight_decay", "warmup_epochs", "warmup_steps", "min_lr", "label_smoothing", "drop_path",
@@ -105,8 +105,7 @@ def _install(config: dict) -> str:
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
     code = urls.get("Repository")
     where = f"The code is at [{code}]({code})" if code else "The code is the Python package `vca`"
-    latents = GENERATORS.get(config["architecture"], {}).get("vae") or config["model_args"].get("vae")
-    install = '".[latents]"' if latents else '".[plot]"  # and for the last example: transformers'
+    install = '".[latents]"' if autoencoder_of(config) else '".[plot]"  # and for the last example: transformers'
     return f"""{where}. In a clone of its repository:
 
     pip install {install}"""

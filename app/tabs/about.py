@@ -13,7 +13,7 @@ from app.runtime.names import dataset_of
 from vca import drawing, fused
 from vca.checkpoint import AUTOENCODER_FILES
 from vca.diffusion.vae import SD_VAE, STRIDE, stride_of
-from vca.models import GENERATORS
+from vca.models import GENERATORS, autoencoder_of
 
 TITLE = "About"
 MAPS = r"""
@@ -120,7 +120,7 @@ def _size(config: dict, folder: Path) -> str:
         rows, cols = config["pretrained_cfg"]["input_size"][1:]
         return f"{cols}×{rows}"
     arguments = GENERATORS[config["architecture"]] | config["model_args"]
-    if not (scale := _stride(arguments["vae"], folder)):
+    if not (scale := _stride(autoencoder_of(config), folder)):
         return "-"
     match arguments.get("input_size", 32):
         case [int(rows), int(cols)]:

@@ -28,7 +28,7 @@ from app.runtime.validation import one_of, page_request, refused, whole
 from vca import drawing
 from vca.checkpoint import AUTOENCODER_FOLDER
 from vca.diffusion.vae import DecoderError, described
-from vca.models import GENERATORS
+from vca.models import GENERATORS, autoencoder_of
 from vca.models.dit import OBJECTIVES
 
 TITLE = "Generate"
@@ -191,7 +191,7 @@ def prepare(checkpoints: Checkpoints) -> None:
 def _choices(config: dict) -> tuple[list[str], list[str], str]:
     """Labels and samplers of the generator with this `config.json`, and a note about its autoencoder as HTML."""
     spec = GENERATORS[config["architecture"]]
-    vae = config["model_args"].get("vae", spec["vae"])
+    vae = autoencoder_of(config)
     note = LATENTS.format(decoder=_decoder(vae)) if vae else ""
     return config["label_names"], list(OBJECTIVES[spec["family"]].SAMPLERS), note
 

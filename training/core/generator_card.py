@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import stdev
 
 from vca.checkpoint import AUTOENCODER_FOLDER, place
-from vca.models import GENERATORS
+from vca.models import GENERATORS, autoencoder_of
 from vca.models.dit import OBJECTIVES
 
 AUTOENCODER_RESULTS = f"{AUTOENCODER_FOLDER}/results.json"  # of an autoencoder that was trained here
@@ -16,7 +16,7 @@ def generator(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
     recipe, results = config["training"][-1]["recipe"], config["training"][-1]["results"]
     spec = GENERATORS[config["architecture"]]
     objective = "predicts the velocity of a flow (SiT)" if spec["family"] == "sit" else "predicts noise (DiT)"
-    vae = config["model_args"].get("vae", spec["vae"])
+    vae = autoencoder_of(config)
     own = vae == AUTOENCODER_FOLDER
     if own:
         of = f"latents of its own autoencoder, which is in `{vae}/`"

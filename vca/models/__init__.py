@@ -47,6 +47,11 @@ def task_of(name: str) -> str:
     raise ValueError(f"unknown model {name!r}; did you mean {', '.join(similar)}? vca.list_models() names them all.")
 
 
+def autoencoder_of(config: dict) -> str | None:
+    """Hub id or folder of the autoencoder whose latents the generator with a `config.json` makes; None without one."""
+    return config["model_args"].get("vae", GENERATORS.get(config["architecture"], {}).get("vae"))
+
+
 def describe(model: nn.Module) -> dict:
     """The facts of a model of `create_model`, of either task, as JSON values.
 
