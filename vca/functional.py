@@ -190,6 +190,34 @@ def add_product(base: Tensor, x: Tensor, gain: Tensor) -> Tensor:
     return base.addcmul(x, gain) if torch.is_grad_enabled() else base.addcmul_(x, gain)
 
 
+def join(
+    gathered: Tensor, v: Tensor, gain: Tensor, weight: Tensor, bias: Tensor, grid_size: tuple[int, int], prefix: int
+) -> Tensor:
+    """The heads' outputs times their gain, joined, plus the depthwise 3x3 convolution of the patches' values.
+
+    Args:
+        gathered: what Stage II gives, (B, H, P + N, d).
+        v: values (B, H, P + N, d), a view of (B, P + N, H, d).
+        gain: of the norm in Stage II, (d).
+        weight, bias: of the convolution, (C, 1, 3, 3) and (C), C = H * d.
+        grid_size: rows and columns of the patches.
+        prefix: P, tokens before the patches, which get no convolution.
+
+    Returns:
+        (B, P + N, C).
+    """
+    out, values = gathered.transpose(1, 2), v.transpose(1, 2)  # (B, P + N, H, d)
+    image = as_image(values[:, prefix:].flatten(2), grid_size)  # (B, C, Hg, Wg)
+    local = F.conv2d(image, weight, bias, padding=1, groups=weight.shape[0])
+    local = local.permute(0, 2, 3, 1).flatten(1, 2).view(out[:, prefix:].shape)  # (B, N, H, d)
+    gain = gain.to(out.dtype)
+    if prefix:
+        out = torch.cat([out[:, :prefix] * gain, add_product(local, out[:, prefix:], gain)], dim=1)
+    else:
+        out = add_product(local, out, gain)
+    return out.flatten(2)
+
+
 def effective_map(d1: Tensor, r1: Tensor | None, d2: Tensor | None = None, r2: Tensor | None = None) -> Tensor:
     """The exact map from tokens to tokens: E = diag(r2) D2 diag(r1) D1, or diag(r1) D1 of a single stage.
 

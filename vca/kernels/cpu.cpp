@@ -1,4 +1,5 @@
-// The two stages of Visual-Contrast Attention and their gradients for a CPU (arXiv 2511.00833, section 3).
+// What Visual-Contrast Attention does between its projections, and its gradients, for a CPU (arXiv 2511.00833, section 3):
+// the two stages, how their result is joined with the convolution of the values, and all of it in one.
 //
 // The functions at the end are those of vca.kernels.ops, by the same names, with the same shapes: what has the length of the
 // sequence is a view (B, H, T, d), what has the length of the contrast tokens is (BH, 2 * n, d) or (BH, n, d). d is a
@@ -443,6 +444,162 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage2_backward(Tensor grad, Tensor t
   return {grad_tokens.to(type), grad_q.to(type), grad_values.to(type), grad_lam.sum()};
 }
 
+// Calls visit(token, window) of every patch: the numbers of it and its neighbours, row by row, in a vector of channels that
+// begins at `channel`; 0 outside the grid. The patches follow `prefix` other tokens.
+template <typename Visit>
+inline void walk(const Sequence& x, int64_t group, int64_t channel, int64_t rows, int64_t columns, int64_t prefix,
+                 Visit visit) {
+  for (int64_t row = 0; row < rows; row++) {
+    const bool inside[3] = {row > 0, true, row + 1 < rows};
+    Vec window[9] = {};
+    const auto shift_in = [&](int64_t column) {
+      for (int i = 0; i < 3; i++) {
+        window[3 * i] = window[3 * i + 1], window[3 * i + 1] = window[3 * i + 2];
+        window[3 * i + 2] = column < columns && inside[i]
+                                ? load(x.at(group, prefix + (row + i - 1) * columns + column) + channel)
+                                : Vec{};
+      }
+    };
+    shift_in(0);
+    for (int64_t column = 0; column < columns; column++) {
+      shift_in(column + 1);
+      visit(prefix + row * columns + column, window);
+    }
+  }
+}
+
+// What a layer joins: the values that its stages have gathered, times a gain of each channel of a head, plus the 3x3
+// convolution of each channel of the patches' values on its own, with weights (C, 1, 3, 3).
+Tensor join(Tensor gathered, Tensor v, Tensor gain, Tensor weight, Tensor bias, int64_t rows, int64_t columns,
+            int64_t prefix) {
+  const auto type = gathered.scalar_type();
+  gathered = with_adjacent_channels(gathered), v = with_adjacent_channels(v);
+  gain = dense(gain), weight = dense(weight.flatten(1).t()), bias = dense(bias);
+  const int64_t heads = gathered.size(1), d = gathered.size(3);
+  Tensor out = empty_sequence(gathered);
+  const Sequence before(gathered), values(v), after(out);
+  at::parallel_for(0, gathered.size(0) * heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; group++)
+      for (int64_t i = 0; i < d; i += WIDTH) {
+        const int64_t channel = group % heads * d + i;
+        const Vec scale = load(start_of(gain) + i), shift = load(start_of(bias) + channel);
+        Vec weights[9];
+        for (int place = 0; place < 9; place++) weights[place] = load(start_of(weight) + place * heads * d + channel);
+        for (int64_t token = 0; token < prefix; token++)
+          store(after.at(group, token) + i, load(before.at(group, token) + i) * scale);
+        walk(values, group, i, rows, columns, prefix, [&](int64_t token, const Vec* window) {
+          Vec total = load(before.at(group, token) + i) * scale + shift;
+          for (int place = 0; place < 9; place++) total += weights[place] * window[place];
+          store(after.at(group, token) + i, total);
+        });
+      }
+  });
+  return out.transpose(1, 2).flatten(2).to(type);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> join_backward(Tensor grad, Tensor gathered, Tensor v, Tensor gain,
+                                                                 Tensor weight, Tensor bias, int64_t rows,
+                                                                 int64_t columns, int64_t prefix) {
+  const int64_t heads = gathered.size(1), d = gathered.size(3), groups = gathered.size(0) * heads;
+  Tensor grads = dense(grad).view({gathered.size(0), gathered.size(2), heads, d}).transpose(1, 2);
+  Tensor inputs = with_adjacent_channels(gathered), contents = with_adjacent_channels(v);
+  Tensor factors = dense(gain), filters = dense(weight.flatten(1).t());
+  Tensor grad_gathered = empty_sequence(inputs), grad_v = empty_sequence(contents);
+  Tensor sums = at::empty({11, groups, d}, inputs.options());  // the gradients of the 9 weights, the bias and the gain
+  const Sequence above(grads), before(inputs), values(contents), grad_before(grad_gathered), grad_values(grad_v);
+  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; group++)
+      for (int64_t i = 0; i < d; i += WIDTH) {
+        const Vec scale = load(start_of(factors) + i);
+        Vec weights[9], grad_weights[9] = {}, grad_bias{}, grad_gain{};
+        for (int place = 0; place < 9; place++)
+          weights[place] = load(start_of(filters) + (place * heads + group % heads) * d + i);
+        for (int64_t token = 0; token < gathered.size(2); token++) {
+          const Vec own = load(above.at(group, token) + i);
+          store(grad_before.at(group, token) + i, own * scale);
+          grad_gain += own * load(before.at(group, token) + i);
+          if (token < prefix) store(grad_values.at(group, token) + i, Vec{});
+        }
+        walk(values, group, i, rows, columns, prefix, [&](int64_t token, const Vec* window) {
+          const Vec own = load(above.at(group, token) + i);
+          grad_bias += own;
+          for (int place = 0; place < 9; place++) grad_weights[place] += own * window[place];
+        });
+        walk(above, group, i, rows, columns, prefix, [&](int64_t token, const Vec* window) {
+          Vec total{};
+          for (int place = 0; place < 9; place++) total += weights[8 - place] * window[place];
+          store(grad_values.at(group, token) + i, total);
+        });
+        float* to = start_of(sums) + group * d + i;
+        for (int place = 0; place < 9; place++) store(to + place * groups * d, grad_weights[place]);
+        store(to + 9 * groups * d, grad_bias), store(to + 10 * groups * d, grad_gain);
+      }
+  });
+  sums = sums.view({11, gathered.size(0), heads * d}).sum(1);  // (11, C)
+  return {grad_gathered.to(gathered.scalar_type()), grad_v.to(v.scalar_type()),
+          sums[10].view({heads, d}).sum(0).to(gain.scalar_type()),
+          sums.slice(0, 0, 9).t().contiguous().view(weight.sizes()).to(weight.scalar_type()), sums[9].clone().to(bias.scalar_type())};
+}
+
+// exp(q1 . k1) - exp(q2 . k2) + init, of the vectors q1, k1, q2, k2.
+Tensor contrast_lambda(const std::vector<Tensor>& vectors, double init) {
+  float products[2];
+  for (int i = 0; i < 2; i++) {
+    Tensor q = dense(vectors[2 * i]), k = dense(vectors[2 * i + 1]);
+    products[i] = dot(start_of(q), start_of(k), q.size(0));
+  }
+  return at::full({}, std::exp(products[0]) - std::exp(products[1]) + init, at::kFloat);
+}
+
+// Both streams of contrast tokens, scaled: the means of the queries over cells, which may overlap, plus the embeddings.
+Tensor contrast_tokens(Tensor q, Tensor positive, Tensor negative, const std::vector<int64_t>& grid,
+                       const std::vector<int64_t>& token_grid, int64_t prefix) {
+  q = with_adjacent_channels(q), positive = dense(positive), negative = dense(negative);
+  const int64_t heads = q.size(1), d = q.size(3), n = token_grid[0] * token_grid[1], groups = q.size(0) * heads;
+  Tensor tokens = at::empty({groups, 2 * n, d}, q.options());
+  const Sequence queries(q);
+  const float scale = 1 / std::sqrt(static_cast<float>(d));
+  const auto begin_of = [&](int axis, int64_t cell) { return cell * grid[axis] / token_grid[axis]; };
+  const auto end_of = [&](int axis, int64_t cell) {
+    return ((cell + 1) * grid[axis] + token_grid[axis] - 1) / token_grid[axis];
+  };
+  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; group++)
+      for (int64_t cell = 0; cell < n; cell++) {
+        const int64_t top = begin_of(0, cell / token_grid[1]), bottom = end_of(0, cell / token_grid[1]);
+        const int64_t left = begin_of(1, cell % token_grid[1]), right = end_of(1, cell % token_grid[1]);
+        const float share = 1.0f / ((bottom - top) * (right - left));
+        for (int64_t i = 0; i < d; i += WIDTH) {
+          Vec mean{};
+          for (int64_t row = top; row < bottom; row++)
+            for (int64_t column = left; column < right; column++)
+              mean += load(queries.at(group, prefix + row * grid[1] + column) + i);
+          mean *= share;
+          const int64_t embedded = (cell * heads + group % heads) * d + i;
+          float* to = start_of(tokens) + (group * 2 * n + cell) * d + i;
+          store(to, (mean + load(start_of(positive) + embedded)) * scale);
+          store(to + n * d, (mean + load(start_of(negative) + embedded)) * scale);
+        }
+      }
+  });
+  return tokens;
+}
+
+// All of it, without what its gradients need: contrast tokens, both stages, and what joins them.
+Tensor attend(Tensor qkv, Tensor positive, Tensor negative, std::vector<Tensor> lambdas, std::vector<Tensor> gains,
+              Tensor weight, Tensor bias, std::vector<int64_t> grid, std::vector<int64_t> token_grid, int64_t prefix,
+              double init) {
+  const int64_t batch = qkv.size(0), length = qkv.size(1), d = gains[0].size(0), heads = qkv.size(2) / 3 / d;
+  const auto parts = qkv.view({batch, length, 3, heads, d}).unbind(2);
+  Tensor q = parts[0].transpose(1, 2), k = parts[1].transpose(1, 2), v = parts[2].transpose(1, 2);
+  const Tensor tokens = contrast_tokens(q, positive, negative, grid, token_grid, prefix).to(qkv.scalar_type());
+  const std::vector<Tensor> first(lambdas.begin(), lambdas.begin() + 4), second(lambdas.begin() + 4, lambdas.end());
+  Tensor gathered = std::get<0>(stage1(tokens, k, v, contrast_lambda(first, init), 1 - init));
+  gathered = (gathered * gains[0]).to(qkv.scalar_type());
+  gathered = stage2(tokens, q, gathered, contrast_lambda(second, init), 1 - init);
+  return join(gathered, v, gains[1], weight, bias, grid[0], grid[1], prefix);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -450,4 +607,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("stage1_backward", &stage1_backward, py::call_guard<py::gil_scoped_release>());
   m.def("stage2", &stage2, py::call_guard<py::gil_scoped_release>());
   m.def("stage2_backward", &stage2_backward, py::call_guard<py::gil_scoped_release>());
+  m.def("join", &join, py::call_guard<py::gil_scoped_release>());
+  m.def("join_backward", &join_backward, py::call_guard<py::gil_scoped_release>());
+  m.def("attend", &attend, py::call_guard<py::gil_scoped_release>());
 }

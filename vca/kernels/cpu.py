@@ -3,6 +3,7 @@
 import hashlib
 import importlib.machinery
 import importlib.util
+import math
 import os
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import sysconfig
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +45,7 @@ class CpuKernels:
     """The kernels of a C++ source, from their compilation to their use. Threads may share it.
 
     Attributes:
-        module: with `stage1`, `stage1_backward`, `stage2` and `stage2_backward` of `vca.kernels.ops`; None so far.
+        module: with the functions at the end of cpu.cpp, which `vca.kernels.ops` describes; None so far.
         problem: why this process does without; "" as long as nothing speaks against them.
     """
 
@@ -193,29 +195,67 @@ def _reason(note: Path) -> str:
 
 
 def agrees(module: ModuleType) -> bool:
-    """Whether both stages and their gradients are those of `vca.functional.contrast` in float64, on one example."""
-    batch, heads, length, n, d, gain = 1, 2, 83, 5, 32, 0.7
+    """Whether everything in it, gradients too, is that of `vca.functional` in float64, on one example."""
+    batch, heads, grid, token_grid, prefix, d, init = 1, 2, (9, 9), (2, 3), 2, 32, 0.3
+    n, length, dim, gain = math.prod(token_grid), prefix + math.prod(grid), heads * d, 1 - init
     random = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float32)
 
     tokens, lam = d**-0.5 * randn(heads, 2 * n, d), torch.tensor(0.6, dtype=torch.float32)
-    q, k, v = randn(batch, length, 3, heads, d).transpose(1, 3).unbind(2)
-    values, grads = randn(heads, n, d), (randn(heads, n, d), randn(batch, heads, length, d))
-    out, *saved = module.stage1(tokens, k, v, lam, gain)
-    found = [
-        (out, *module.stage1_backward(grads[0], tokens, k, v, lam, gain, *saved)),
-        (module.stage2(tokens, q, values, lam, gain), *module.stage2_backward(grads[1], tokens, q, values, lam, gain)),
-    ]
-    for got, grad, axes, (x, y) in zip(found, grads, (VF.STAGE1, VF.STAGE2), ((k, v), (q, values)), strict=True):
-        exact = [tensor.double().requires_grad_() for tensor in (tokens, x, y, lam)]
-        flat = [tensor.flatten(0, 1) if tensor.ndim == 4 else tensor for tensor in exact]
-        out = VF.contrast(*flat, gain, axes).view(grad.shape)
-        for tensor, wanted in zip(got, (out, *torch.autograd.grad(out, exact, grad.double())), strict=True):
-            if not torch.allclose(tensor.double(), wanted, rtol=TOLERANCE, atol=TOLERANCE):
-                return False
-    return True
+    qkv = randn(batch, length, 3 * dim)
+    q, k, v = qkv.view(batch, length, 3, heads, d).transpose(1, 3).unbind(2)
+    values, gathered, gains = randn(heads, n, d), randn(batch, heads, length, d), [randn(d), randn(d)]
+    weight, bias, embeds, vectors = randn(dim, 1, 3, 3), randn(dim), (randn(n, dim), randn(n, dim)), 0.1 * randn(8, d)
+
+    def is_that(function: Callable, inputs: tuple[torch.Tensor, ...], forward: Callable, backward: Callable) -> bool:
+        exact = [tensor.double().requires_grad_() for tensor in inputs]
+        wanted = function(*exact)
+        grad = randn(*wanted.shape)
+        found = [forward(*inputs), *backward(grad, *inputs)]
+        wanted = [wanted, *torch.autograd.grad(wanted, exact, grad.double())]
+        return all(map(_is_close, found, wanted))
+
+    def in_stage(axes: tuple[int, ...]) -> Callable:
+        def function(*tensors: torch.Tensor) -> torch.Tensor:
+            flat = (tensor.flatten(0, 1) if tensor.ndim == 4 else tensor for tensor in tensors)
+            out = VF.contrast(*flat, gain, axes)
+            return out if axes == VF.STAGE1 else out.unflatten(0, (batch, heads))
+
+        return function
+
+    def stage1_backward(grad: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return module.stage1_backward(grad, *inputs, gain, *module.stage1(*inputs, gain)[1:])
+
+    def all_of_it(qkv: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv.unflatten(-1, (3, heads, d)).transpose(1, 3).unbind(2)
+        vectors, (first, second, weight, bias), embeds = tensors[:8], tensors[8:12], tensors[12:]
+        pooled = VF.pool_queries(qkv[:, prefix:, :dim], grid, token_grid)
+        tokens = VF.contrast_tokens(pooled, embeds, heads, batch)
+        values = in_stage(VF.STAGE1)(tokens, k, v, VF.contrast_lambda(*vectors[:4], init)) * first
+        gathered = in_stage(VF.STAGE2)(tokens, q, values, VF.contrast_lambda(*vectors[4:], init))
+        return VF.join(gathered, v, second, weight, bias, grid, prefix)
+
+    parts = [*vectors, *gains, weight, bias, *embeds]
+    whole = module.attend(qkv, *embeds, list(vectors), gains, weight, bias, list(grid), list(token_grid), prefix, init)
+    return (
+        is_that(in_stage(VF.STAGE1), (tokens, k, v, lam), lambda *x: module.stage1(*x, gain)[0], stage1_backward)
+        and is_that(
+            in_stage(VF.STAGE2), (tokens, q, values, lam),
+            lambda *x: module.stage2(*x, gain), lambda *x: module.stage2_backward(*x, gain),
+        )
+        and is_that(
+            lambda a, b, c, w, e: VF.join(a, b, c, w, e, grid, prefix), (gathered, v, gains[1], weight, bias),
+            lambda *x: module.join(*x, grid[0], grid[1], prefix),
+            lambda *x: module.join_backward(*x, grid[0], grid[1], prefix),
+        )
+        and _is_close(whole, all_of_it(qkv.double(), *(part.double() for part in parts)))
+    )  # fmt: skip
+
+
+def _is_close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return torch.allclose(found.double(), wanted, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 KERNELS = CpuKernels()

@@ -1,19 +1,21 @@
-"""Both stages of Visual-Contrast Attention as fused operators.
+"""What Visual-Contrast Attention does between its projections as fused operators: its stages, and how they are joined.
 
-Their kernels are Triton's on a GPU (`vca.kernels.triton_kernels`) and C++ on a CPU (`vca.kernels.cpu`). A layer's
-`fused_attn` says whether it takes them; its initial value is that of the environment variable VCA_FUSED, and None
-without one, see `vca.fused`. They have first derivatives in reverse mode; derivatives in forward mode and those of
+The stages' kernels are Triton's on a GPU (`vca.kernels.triton_kernels`) and C++ on a CPU (`vca.kernels.cpu`). What
+joins their result with the convolution of the values has a kernel for a CPU alone, and so has all of it in one. A
+layer's `fused_attn` says whether it takes them; its initial value is that of the environment variable VCA_FUSED, and
+None without one, see `vca.fused`. They have first derivatives in reverse mode; derivatives in forward mode and those of
 second order are the plain path's. torch.compile, torch.export, autocast and FlopCounterMode know them.
 """
 
 import importlib.util
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from vca import functional as VF
@@ -87,11 +89,28 @@ def contrast(tokens: Tensor, x: Tensor, values: Tensor, lam: Tensor, gain: float
     Returns:
         (BH, n, d) in Stage I, (B, H, T, d) in Stage II.
     """
-    if any(unpack_dual(tensor).tangent is not None for tensor in (tokens, x, values, lam)):
+    if _has_tangents(tokens, x, values, lam):
         return plain(tokens, x, values, lam, gain, axes)
     if axes == VF.STAGE1:
         return contrast_stage1(tokens, x, values, lam, gain)[0]
     return contrast_stage2(tokens, x, values, lam, gain)
+
+
+def _has_tangents(*tensors: Tensor) -> bool:
+    """Whether a derivative in forward mode goes through one of them."""
+    if forward_ad._current_level < 0:  # as it nearly always is; the question to each tensor takes microseconds
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def join(
+    gathered: Tensor, v: Tensor, gain: Tensor, weight: Tensor, bias: Tensor, grid_size: tuple[int, int], prefix: int
+) -> Tensor:
+    """`vca.functional.join`, for what is `supported`; on a GPU it is the plain function."""
+    tensors = (gathered, v, gain, weight, bias)
+    if not runs_on_cpu(v) or _has_tangents(*tensors):
+        return VF.join(*tensors, grid_size, prefix)
+    return contrast_join(*tensors, grid_size, prefix)
 
 
 def plain(tokens: Tensor, x: Tensor, values: Tensor, lam: Tensor, gain: float, axes: tuple[int, ...]) -> Tensor:
@@ -197,6 +216,86 @@ def _(
     return tokens.new_empty(tokens.shape), empty_sequence(q), values.new_empty(values.shape), torch.empty_like(lam)
 
 
+@torch.library.custom_op("vca::contrast_join", mutates_args=())
+def contrast_join(
+    gathered: Tensor, v: Tensor, gain: Tensor, weight: Tensor, bias: Tensor, grid_size: Sequence[int], prefix: int
+) -> Tensor:
+    """`vca.functional.join` on a CPU."""
+    return _kernels(v).join(gathered, v, gain, weight, bias, *grid_size, prefix)
+
+
+@contrast_join.register_fake
+def _(
+    gathered: Tensor, v: Tensor, gain: Tensor, weight: Tensor, bias: Tensor, grid_size: Sequence[int], prefix: int
+) -> Tensor:
+    return empty_sequence(gathered).transpose(1, 2).flatten(2)
+
+
+@torch.library.custom_op("vca::contrast_join_backward", mutates_args=())
+def contrast_join_backward(
+    grad: Tensor, gathered: Tensor, v: Tensor, gain: Tensor, weight: Tensor, bias: Tensor, grid_size: Sequence[int],
+    prefix: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of the five tensors of `contrast_join`, in their shapes and types; `grad` is that of its result."""
+    return _kernels(v).join_backward(grad, gathered, v, gain, weight, bias, *grid_size, prefix)
+
+
+@contrast_join_backward.register_fake
+def _(
+    grad: Tensor, gathered: Tensor, v: Tensor, gain: Tensor, weight: Tensor, bias: Tensor, grid_size: Sequence[int],
+    prefix: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    parameters = (torch.empty_like(tensor) for tensor in (gain, weight, bias))
+    return empty_sequence(gathered), empty_sequence(v), *parameters
+
+
+def takes_all(qkv: Tensor) -> bool:
+    """Whether `attend` takes what is `supported`: on a CPU, where no derivative is recorded."""
+    return runs_on_cpu(qkv) and not torch.is_grad_enabled() and forward_ad._current_level < 0
+
+
+ATTEND = (
+    "contrast_attend(Tensor qkv, Tensor positive, Tensor negative, Tensor[] lambdas, Tensor[] gains, Tensor weight, "
+    "Tensor bias, int[] grid_size, int[] token_grid, int prefix, float init) -> Tensor"
+)
+LIBRARY = torch.library.Library("vca", "FRAGMENT")  # `custom_op` looks at the memory of every tensor at every call
+LIBRARY.define(ATTEND)
+
+
+def attend(
+    qkv: Tensor, positive: Tensor, negative: Tensor, lambdas: Sequence[Tensor], gains: Sequence[Tensor],
+    weight: Tensor, bias: Tensor, grid_size: Sequence[int], token_grid: Sequence[int], prefix: int, init: float,
+) -> Tensor:  # fmt: skip
+    """What the paper's layer does between its projections, in one; it has no gradients.
+
+    Args:
+        qkv: what the first projection gives, (B, P + N, 3 * C).
+        positive, negative: the embeddings of the contrast tokens, (n, C).
+        lambdas: the vectors q1, k1, q2, k2 of Stage I and those of Stage II, (d).
+        gains: of the norm in each stage, (d).
+        weight, bias: of the convolution, (C, 1, 3, 3) and (C).
+        grid_size, token_grid: rows and columns of the patches, and of the cells from which contrast tokens are pooled.
+        prefix: P, tokens before the patches.
+        init: lambda_init.
+
+    Returns:
+        (B, P + N, C).
+    """
+    return torch.ops.vca.contrast_attend(
+        qkv, positive, negative, lambdas, gains, weight, bias, grid_size, token_grid, prefix, init
+    )
+
+
+@torch.library.impl(LIBRARY, "contrast_attend", "CPU")
+def _(qkv: Tensor, *more) -> Tensor:
+    return _kernels(qkv).attend(qkv, *more)
+
+
+@torch.library.register_fake("vca::contrast_attend", lib=LIBRARY)
+def _(qkv: Tensor, *more) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
 def _backward_is_plain() -> bool:
     """Whether a backward pass is differentiated itself, or one of several under vmap.
 
@@ -207,13 +306,15 @@ def _backward_is_plain() -> bool:
     )
 
 
-def _plain_gradients(grad: Tensor, inputs: Sequence[Tensor], gain: float, axes: tuple[int, ...]) -> list[Tensor | None]:
-    """The gradients of `plain`, which can be differentiated and batched; None where no input asks for one."""
+def _plain_gradients(
+    function: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor], *more
+) -> list[Tensor | None]:
+    """The gradients of a plain function, which can be differentiated and batched; None where no input asks for one."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views stand apart in the graph; of the inputs, the tokens depend on the queries.
-        tokens, x, values, lam = inputs = [tensor.view_as(tensor) for tensor in inputs]
-        out = plain(tokens, x, values, lam, gain, axes)
+        inputs = [tensor.view_as(tensor) for tensor in inputs]
+        out = function(*inputs, *more)
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
     return [next(found) if tensor.requires_grad else None for tensor in inputs]
@@ -229,7 +330,7 @@ def _save_stage1(ctx, inputs, output) -> None:
 def _backward_stage1(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
     tokens, k, v, lam, products, norms = ctx.saved_tensors
     if _backward_is_plain():
-        return *_plain_gradients(grad, (tokens, k, v, lam), ctx.gain, VF.STAGE1), None
+        return *_plain_gradients(plain, grad, (tokens, k, v, lam), ctx.gain, VF.STAGE1), None
     return *contrast_stage1_backward(grad, tokens, k, v, lam, ctx.gain, products, norms), None
 
 
@@ -240,12 +341,24 @@ def _save_stage2(ctx, inputs, output) -> None:
 
 def _backward_stage2(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     if _backward_is_plain():
-        return *_plain_gradients(grad, ctx.saved_tensors, ctx.gain, VF.STAGE2), None
+        return *_plain_gradients(plain, grad, ctx.saved_tensors, ctx.gain, VF.STAGE2), None
     return *contrast_stage2_backward(grad, *ctx.saved_tensors, ctx.gain), None
+
+
+def _save_join(ctx, inputs, output) -> None:
+    *tensors, ctx.grid_size, ctx.prefix = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_join(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if _backward_is_plain():
+        return *_plain_gradients(VF.join, grad, ctx.saved_tensors, ctx.grid_size, ctx.prefix), None, None
+    return *contrast_join_backward(grad, *ctx.saved_tensors, ctx.grid_size, ctx.prefix), None, None
 
 
 contrast_stage1.register_autograd(_backward_stage1, setup_context=_save_stage1)
 contrast_stage2.register_autograd(_backward_stage2, setup_context=_save_stage2)
+contrast_join.register_autograd(_backward_join, setup_context=_save_join)
 
 
 @register_flop_formula([torch.ops.vca.contrast_stage1, torch.ops.vca.contrast_stage2])
@@ -259,3 +372,25 @@ def contrast_flops(tokens_shape, x_shape, *_, **__) -> int:
 def contrast_backward_flops(grad_shape, tokens_shape, x_shape, *_, **__) -> int:
     """Twice those of the forward pass, as without recomputation."""
     return 2 * contrast_flops(tokens_shape, x_shape)
+
+
+@register_flop_formula(torch.ops.vca.contrast_join)
+def join_flops(gathered_shape, v_shape, gain_shape, weight_shape, bias_shape, grid_size, *_, **__) -> int:
+    """Those of the convolution."""
+    return 2 * gathered_shape[0] * math.prod(grid_size) * math.prod(weight_shape)
+
+
+@register_flop_formula(torch.ops.vca.contrast_attend)
+def attend_flops(
+    qkv_shape, positive_shape, negative_shape, lambdas, gains, weight_shape, bias, grid_size, *_, **__
+) -> int:
+    """Those of its parts."""
+    (batch, length, _), (num_tokens, dim) = qkv_shape, positive_shape
+    stage = contrast_flops((batch, 2 * num_tokens, dim), (batch, 1, length, dim))
+    return 2 * stage + 2 * batch * math.prod(grid_size) * math.prod(weight_shape)
+
+
+@register_flop_formula(torch.ops.vca.contrast_join_backward)
+def join_backward_flops(grad_shape, *shapes, **__) -> int:
+    """Twice those of the forward pass."""
+    return 2 * join_flops(*shapes)

@@ -12,7 +12,7 @@ from vca import functional as VF
 from vca import fused
 from vca.kernels import ops
 from vca.layers.change import UNCHANGED, Change
-from vca.layers.depthwise import depthwise_conv3x3, local_term
+from vca.layers.depthwise import depthwise_conv3x3
 from vca.layers.grid import OnGrid, check_token_grid
 from vca.layers.layer_maps import ContrastMaps, StageMaps
 
@@ -48,10 +48,14 @@ class ContrastStage(nn.Module):
             nn.init.normal_(vector, std=0.1)
         self.norm.reset_parameters()
 
+    @property
+    def lambda_vectors(self) -> tuple[nn.Parameter, ...]:
+        return self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2
+
     def contrast_lambda(self, init: float) -> Tensor | None:
         if not self.differential:
             return None
-        return VF.contrast_lambda(self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2, init)
+        return VF.contrast_lambda(*self.lambda_vectors, init)
 
 
 @register_notrace_module
@@ -216,11 +220,15 @@ class VisualContrastAttention(OnGrid, nn.Module):
         batch, length, dim = x.shape
         prefix = self.num_prefix_tokens
 
-        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads).unbind(2)  # (B, T, H, d)
-        q_patches, v_patches = ((y[:, prefix:] if prefix else y).flatten(2) for y in (q, v))  # (B, N, C)
+        qkv = self.qkv(x)
+        q, k, v = qkv.view(batch, length, 3, self.num_heads, dim // self.num_heads).unbind(2)  # (B, T, H, d)
+        q_patches = (q[:, prefix:] if prefix else q).flatten(2)  # (B, N, C)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, d), as the fused operators take them
+        values = v
         explicit = keep_maps or change.needs_maps
         is_fused = not explicit and self._is_fused(q)
+        if is_fused and change is UNCHANGED and self._is_whole and ops.takes_all(qkv):
+            return self.proj_drop(self.proj(self._attend_at_once(qkv, grid_size))), None
         if not is_fused:
             q, k, v = (y.flatten(0, 1) for y in (q, k, v))  # (BH, T, d)
         kernel = None if explicit else ops.contrast if is_fused else VF.contrast
@@ -231,17 +239,13 @@ class VisualContrastAttention(OnGrid, nn.Module):
         out, recorded2 = self._stage(kernel, 2, tokens, q, v_hat, change)  # (B, H, T, d) or (BH, T, d)
 
         gathered = change.heads(out.view(batch, self.num_heads, length, dim // self.num_heads))  # (B, H, T, d)
-        out, gain = gathered.transpose(1, 2), self.stage2.norm.weight.to(out.dtype)  # (B, T, H, d), (d)
+        gain = self.stage2.norm.weight
         if self.dwc is None:
-            out = out * gain
+            out = (gathered.transpose(1, 2) * gain.to(out.dtype)).flatten(2)  # (B, T, C)
         else:
-            local = local_term(self.dwc, v_patches, grid_size).unflatten(-1, (self.num_heads, -1))  # (B, N, H, d)
-            if prefix:
-                head, rest = out.split([prefix, length - prefix], dim=1)  # (B, P, H, d), (B, N, H, d)
-                out = torch.cat([head * gain, VF.add_product(local, rest, gain)], dim=1)
-            else:
-                out = VF.add_product(local, out, gain)
-        out = self.proj_drop(self.proj(out.reshape(batch, length, dim)))
+            join = ops.join if is_fused else VF.join
+            out = join(gathered, values, gain, self.dwc.weight, self.dwc.bias, grid_size, prefix)
+        out = self.proj_drop(self.proj(out))
 
         if recorded1 is None or recorded2 is None:
             return out, None
@@ -262,6 +266,21 @@ class VisualContrastAttention(OnGrid, nn.Module):
 
     def _is_fused(self, q: Tensor) -> bool:
         return self.has_kernels and fused.applies(self.fused_attn, q, math.prod(self.token_grid))
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether it has all parts of the paper's layer, and no other."""
+        return self.tokens == "pool+emb" and self.pool_query is None and self.dwc is not None
+
+    def _attend_at_once(self, qkv: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        assert self.dwc is not None
+        stages = self.stage1, self.stage2
+        vectors = [vector for stage in stages for vector in stage.lambda_vectors]
+        gains = [stage.norm.weight for stage in stages]
+        return ops.attend(
+            qkv, self.positive_embed, self.negative_embed, vectors, gains, self.dwc.weight, self.dwc.bias, grid_size,
+            self.token_grid, self.num_prefix_tokens, self.lambda_init,
+        )  # fmt: skip
 
     def _contrast_tokens(self, q: Tensor, grid_size: tuple[int, int]) -> Tensor:
         pooled = embeds = None
