@@ -538,7 +538,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> join_backward(Tensor grad, Te
   sums = sums.view({11, gathered.size(0), heads * d}).sum(1);  // (11, C)
   return {grad_gathered.to(gathered.scalar_type()), grad_v.to(v.scalar_type()),
           sums[10].view({heads, d}).sum(0).to(gain.scalar_type()),
-          sums.slice(0, 0, 9).t().contiguous().view(weight.sizes()).to(weight.scalar_type()), sums[9].clone().to(bias.scalar_type())};
+          sums.slice(0, 0, 9).t().contiguous().view(weight.sizes()).to(weight.scalar_type()),
+          sums[9].clone().to(bias.scalar_type())};
 }
 
 // exp(q1 . k1) - exp(q2 . k2) + init, of the vectors q1, k1, q2, k2.
