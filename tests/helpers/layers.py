@@ -1,8 +1,10 @@
 """Layers of Visual-Contrast Attention for tests."""
 
+import copy
 import itertools
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vca import VisualContrastAttention
 
@@ -60,3 +62,27 @@ def relative_error(actual: torch.Tensor, target) -> float:
 
 
 SMALL = dict(grid_size=(3, 3), token_grid=(2, 2), num_prefix_tokens=1, depth=1)
+
+
+IRREGULAR = dict(grid_size=(5, 7), token_grid=(3, 4), num_prefix_tokens=2, depth=2)
+
+
+def fused_and_exact(**options):
+    """A layer that uses the operators, the same layer in float64 that does not, and an input."""
+    layer, x = make(torch.float32, dim=32, heads=2, batch=1, **IRREGULAR, **options)
+    exact = copy.deepcopy(layer).double()
+    layer.fused_attn = True
+    return layer, exact, x
+
+
+def gradients(layer, x, weight) -> list[torch.Tensor]:
+    """Those of the input and of every parameter, in this order."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(layer(x), [x, *layer.parameters()], weight)
+
+
+def calls(run) -> dict:
+    """The products that a run multiplies, and their flops, by operator."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_flop_counts()["Global"]

@@ -35,7 +35,8 @@ def test_the_kernels_in_the_interpreter():
 @needs_compiler
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_the_kernels_of_older_processors(capability):
-    done = python("-m", "pytest", "-x", "tests/vca/test_fused_kernels.py", ATEN_CPU_CAPABILITY=capability)
+    files = ("tests/vca/test_fused_kernels.py", "tests/vca/test_fused_join.py")
+    done = python("-m", "pytest", "-x", *files, ATEN_CPU_CAPABILITY=capability)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout
 
 

@@ -7,18 +7,15 @@ Triton reads TRITON_INTERPRET when it is imported, so that its kernels need a pr
     VCA_TEST_DEVICE=cuda compute-sanitizer python -m pytest tests/vca/test_fused_kernels.py
 """
 
-import copy
 import os
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.kernels import needs_compiler
-from tests.helpers.layers import describe, make, relative_error
+from tests.helpers.layers import IRREGULAR, calls, describe, fused_and_exact, gradients, make, relative_error
 from vca import functional as VF
 from vca.kernels import cpu, ops
 
@@ -31,7 +28,6 @@ DEVICE = os.environ.get("VCA_TEST_DEVICE", "cpu")
 ON_GPU = DEVICE != "cpu"
 FLOAT = torch.bfloat16 if ON_GPU else torch.float32
 pytestmark = [] if ops.INTERPRETED or ON_GPU else needs_compiler
-only_cpp = pytest.mark.skipif(ops.INTERPRETED or ON_GPU, reason="there is a kernel for a CPU alone")
 only_float32 = pytest.mark.skipif(ON_GPU, reason="the kernels for a GPU take no float32")
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -211,53 +207,7 @@ def test_a_number_that_is_none_is_not_hidden(axes, place):
         assert lost.any() and ops.contrast(*given, 0.7, axes)[lost].isnan().all()
 
 
-JOINED = [
-    (torch.float32, dict(grid_size=(14, 14), prefix=1, d=64)),
-    (torch.float32, dict(grid_size=(1, 4), prefix=2, batch=3, d=48)),
-    (torch.float32, dict(grid_size=(5, 1), prefix=0, heads=1, d=16)),
-    (torch.float32, dict(grid_size=(1, 1), prefix=0, d=16)),
-    (torch.bfloat16, dict(grid_size=(3, 7), prefix=0, batch=2, d=32)),
-]
-
-
-def joined(dtype, grid_size, prefix, batch=1, heads=2, d=32):
-    """What `ops.join` takes; the values are a view of a projection, as in the layer."""
-
-    def randn(*shape):
-        return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-    length, dim = prefix + grid_size[0] * grid_size[1], heads * d
-    gathered, v = (
-        randn(batch, length, heads, d).transpose(1, 2),
-        randn(batch, length, 2, heads, d).transpose(1, 3)[:, :, 1],
-    )
-    tensors = gathered, v, randn(d), randn(dim, 1, 3, 3), randn(dim)
-    return [y.detach().requires_grad_() for y in tensors], (grid_size, prefix)
-
-
-@only_cpp
-@pytest.mark.parametrize("dtype, case", JOINED, ids=str)
-def test_what_is_joined_and_its_gradients_equal_the_reference(dtype, case):
-    given, geometry = joined(dtype, **case)
-    exact = [y.detach().double().requires_grad_() for y in given]
-    out, want = ops.join(*given, *geometry), VF.join(*exact, *geometry)
-    assert out.dtype == dtype and relative_error(out, want.detach()) < TOLERANCE[dtype]
-    weight = torch.randn(out.shape, dtype=torch.float64).to(dtype)
-    targets = torch.autograd.grad(want, exact, weight.double())
-    for x, grad, target in zip(given, torch.autograd.grad(out, given, weight), targets, strict=True):
-        assert grad.shape == x.shape and grad.dtype == x.dtype and relative_error(grad, target) < TOLERANCE[dtype]
-
-
-@only_cpp
-def test_joining_is_registered_as_torch_wants_it():
-    given, geometry = joined(torch.float32, (2, 3), 1)
-    torch.library.opcheck(ops.contrast_join, (*given, *geometry))
-    with torch.no_grad():
-        grad = torch.randn_like(ops.contrast_join(*given, *geometry))
-        torch.library.opcheck(ops.contrast_join_backward, (grad, *given, *geometry))
-
-
-@only_cpp
+@pytest.mark.skipif(ops.INTERPRETED or ON_GPU, reason="it has no threads")
 def test_threads_change_nothing():
     threads = torch.get_num_threads()
     for axes in OPERATORS:
@@ -292,30 +242,6 @@ def test_operators_are_registered_as_torch_wants_them(axes):
 # --- the layer -------------------------------------------------------------------------------------------------------
 
 
-LAYER = dict(grid_size=(5, 7), token_grid=(3, 4), num_prefix_tokens=2, depth=2)
-
-
-def fused_and_exact(**options):
-    """A layer that uses the operators, the same layer in float64 that does not, and an input."""
-    layer, x = make(torch.float32, dim=32, heads=2, batch=1, **LAYER, **options)
-    exact = copy.deepcopy(layer).double()
-    layer.fused_attn = True
-    return layer, exact, x
-
-
-def gradients(layer, x, weight) -> list[torch.Tensor]:
-    """Those of the input and of every parameter, in this order."""
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(layer(x), [x, *layer.parameters()], weight)
-
-
-def calls(run) -> dict:
-    """The products that a run multiplies, and their flops, by operator."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_flop_counts()["Global"]
-
-
 @only_float32
 @pytest.mark.parametrize("options", [{}, dict(tokens="emb", dwc=False)], ids=describe)
 def test_a_layer_has_the_output_and_gradients_of_the_plain_one(options):
@@ -327,50 +253,6 @@ def test_a_layer_has_the_output_and_gradients_of_the_plain_one(options):
     for name, grad, target in zip(names, gradients(layer, x, weight), targets, strict=True):
         tolerance = 1e-4 if "lambda" in name else 1e-5  # lambda's gradient is a sum that cancels
         assert relative_error(grad, target) < tolerance, name
-
-
-@only_cpp
-@pytest.mark.parametrize("batch", [0, 1, 3])
-@pytest.mark.parametrize(
-    "grid_size, token_grid, prefix", [((5, 7), (3, 4), 2), ((4, 6), (2, 3), 0), ((1, 1), (1, 1), 1)]
-)
-def test_without_gradients_a_layer_is_one_operator(grid_size, token_grid, prefix, batch):
-    geometry = dict(grid_size=grid_size, token_grid=token_grid, num_prefix_tokens=prefix)
-    layer, x = make(torch.float32, dim=96, heads=2, batch=max(batch, 1), **geometry)
-    x, exact = x[:batch], copy.deepcopy(layer).double()
-    layer.fused_attn = True
-    with torch.no_grad():
-        want = exact(x.double())
-        assert layer(x).shape == want.shape and (layer(x) - want).norm() <= 1e-5 * want.norm()
-        found, plain = calls(lambda: layer(x)), calls(lambda: exact(x.double()))
-    assert torch.ops.vca.contrast_attend in found and torch.ops.vca.contrast_stage1 not in found
-    assert sum(found.values()) == sum(plain.values())
-    assert torch.ops.vca.contrast_attend not in calls(lambda: layer(x))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-    assert y.dtype == torch.bfloat16 and (y - want).norm() <= 2e-2 * want.norm()
-
-
-@only_cpp
-def test_a_tangent_goes_through_a_layer_without_gradients():
-    layer, exact, x = fused_and_exact()
-    tangent = torch.randn_like(x)
-    want = torch.func.jvp(exact, (x.double(),), (tangent.double(),))[1].detach()
-    with torch.no_grad(), forward_ad.dual_level():
-        got = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
-    assert relative_error(got, want) < 1e-5
-
-
-@only_cpp
-def test_the_one_operator_is_registered_as_torch_wants_it():
-    layer, _, x = fused_and_exact()
-    with mock.patch.object(ops, "attend", side_effect=ops.attend) as attend, torch.no_grad():
-        want = layer(x)
-    with torch.no_grad():
-        torch.library.opcheck(torch.ops.vca.contrast_attend.default, attend.call_args.args)
-        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), want)
-        assert torch.ops.vca.contrast_attend in calls(lambda: torch.export.export(layer, (x,)).module()(x))
 
 
 @only_float32
@@ -491,7 +373,7 @@ def test_compiled_and_exported_layers(monkeypatch):
     ids=describe,
 )
 def test_what_is_not_the_standard_form_takes_the_plain_path(options):
-    layer, x = make(torch.float32, **LAYER | options)
+    layer, x = make(torch.float32, **IRREGULAR | options)
     layer.fused_attn = True
     assert not any("vca" in str(operator) for operator in calls(lambda: layer(x)))
 
