@@ -254,14 +254,6 @@ def takes_all(qkv: Tensor) -> bool:
     return runs_on_cpu(qkv) and not torch.is_grad_enabled() and forward_ad._current_level < 0
 
 
-ATTEND = (
-    "contrast_attend(Tensor qkv, Tensor positive, Tensor negative, Tensor[] lambdas, Tensor[] gains, Tensor weight, "
-    "Tensor bias, int[] grid_size, int[] token_grid, int prefix, float init) -> Tensor"
-)
-LIBRARY = torch.library.Library("vca", "FRAGMENT")  # `custom_op` looks at the memory of every tensor at every call
-LIBRARY.define(ATTEND)
-
-
 def attend(
     qkv: Tensor, positive: Tensor, negative: Tensor, lambdas: Sequence[Tensor], gains: Sequence[Tensor],
     weight: Tensor, bias: Tensor, grid_size: Sequence[int], token_grid: Sequence[int], prefix: int, init: float,
@@ -284,6 +276,10 @@ def attend(
     return torch.ops.vca.contrast_attend(
         qkv, positive, negative, lambdas, gains, weight, bias, grid_size, token_grid, prefix, init
     )
+
+
+LIBRARY = torch.library.Library("vca", "FRAGMENT")  # `custom_op` looks at the memory of every tensor at every call
+LIBRARY.define("contrast_attend" + torch.library.infer_schema(attend, mutates_args=()))
 
 
 @torch.library.impl(LIBRARY, "contrast_attend", "CPU")
@@ -374,10 +370,14 @@ def contrast_backward_flops(grad_shape, tokens_shape, x_shape, *_, **__) -> int:
     return 2 * contrast_flops(tokens_shape, x_shape)
 
 
+def _convolution_flops(batch: int, grid_size: Sequence[int], weight_shape: Sequence[int]) -> int:
+    return 2 * batch * math.prod(grid_size) * math.prod(weight_shape)
+
+
 @register_flop_formula(torch.ops.vca.contrast_join)
 def join_flops(gathered_shape, v_shape, gain_shape, weight_shape, bias_shape, grid_size, *_, **__) -> int:
     """Those of the convolution."""
-    return 2 * gathered_shape[0] * math.prod(grid_size) * math.prod(weight_shape)
+    return _convolution_flops(gathered_shape[0], grid_size, weight_shape)
 
 
 @register_flop_formula(torch.ops.vca.contrast_attend)
@@ -387,7 +387,7 @@ def attend_flops(
     """Those of its parts."""
     (batch, length, _), (num_tokens, dim) = qkv_shape, positive_shape
     stage = contrast_flops((batch, 2 * num_tokens, dim), (batch, 1, length, dim))
-    return 2 * stage + 2 * batch * math.prod(grid_size) * math.prod(weight_shape)
+    return 2 * stage + _convolution_flops(batch, grid_size, weight_shape)
 
 
 @register_flop_formula(torch.ops.vca.contrast_join_backward)

@@ -222,7 +222,6 @@ class VisualContrastAttention(OnGrid, nn.Module):
 
         qkv = self.qkv(x)
         q, k, v = qkv.view(batch, length, 3, self.num_heads, dim // self.num_heads).unbind(2)  # (B, T, H, d)
-        q_patches = (q[:, prefix:] if prefix else q).flatten(2)  # (B, N, C)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, d), as the fused operators take them
         values = v
         explicit = keep_maps or change.needs_maps
@@ -233,7 +232,7 @@ class VisualContrastAttention(OnGrid, nn.Module):
             q, k, v = (y.flatten(0, 1) for y in (q, k, v))  # (BH, T, d)
         kernel = None if explicit else ops.contrast if is_fused else VF.contrast
 
-        tokens = self._contrast_tokens(q_patches, grid_size).to(q.dtype)  # (BH, 2n, d)
+        tokens = self._contrast_tokens(qkv[:, prefix:, :dim], grid_size).to(q.dtype)  # (BH, 2n, d)
         v_hat, recorded1 = self._stage(kernel, 1, tokens, k, v, change)
         v_hat = (v_hat * self.stage1.norm.weight).to(v.dtype)  # (BH, n, d)
         out, recorded2 = self._stage(kernel, 2, tokens, q, v_hat, change)  # (B, H, T, d) or (BH, T, d)
