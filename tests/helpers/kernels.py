@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+DEVICE = os.environ.get("VCA_TEST_DEVICE", "cpu")
 compiler = shutil.which(os.environ.get("CXX", "c++"))
 
 

@@ -13,15 +13,7 @@ from vca import functional as VF
 from vca.kernels import ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-pytestmark = needs_compiler
-
-
-@pytest.fixture(autouse=True)
-def every_new_tensor_holds_nan():
-    """Until it is written to: what a kernel leaves out is then seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [pytest.mark.usefixtures("every_new_tensor_holds_nan"), needs_compiler]
 
 
 JOINED = [

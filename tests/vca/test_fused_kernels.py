@@ -7,14 +7,12 @@ Triton reads TRITON_INTERPRET when it is imported, so that its kernels need a pr
     VCA_TEST_DEVICE=cuda compute-sanitizer python -m pytest tests/vca/test_fused_kernels.py
 """
 
-import os
-
 import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
 
-from tests.helpers.kernels import needs_compiler
+from tests.helpers.kernels import DEVICE, needs_compiler
 from tests.helpers.layers import IRREGULAR, calls, describe, fused_and_exact, gradients, make, relative_error
 from vca import functional as VF
 from vca.kernels import cpu, ops
@@ -24,10 +22,10 @@ if ops.INTERPRETED:
 
     from vca.kernels import triton_kernels
 
-DEVICE = os.environ.get("VCA_TEST_DEVICE", "cpu")
 ON_GPU = DEVICE != "cpu"
+RUNS_CPP = not (ops.INTERPRETED or ON_GPU)
 FLOAT = torch.bfloat16 if ON_GPU else torch.float32
-pytestmark = [] if ops.INTERPRETED or ON_GPU else needs_compiler
+pytestmark = [pytest.mark.usefixtures("every_new_tensor_holds_nan"), *[needs_compiler] * RUNS_CPP]
 only_float32 = pytest.mark.skipif(ON_GPU, reason="the kernels for a GPU take no float32")
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -35,15 +33,6 @@ OPERATORS = {
     VF.STAGE1: (ops.contrast_stage1, ops.contrast_stage1_backward),
     VF.STAGE2: (ops.contrast_stage2, ops.contrast_stage2_backward),
 }
-
-
-@pytest.fixture(autouse=True)
-def every_new_tensor_holds_nan():
-    """Until it is written to: what a kernel leaves out is then seen."""
-    torch.use_deterministic_algorithms(True, warn_only=ON_GPU)
-    assert torch.empty(3, device=DEVICE).isnan().all() and torch.ones(1, device=DEVICE).new_empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +63,7 @@ def bfloat16_as_on_a_gpu():
 
 
 def test_the_kernels_are_compiled_where_there_is_a_compiler():
-    assert ops.INTERPRETED or ON_GPU or cpu.kernels() is not None
+    assert not RUNS_CPP or cpu.kernels() is not None
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +196,7 @@ def test_a_number_that_is_none_is_not_hidden(axes, place):
         assert lost.any() and ops.contrast(*given, 0.7, axes)[lost].isnan().all()
 
 
-@pytest.mark.skipif(ops.INTERPRETED or ON_GPU, reason="it has no threads")
+@pytest.mark.skipif(not RUNS_CPP, reason="it has no threads")
 def test_threads_change_nothing():
     threads = torch.get_num_threads()
     for axes in OPERATORS:
