@@ -62,7 +62,8 @@ def test_joining_is_registered_as_torch_wants_it():
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
 @pytest.mark.parametrize(
-    "grid_size, token_grid, prefix", [((5, 7), (3, 4), 2), ((4, 6), (2, 3), 0), ((1, 1), (1, 1), 1)]
+    "grid_size, token_grid, prefix",
+    [((5, 7), (3, 4), 2), ((4, 6), (2, 3), 0), ((1, 1), (1, 1), 1), ((30, 32), (8, 10), 1)],
 )
 def test_without_gradients_a_layer_is_one_operator(grid_size, token_grid, prefix, batch):
     geometry = dict(grid_size=grid_size, token_grid=token_grid, num_prefix_tokens=prefix)
