@@ -7,6 +7,7 @@ of an `Hg x Wg` grid, row-major), n = h * w contrast tokens, S streams: 2, (posi
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -216,6 +217,35 @@ def join(
     else:
         out = add_product(local, out, gain)
     return out.flatten(2)
+
+
+def attend(
+    qkv: Tensor, parameters: Sequence[Tensor], grid_size: Sequence[int], token_grid: Sequence[int], prefix: int,
+    init: float,
+) -> Tensor:  # fmt: skip
+    """What the paper's layer does between its projections.
+
+    Args:
+        qkv: what the first projection gives, (B, P + N, 3 * C).
+        parameters: the embeddings of the positive and the negative contrast tokens, (n, C); the vectors q1, k1, q2, k2
+            of lambda in Stage I and in Stage II, (d); the gain of the norm in each stage, (d); weight (C, 1, 3, 3) and
+            bias (C) of the convolution.
+        grid_size, token_grid: rows and columns of the patches, and of the cells from which contrast tokens are pooled.
+        prefix: P, tokens before the patches.
+        init: lambda_init.
+
+    Returns:
+        (B, P + N, C).
+    """
+    embeds, vectors, (gain1, gain2, weight, bias) = parameters[:2], parameters[2:10], parameters[10:]
+    batch, dim, d = len(qkv), qkv.shape[2] // 3, len(gain1)
+    pooled = pool_queries(qkv[:, prefix:, :dim], grid_size, token_grid)
+    tokens = contrast_tokens(pooled, embeds, dim // d, batch).to(qkv.dtype)
+    q, k, v = qkv.unflatten(2, (3, dim // d, d)).transpose(1, 3).unbind(2)  # (B, H, T, d)
+    lambda1, lambda2 = contrast_lambda(*vectors[:4], init), contrast_lambda(*vectors[4:], init)
+    values = contrast(tokens, k.flatten(0, 1), v.flatten(0, 1), lambda1, 1 - init, STAGE1) * gain1
+    gathered = contrast(tokens, q.flatten(0, 1), values.to(qkv.dtype), lambda2, 1 - init, STAGE2)
+    return join(gathered.unflatten(0, q.shape[:2]), v, gain2, weight, bias, grid_size, prefix)
 
 
 def effective_map(d1: Tensor, r1: Tensor | None, d2: Tensor | None = None, r2: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from tests.helpers.kernels import needs_compiler
-from tests.helpers.layers import calls, fused_and_exact, make, relative_error
+from tests.helpers.layers import calls, fused_and_exact, gradients, make, relative_error
 from vca import functional as VF
 from vca.kernels import ops
 
@@ -65,7 +65,7 @@ def test_joining_is_registered_as_torch_wants_it():
     "grid_size, token_grid, prefix",
     [((5, 7), (3, 4), 2), ((4, 6), (2, 3), 0), ((1, 1), (1, 1), 1), ((30, 32), (8, 10), 1)],
 )
-def test_without_gradients_a_layer_is_one_operator(grid_size, token_grid, prefix, batch):
+def test_a_whole_layer_is_one_operator(grid_size, token_grid, prefix, batch):
     geometry = dict(grid_size=grid_size, token_grid=token_grid, num_prefix_tokens=prefix)
     layer, x = make(torch.float32, dim=96, heads=2, batch=max(batch, 1), **geometry)
     x, exact = x[:batch], copy.deepcopy(layer).double()
@@ -76,7 +76,11 @@ def test_without_gradients_a_layer_is_one_operator(grid_size, token_grid, prefix
         found, plain = calls(lambda: layer(x)), calls(lambda: exact(x.double()))
     assert torch.ops.vca.contrast_attend in found and torch.ops.vca.contrast_stage1 not in found
     assert sum(found.values()) == sum(plain.values())
-    assert torch.ops.vca.contrast_attend not in calls(lambda: layer(x))
+    weight = torch.randn_like(x)
+    targets = gradients(exact, x.double(), weight.double())
+    least = 1e-6 * max(target.norm() for target in targets)  # of sums that cancel
+    for grad, target in zip(gradients(layer, x, weight), targets, strict=True):
+        assert grad.shape == target.shape and (grad - target).norm() <= 1e-4 * target.norm() + least
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16 and (y - want).norm() <= 2e-2 * want.norm()
@@ -95,8 +99,15 @@ def test_the_one_operator_is_registered_as_torch_wants_it():
     layer, _, x = fused_and_exact()
     with mock.patch.object(ops, "attend", side_effect=ops.attend) as attend, torch.no_grad():
         want = layer(x)
+    qkv, parameters, *geometry = (
+        value.detach() if torch.is_tensor(value) else value for value in attend.call_args.args
+    )
+    inputs = qkv, [parameter.detach() for parameter in parameters], *geometry
     with torch.no_grad():
-        torch.library.opcheck(torch.ops.vca.contrast_attend.default, attend.call_args.args)
+        for saves in (False, True):
+            torch.library.opcheck(torch.ops.vca.contrast_attend.default, (*inputs, saves))
+        out, *saved = torch.ops.vca.contrast_attend(*inputs, True)
+        torch.library.opcheck(torch.ops.vca.contrast_attend_backward.default, (torch.randn_like(out), *inputs, *saved))
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), want)
         assert torch.ops.vca.contrast_attend in calls(lambda: torch.export.export(layer, (x,)).module()(x))

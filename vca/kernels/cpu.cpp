@@ -13,6 +13,7 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/utils/pybind.h>  // not torch/extension.h, which takes twice as long to compile
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -114,6 +115,7 @@ struct Rows {
 
   float* operator[](int64_t row) const { return data + row * stride; }
   Rows from(int64_t row) const { return {(*this)[row], stride}; }
+  Rows at(int64_t column) const { return {data + column, stride}; }
   operator Entries() const { return {data, stride, 1}; }
   Entries transposed() const { return {data, 1, stride}; }
 };
@@ -169,7 +171,7 @@ inline void multiply_block(int64_t k, Entries a, Rows b, Rows c, bool add) {
 // c (rows, columns) = a b, or c += a b, of a (rows, k) and b (k, columns); columns is a multiple of WIDTH.
 void multiply(int64_t rows, int64_t columns, int64_t k, Entries a, Rows b, Rows c, bool add = false) {
   in_parts(columns / WIDTH, BLOCK, [&](int64_t first, int64_t vectors) {
-    const Rows right{b.data + first * WIDTH, b.stride}, to{c.data + first * WIDTH, c.stride};
+    const Rows right = b.at(first * WIDTH), to = c.at(first * WIDTH);
     with_constant<BLOCK>(vectors, [&](auto vecs) {
       in_parts(rows, 6, [&](int64_t start, int64_t size) {
         const Entries left{a.data + start * a.row, a.row, a.column};
@@ -304,6 +306,10 @@ void scale(float* x, int64_t d, float factor) {
   for (int64_t i = 0; i < d; i += WIDTH) store(x + i, load(x + i) * factor);
 }
 
+void scale(float* x, int64_t d, const float* factors) {
+  for (int64_t i = 0; i < d; i += WIDTH) store(x + i, load(x + i) * load(factors + i));
+}
+
 // to (n, d) = the first n rows of `streams` - lambda times the others.
 void subtract_streams(Rows streams, float lambda, int64_t n, int64_t d, Rows to) {
   for (int64_t row = 0; row < n; row++)
@@ -330,8 +336,7 @@ struct Stage1 {
         decay(2 * n),
         scores{scores_room, spread(chunk)} {}
 
-  // products (2 * n, d) = A+ v and A- v. `shift` and `total` are then the maxima of the scores and the sums of their
-  // exponentials.
+  // products (2 * n, d) = A+ v and A- v.
   void multiply_streams(Rows tokens, Rows keys, Rows values, Rows products) const {
     for (int64_t start = 0; start < length; start += chunk) {
       const int64_t count = std::min(chunk, length - start);
@@ -344,6 +349,12 @@ struct Stage1 {
       multiply(2 * n, d, count, scores, values.from(start), products, start > 0);
     }
     for (int64_t row = 0; row < 2 * n; row++) scale(products[row], d, 1 / total[row]);
+  }
+
+  // What the softmax took in `multiply_streams`: the maxima of the scores and the sums of their exponentials (2 * n).
+  void copy_norms(float* maxima, float* sums) const {
+    std::copy_n(static_cast<float*>(shift), 2 * n, maxima);
+    std::copy_n(static_cast<float*>(total), 2 * n, sums);
   }
 
   // to (n, d) = (A+ - lambda A-) v, of a short sequence by one product instead of two; `products` is room for them.
@@ -368,7 +379,7 @@ struct Stage1 {
   void take_scores(Rows tokens, Rows keys, int64_t start, int64_t count) const {
     in_tiles(count, [&](int64_t tile, int64_t inside) {
       transpose(inside, d, keys.from(start + tile), {transposed, TILE});
-      multiply(2 * n, whole_vectors(inside), d, tokens, {transposed, TILE}, {scores.data + tile, scores.stride});
+      multiply(2 * n, whole_vectors(inside), d, tokens, {transposed, TILE}, scores.at(tile));
     });
     for (int64_t row = 0; row < 2 * n; row++) {
       float* last = scores[row] + count / WIDTH * WIDTH;
@@ -397,12 +408,66 @@ std::tuple<Tensor, Tensor, Tensor> stage1(Tensor tokens, Tensor k, Tensor v, Ten
       stage.multiply_streams(rows_of(tokens, group), keys.of(group), values.of(group), product);
       subtract_streams(product, lambda, n, d, result);
       for (int64_t row = 0; row < n; row++) rms_norm(result[row], d, gain);
-      std::copy_n(static_cast<float*>(stage.shift), 2 * n, start_of(norms) + group * 2 * n);
-      std::copy_n(static_cast<float*>(stage.total), 2 * n, start_of(norms) + (groups + group) * 2 * n);
+      stage.copy_norms(start_of(norms) + group * 2 * n, start_of(norms) + (groups + group) * 2 * n);
     }
   });
   return {out.to(type), products, norms};
 }
+
+// The gradients of Stage I of heads of one size.
+struct Stage1Backward {
+  const int64_t n, d, length;
+  const Room transposed_room, maps_room, grad_map_room, difference_room, inner_room, mean;
+
+  Stage1Backward(int64_t n, int64_t d, int64_t length)
+      : n(n),
+        d(d),
+        length(length),
+        transposed_room(d * TILE),
+        maps_room(2 * n * TILE),
+        grad_map_room(n * TILE),
+        difference_room(n * TILE),
+        inner_room(n * d),
+        mean(2 * n) {}
+
+  // The gradients of tokens and keys, and that of values, which may be added; returns that of lambda. `above` (n, d) is the
+  // gradient of the output; `products`, `shift` and `total` are what `multiply_streams` has found.
+  float run(Rows above, Rows tokens, Rows keys, Rows values, float lambda, float gain, Rows products, const float* shift,
+            const float* total, Rows grad_tokens, Rows grad_keys, Rows grad_values, bool add) const {
+    const Rows transposed{transposed_room, TILE}, maps{maps_room, TILE}, negative_maps = maps.from(n);
+    const Rows grad_map{grad_map_room, TILE}, difference{difference_room, TILE};
+    const Rows inner{inner_room, d};  // the gradient before the RMSNorm
+    float grad_lambda = 0;
+    subtract_streams(products, lambda, n, d, inner);
+    for (int64_t row = 0; row < n; row++) {
+      rms_backward(above[row], inner[row], d, gain, inner[row]);
+      mean[row] = dot(inner[row], products[row], d);  // of the map's gradient, weighted by the map
+      mean[n + row] = dot(inner[row], products[n + row], d);
+      grad_lambda -= mean[n + row];
+    }
+    in_tiles(length, [&](int64_t start, int64_t count) {
+      transpose(count, d, values.from(start), transposed);
+      multiply(n, whole_vectors(count), d, inner, transposed, grad_map);
+      transpose(count, d, keys.from(start), transposed);
+      multiply(2 * n, whole_vectors(count), d, tokens, transposed, maps);
+      for (int64_t row = 0; row < n; row++) {
+        const float positive_scale = 1 / total[row], negative_scale = lambda / total[n + row];
+        for (int64_t i = 0; i < count; i += WIDTH) {
+          const Vec positive = positive_scale * exponential(load(maps[row] + i) - shift[row]);
+          const Vec negative = negative_scale * exponential(load(negative_maps[row] + i) - shift[n + row]);
+          const Vec change = load(grad_map[row] + i);
+          store(difference[row] + i, positive - negative);
+          store(maps[row] + i, positive * (change - mean[row]));
+          store(negative_maps[row] + i, negative * (mean[n + row] - change));
+        }
+      }
+      multiply(count, d, n, difference.transposed(), inner, grad_values.from(start), add);
+      multiply(count, d, 2 * n, maps.transposed(), tokens, grad_keys.from(start));
+      multiply(2 * n, d, count, maps, keys.from(start), grad_tokens, start > 0);
+    });
+    return grad_lambda;
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> stage1_backward(Tensor grad, Tensor tokens, Tensor k, Tensor v, Tensor lam,
                                                            double gain, Tensor products, Tensor norms) {
@@ -416,45 +481,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage1_backward(Tensor grad, Tensor t
   const Sequence keys(k), values(v), grad_keys(grad_k), grad_values(grad_v);
   const float lambda = lam.item<float>();
   at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    const Room transposed_room(d * TILE), maps_room(2 * n * TILE), grad_map_room(n * TILE), difference_room(n * TILE);
-    const Room inner_room(n * d), mean(2 * n);  // inner: the gradient before the RMSNorm
-    const Rows transposed{transposed_room, TILE}, maps{maps_room, TILE}, negative_maps = maps.from(n);
-    const Rows grad_map{grad_map_room, TILE}, difference{difference_room, TILE}, inner{inner_room, d};
+    const Stage1Backward stage(n, d, length);
     for (int64_t group = begin; group < end; group++) {
-      const Rows t = rows_of(tokens, group), product = rows_of(products, group), grad_t = rows_of(grad_tokens, group);
       const float* shift = start_of(norms) + group * 2 * n;
-      const float* total = shift + groups * 2 * n;
-      const Rows above = rows_of(grad, group);
-      float total_lam = 0;
-      subtract_streams(product, lambda, n, d, inner);
-      for (int64_t row = 0; row < n; row++) {
-        rms_backward(above[row], inner[row], d, gain, inner[row]);
-        mean[row] = dot(inner[row], product[row], d);  // of the map's gradient, weighted by the map
-        mean[n + row] = dot(inner[row], product[n + row], d);
-        total_lam -= mean[n + row];
-      }
-      start_of(grad_lam)[group] = total_lam;
-      in_tiles(length, [&](int64_t start, int64_t count) {
-        const Rows key = keys.of(group).from(start);
-        transpose(count, d, values.of(group).from(start), transposed);
-        multiply(n, whole_vectors(count), d, inner, transposed, grad_map);
-        transpose(count, d, key, transposed);
-        multiply(2 * n, whole_vectors(count), d, t, transposed, maps);
-        for (int64_t row = 0; row < n; row++) {
-          const float positive_scale = 1 / total[row], negative_scale = lambda / total[n + row];
-          for (int64_t i = 0; i < count; i += WIDTH) {
-            const Vec positive = positive_scale * exponential(load(maps[row] + i) - shift[row]);
-            const Vec negative = negative_scale * exponential(load(negative_maps[row] + i) - shift[n + row]);
-            const Vec change = load(grad_map[row] + i);
-            store(difference[row] + i, positive - negative);
-            store(maps[row] + i, positive * (change - mean[row]));
-            store(negative_maps[row] + i, negative * (mean[n + row] - change));
-          }
-        }
-        multiply(count, d, n, difference.transposed(), inner, grad_values.of(group).from(start));
-        multiply(count, d, 2 * n, maps.transposed(), t, grad_keys.of(group).from(start));
-        multiply(2 * n, d, count, maps, key, grad_t, start > 0);
-      });
+      start_of(grad_lam)[group] =
+          stage.run(rows_of(grad, group), rows_of(tokens, group), keys.of(group), values.of(group), lambda, gain,
+                    rows_of(products, group), shift, shift + groups * 2 * n, rows_of(grad_tokens, group),
+                    grad_keys.of(group), grad_values.of(group), false);
     }
   });
   return {grad_tokens.to(type), grad_k.to(type), grad_v.to(type), grad_lam.sum()};
@@ -519,6 +552,66 @@ Tensor stage2(Tensor tokens, Tensor q, Tensor values, Tensor lam, double gain) {
   return out.to(type);
 }
 
+// The gradients of Stage II of heads of one size.
+struct Stage2Backward {
+  const int64_t n, d, length;
+  const Room transposed_room, maps_room, grad_map_room, difference_room, inner_room;
+
+  Stage2Backward(int64_t n, int64_t d, int64_t length)
+      : n(n),
+        d(d),
+        length(length),
+        transposed_room(d * TILE),
+        maps_room(2 * n * TILE),
+        grad_map_room(n * TILE),
+        difference_room(n * TILE),
+        inner_room(TILE * d) {}
+
+  // The gradients of tokens, queries and values; returns that of lambda. `above` is the gradient of the output.
+  float run(Rows above, Rows tokens, Rows queries, Rows values, float lambda, float gain, Rows grad_tokens,
+            Rows grad_queries, Rows grad_values) const {
+    const Rows transposed{transposed_room, TILE}, maps{maps_room, TILE}, negative_maps = maps.from(n);
+    const Rows grad_map{grad_map_room, TILE}, difference{difference_room, TILE};
+    const Rows inner{inner_room, d};  // what Stage II gives before its RMSNorm, then the gradient of that
+    Vec grad_lambda{};
+    in_tiles(length, [&](int64_t start, int64_t count) {
+      transpose(count, d, queries.from(start), transposed);
+      multiply(2 * n, whole_vectors(count), d, tokens, transposed, maps);
+      for (int64_t i = 0; i < count; i += WIDTH) {
+        const Rows positive{maps.data + i, TILE}, negative = positive.from(n);
+        const Vec positive_scale = 1.0f / exponentials_down(positive, n);
+        const Vec negative_scale = 1.0f / exponentials_down(negative, n);
+        for (int64_t row = 0; row < n; row++) {
+          const Vec pulled = load(positive[row]) * positive_scale, pushed = load(negative[row]) * negative_scale;
+          store(positive[row], pulled), store(negative[row], pushed);
+          store(difference[row] + i, pulled - lambda * pushed);
+        }
+      }
+      multiply(count, d, n, difference.transposed(), values, inner);
+      for (int64_t i = 0; i < count; i++) rms_backward(above[start + i], inner[i], d, gain, inner[i]);
+      multiply(n, d, count, difference, inner, grad_values, start > 0);
+      transpose(count, d, inner, transposed);
+      multiply(n, whole_vectors(count), d, values, transposed, grad_map);
+      for (int64_t i = 0; i < count; i += WIDTH) {
+        Vec positive_mean{}, negative_mean{};
+        for (int64_t row = 0; row < n; row++) {
+          positive_mean += load(maps[row] + i) * load(grad_map[row] + i);
+          negative_mean += load(negative_maps[row] + i) * load(grad_map[row] + i);
+        }
+        grad_lambda -= negative_mean;
+        for (int64_t row = 0; row < n; row++) {
+          const Vec change = load(grad_map[row] + i);
+          store(maps[row] + i, load(maps[row] + i) * (change - positive_mean));
+          store(negative_maps[row] + i, lambda * load(negative_maps[row] + i) * (negative_mean - change));
+        }
+      }
+      multiply(count, d, 2 * n, maps.transposed(), tokens, grad_queries.from(start));
+      multiply(2 * n, d, count, maps, queries.from(start), grad_tokens, start > 0);
+    });
+    return sum(grad_lambda);
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> stage2_backward(Tensor grad, Tensor tokens, Tensor q, Tensor values,
                                                            Tensor lam, double gain) {
   const auto type = tokens.scalar_type();
@@ -532,50 +625,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage2_backward(Tensor grad, Tensor t
   const Sequence queries(q), grads(grad), grad_queries(grad_q);
   const float lambda = lam.item<float>();
   at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    const Room transposed_room(d * TILE), maps_room(2 * n * TILE), grad_map_room(n * TILE), difference_room(n * TILE);
-    const Room inner_room(TILE * d);  // what Stage II gives before its RMSNorm, then the gradient of that
-    const Rows transposed{transposed_room, TILE}, maps{maps_room, TILE}, negative_maps = maps.from(n);
-    const Rows grad_map{grad_map_room, TILE}, difference{difference_room, TILE}, inner{inner_room, d};
-    for (int64_t group = begin; group < end; group++) {
-      const Rows t = rows_of(tokens, group), value = rows_of(values, group), grad_t = rows_of(grad_tokens, group);
-      Vec total_lam{};
-      in_tiles(length, [&](int64_t start, int64_t count) {
-        const Rows query = queries.of(group).from(start), above = grads.of(group).from(start);
-        transpose(count, d, query, transposed);
-        multiply(2 * n, whole_vectors(count), d, t, transposed, maps);
-        for (int64_t i = 0; i < count; i += WIDTH) {
-          const Rows positive{maps.data + i, TILE}, negative = positive.from(n);
-          const Vec positive_scale = 1.0f / exponentials_down(positive, n);
-          const Vec negative_scale = 1.0f / exponentials_down(negative, n);
-          for (int64_t row = 0; row < n; row++) {
-            const Vec pulled = load(positive[row]) * positive_scale, pushed = load(negative[row]) * negative_scale;
-            store(positive[row], pulled), store(negative[row], pushed);
-            store(difference[row] + i, pulled - lambda * pushed);
-          }
-        }
-        multiply(count, d, n, difference.transposed(), value, inner);
-        for (int64_t i = 0; i < count; i++) rms_backward(above[i], inner[i], d, gain, inner[i]);
-        multiply(n, d, count, difference, inner, rows_of(grad_values, group), start > 0);
-        transpose(count, d, inner, transposed);
-        multiply(n, whole_vectors(count), d, value, transposed, grad_map);
-        for (int64_t i = 0; i < count; i += WIDTH) {
-          Vec positive_mean{}, negative_mean{};
-          for (int64_t row = 0; row < n; row++) {
-            positive_mean += load(maps[row] + i) * load(grad_map[row] + i);
-            negative_mean += load(negative_maps[row] + i) * load(grad_map[row] + i);
-          }
-          total_lam -= negative_mean;
-          for (int64_t row = 0; row < n; row++) {
-            const Vec change = load(grad_map[row] + i);
-            store(maps[row] + i, load(maps[row] + i) * (change - positive_mean));
-            store(negative_maps[row] + i, lambda * load(negative_maps[row] + i) * (negative_mean - change));
-          }
-        }
-        multiply(count, d, 2 * n, maps.transposed(), t, grad_queries.of(group).from(start));
-        multiply(2 * n, d, count, maps, query, grad_t, start > 0);
-      });
-      start_of(grad_lam)[group] = sum(total_lam);
-    }
+    const Stage2Backward stage(n, d, length);
+    for (int64_t group = begin; group < end; group++)
+      start_of(grad_lam)[group] =
+          stage.run(grads.of(group), rows_of(tokens, group), queries.of(group), rows_of(values, group), lambda, gain,
+                    rows_of(grad_tokens, group), grad_queries.of(group), rows_of(grad_values, group));
   });
   return {grad_tokens.to(type), grad_q.to(type), grad_values.to(type), grad_lam.sum()};
 }
@@ -608,35 +662,77 @@ struct Grid {
   int64_t length() const { return prefix + rows * columns; }
 };
 
-// What a layer joins: what its stages have gathered, times a gain of each channel of a head, plus the 3x3 convolution of each
-// channel of the patches' values on its own.
+// What a layer joins: what its stages have gathered, times a gain of each channel of a head, plus the 3x3 convolution of
+// each channel of the patches' values on its own.
 struct Join {
   Grid grid;
   int64_t heads, d;
   Tensor gain, weight, bias;  // (d), (9, C), (C)
 
-  Join(Grid grid, int64_t heads, Tensor gain_, Tensor weight_, Tensor bias_)
+  Join(Grid grid, int64_t heads, const Tensor& gain, const Tensor& weight, const Tensor& bias)
       : grid(grid),
         heads(heads),
-        d(gain_.size(0)),
-        gain(dense(gain_)),
-        weight(dense(weight_.flatten(1).t())),
-        bias(dense(bias_)) {}
+        d(gain.size(0)),
+        gain(dense(gain)),
+        weight(dense(weight.flatten(1).t())),
+        bias(dense(bias)) {}
 
   // `after`, which may be `gathered`, of one head.
   void run(int64_t head, Rows gathered, Rows values, Rows after) const {
     for (int64_t i = 0; i < d; i += WIDTH) {
-      const Rows from{gathered.data + i, gathered.stride}, to{after.data + i, after.stride};
+      const Rows from = gathered.at(i), to = after.at(i);
       const Vec scale = load(start_of(gain) + i), shift = load(start_of(bias) + head * d + i);
       Vec weights[9];
-      for (int place = 0; place < 9; place++) weights[place] = load(start_of(weight) + (place * heads + head) * d + i);
+      load_weights(head * d + i, weights);
       for (int64_t token = 0; token < grid.prefix; token++) store(to[token], load(from[token]) * scale);
-      grid.walk({values.data + i, values.stride}, [&](int64_t token, const Vec* window) {
+      grid.walk(values.at(i), [&](int64_t token, const Vec* window) {
         Vec total = load(from[token]) * scale + shift;
         for (int place = 0; place < 9; place++) total += weights[place] * window[place];
         store(to[token], total);
       });
     }
+  }
+
+  // The gradients of one head, from `above`, that of `after`: `sums` has a row of its d channels for each of the 9 weights,
+  // for the bias and for the gain.
+  void backward(int64_t head, Rows above, Rows gathered, Rows values, Rows grad_gathered, Rows grad_values,
+                Rows sums) const {
+    for (int64_t i = 0; i < d; i += WIDTH) {
+      const Rows grad = above.at(i), from = gathered.at(i), grad_from = grad_gathered.at(i);
+      const Rows grad_value = grad_values.at(i), sum = sums.at(i);
+      const Vec scale = load(start_of(gain) + i);
+      Vec weights[9], grad_weights[9] = {}, grad_bias{}, grad_gain{};
+      load_weights(head * d + i, weights);
+      for (int64_t token = 0; token < grid.length(); token++) {
+        grad_gain += load(grad[token]) * load(from[token]);
+        store(grad_from[token], load(grad[token]) * scale);
+        if (token < grid.prefix) store(grad_value[token], Vec{});
+      }
+      grid.walk(values.at(i), [&](int64_t token, const Vec* window) {
+        const Vec own = load(grad[token]);
+        grad_bias += own;
+        for (int place = 0; place < 9; place++) grad_weights[place] += own * window[place];
+      });
+      grid.walk(grad, [&](int64_t token, const Vec* window) {
+        Vec total{};
+        for (int place = 0; place < 9; place++) total += weights[8 - place] * window[place];
+        store(grad_value[token], total);
+      });
+      for (int place = 0; place < 9; place++) store(sum[place], grad_weights[place]);
+      store(sum[9], grad_bias), store(sum[10], grad_gain);
+    }
+  }
+
+  // The gradients of gain (d), weight (C, 1, 3, 3) and bias (C), from the sums of all heads of all images (11, B * H, d).
+  std::array<Tensor, 3> gradients(const Tensor& sums) const {
+    const Tensor found = sums.view({11, sums.size(1) / heads, heads * d}).sum(1);  // (11, C)
+    return {found[10].view({heads, d}).sum(0), found.slice(0, 0, 9).t().contiguous().view({heads * d, 1, 3, 3}),
+            found[9].clone()};
+  }
+
+ private:
+  void load_weights(int64_t channel, Vec (&weights)[9]) const {
+    for (int place = 0; place < 9; place++) weights[place] = load(start_of(weight) + place * heads * d + channel);
   }
 };
 
@@ -660,59 +756,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> join_backward(Tensor grad, Te
                                                                  Tensor weight, Tensor bias, int64_t rows,
                                                                  int64_t columns, int64_t prefix) {
   const int64_t heads = gathered.size(1), d = gathered.size(3), groups = gathered.size(0) * heads;
-  const Grid grid{rows, columns, prefix};
+  const Join layer({rows, columns, prefix}, heads, gain, weight, bias);
   Tensor grads = dense(grad).view({gathered.size(0), gathered.size(2), heads, d}).transpose(1, 2);
   Tensor inputs = with_adjacent_channels(gathered), contents = with_adjacent_channels(v);
-  Tensor factors = dense(gain), filters = dense(weight.flatten(1).t());
   Tensor grad_gathered = empty_sequence(inputs), grad_v = empty_sequence(contents);
-  Tensor sums = at::empty({11, groups, d}, inputs.options());  // the gradients of the 9 weights, the bias and the gain
-  const Sequence all_grads(grads), before(inputs), values(contents), grad_before(grad_gathered), grad_values(grad_v);
+  Tensor sums = at::empty({11, groups, d}, inputs.options());
+  const Sequence above(grads), before(inputs), values(contents), grad_before(grad_gathered), grad_values(grad_v);
   at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; group++)
-      for (int64_t i = 0; i < d; i += WIDTH) {
-        const auto channels = [&](const Sequence& x) { return Rows{x.of(group).data + i, x.token}; };
-        const Rows above = channels(all_grads), from = channels(before), to = channels(grad_before);
-        const Rows grad_value = channels(grad_values);
-        const Vec scale = load(start_of(factors) + i);
-        Vec weights[9], grad_weights[9] = {}, grad_bias{}, grad_gain{};
-        for (int place = 0; place < 9; place++)
-          weights[place] = load(start_of(filters) + (place * heads + group % heads) * d + i);
-        for (int64_t token = 0; token < grid.length(); token++) {
-          store(to[token], load(above[token]) * scale);
-          grad_gain += load(above[token]) * load(from[token]);
-          if (token < prefix) store(grad_value[token], Vec{});
-        }
-        grid.walk(channels(values), [&](int64_t token, const Vec* window) {
-          const Vec own = load(above[token]);
-          grad_bias += own;
-          for (int place = 0; place < 9; place++) grad_weights[place] += own * window[place];
-        });
-        grid.walk(above, [&](int64_t token, const Vec* window) {
-          Vec total{};
-          for (int place = 0; place < 9; place++) total += weights[8 - place] * window[place];
-          store(grad_value[token], total);
-        });
-        float* found = start_of(sums) + group * d + i;
-        for (int place = 0; place < 9; place++) store(found + place * groups * d, grad_weights[place]);
-        store(found + 9 * groups * d, grad_bias), store(found + 10 * groups * d, grad_gain);
-      }
+      layer.backward(group % heads, above.of(group), before.of(group), values.of(group), grad_before.of(group),
+                     grad_values.of(group), {start_of(sums) + group * d, groups * d});
   });
-  sums = sums.view({11, gathered.size(0), heads * d}).sum(1);  // (11, C)
-  return {grad_gathered.to(gathered.scalar_type()), grad_v.to(v.scalar_type()),
-          sums[10].view({heads, d}).sum(0).to(gain.scalar_type()),
-          sums.slice(0, 0, 9).t().contiguous().view(weight.sizes()).to(weight.scalar_type()),
-          sums[9].clone().to(bias.scalar_type())};
+  const auto found = layer.gradients(sums);
+  return {grad_gathered.to(gathered.scalar_type()), grad_v.to(v.scalar_type()), found[0].to(gain.scalar_type()),
+          found[1].to(weight.scalar_type()), found[2].to(bias.scalar_type())};
 }
 
-// exp(q1 . k1) - exp(q2 . k2) + init, of the vectors q1, k1, q2, k2 that begin at `from`.
-float contrast_lambda(const std::vector<Tensor>& vectors, int64_t from, double init) {
-  float products[2];
-  for (int i = 0; i < 2; i++) {
-    Tensor q = dense(vectors[from + 2 * i]), k = dense(vectors[from + 2 * i + 1]);
-    products[i] = dot(start_of(q), start_of(k), q.size(0));
+// lambda of a stage: exp(q1 . k1) - exp(q2 . k2) + init, of four vectors.
+struct Lambda {
+  const Tensor* vectors;
+  float exponentials[2], value;
+
+  Lambda(const Tensor* vectors, double init) : vectors(vectors) {
+    for (int i = 0; i < 2; i++) {
+      const Tensor q = dense(vectors[2 * i]), k = dense(vectors[2 * i + 1]);
+      exponentials[i] = std::exp(dot(start_of(q), start_of(k), q.size(0)));
+    }
+    value = exponentials[0] - exponentials[1] + static_cast<float>(init);
   }
-  return std::exp(products[0]) - std::exp(products[1]) + static_cast<float>(init);
-}
+
+  // Appends the gradients of the vectors, of that of lambda.
+  void backward(float grad, std::vector<Tensor>& to) const {
+    for (int i = 0; i < 4; i++) {
+      const float factor = i < 2 ? grad * exponentials[0] : -grad * exponentials[1];
+      to.push_back(dense(vectors[i ^ 1]) * factor);
+    }
+  }
+};
 
 // The contrast tokens of a layer: the means of the queries over cells, which may overlap, plus the embeddings (n, C).
 struct Pooling {
@@ -722,64 +802,190 @@ struct Pooling {
 
   // to (2 * n, d): both streams of a head, scaled.
   void run(int64_t head, Rows queries, Rows to) const {
-    const float scale = 1 / std::sqrt(static_cast<float>(d));
+    const int64_t n = rows * columns;
+    for_cells([&](int64_t cell, float share, auto for_patches) {
+      for (int64_t i = 0; i < d; i += WIDTH) {
+        Vec mean{};
+        for_patches([&](int64_t patch) { mean += load(queries[patch] + i); });
+        mean *= share;
+        const int64_t embedded = (cell * heads + head) * d + i;
+        store(to[cell] + i, (mean + load(positive + embedded)) * scale());
+        store(to[n + cell] + i, (mean + load(negative + embedded)) * scale());
+      }
+    });
+  }
+
+  // Adds to the gradients of a head's queries, and gives those of the embeddings (n, C): `grads` are those of both streams,
+  // as each stage has found them.
+  void backward(const Rows (&grads)[2], Rows grad_queries, Rows grad_positive, Rows grad_negative) const {
+    const int64_t n = rows * columns;
+    for_cells([&](int64_t cell, float share, auto for_patches) {
+      for (int64_t i = 0; i < d; i += WIDTH) {
+        const Vec first = (load(grads[0][cell] + i) + load(grads[1][cell] + i)) * scale();
+        const Vec second = (load(grads[0][n + cell] + i) + load(grads[1][n + cell] + i)) * scale();
+        store(grad_positive[cell] + i, first), store(grad_negative[cell] + i, second);
+        const Vec each = (first + second) * share;
+        for_patches([&](int64_t patch) { store(grad_queries[patch] + i, load(grad_queries[patch] + i) + each); });
+      }
+    });
+  }
+
+ private:
+  float scale() const { return 1 / std::sqrt(static_cast<float>(d)); }
+
+  // Calls use(cell, share, for_patches) for each cell: 1 by the number of its patches, and what calls a function for each.
+  template <typename Use>
+  void for_cells(Use use) const {
     for (int64_t cell = 0; cell < rows * columns; cell++) {
       const int64_t top = cell / columns * grid.rows / rows, left = cell % columns * grid.columns / columns;
       const int64_t bottom = ((cell / columns + 1) * grid.rows + rows - 1) / rows;
       const int64_t right = ((cell % columns + 1) * grid.columns + columns - 1) / columns;
-      const float share = 1.0f / ((bottom - top) * (right - left));
-      for (int64_t i = 0; i < d; i += WIDTH) {
-        Vec mean{};
+      use(cell, 1.0f / ((bottom - top) * (right - left)), [&](auto visit) {
         for (int64_t row = top; row < bottom; row++)
-          for (int64_t column = left; column < right; column++)
-            mean += load(queries[grid.prefix + row * grid.columns + column] + i);
-        mean *= share;
-        const int64_t embedded = (cell * heads + head) * d + i;
-        store(to[cell] + i, (mean + load(positive + embedded)) * scale);
-        store(to[rows * columns + cell] + i, (mean + load(negative + embedded)) * scale);
-      }
+          for (int64_t column = left; column < right; column++) visit(grid.prefix + row * grid.columns + column);
+      });
     }
   }
 };
 
-// All of it, without what its gradients need: contrast tokens, both stages, and what joins them. A head goes through all of
-// them before the next begins.
-Tensor attend(Tensor qkv, Tensor positive, Tensor negative, std::vector<Tensor> lambdas, std::vector<Tensor> gains,
-              Tensor weight, Tensor bias, std::vector<int64_t> grid_size, std::vector<int64_t> token_grid,
-              int64_t prefix, double init) {
-  const auto type = qkv.scalar_type();
-  qkv = with_adjacent_channels(qkv);
-  const int64_t batch = qkv.size(0), length = qkv.size(1), d = gains[0].size(0), heads = qkv.size(2) / 3 / d;
-  const int64_t n = token_grid[0] * token_grid[1];
-  TORCH_CHECK(d % 16 == 0, "a head needs a multiple of 16 channels, not ", d);
-  const Grid grid{grid_size[0], grid_size[1], prefix};
-  positive = dense(positive), negative = dense(negative);
-  const Pooling pooling{grid, token_grid[0], token_grid[1], heads, d, start_of(positive), start_of(negative)};
-  const Join join(grid, heads, gains[1], weight, bias);
-  const float first = contrast_lambda(lambdas, 0, init), second = contrast_lambda(lambdas, 4, init), gain = 1 - init;
-  const Tensor inner_gain = dense(gains[0]), out = at::empty({batch, length, heads * d}, qkv.options());
-  const float* gains_of_inner = start_of(inner_gain);
-  at::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
+// The whole layer between its projections, of 14 parameters: the embeddings of both streams, the vectors of each stage's
+// lambda, the gains of their norms, and the convolution's weight and bias.
+struct Layer {
+  Tensor qkv, positive, negative, inner_gain;
+  int64_t batch, length, heads, d, n;
+  Lambda first, second;
+  float gain;
+  Pooling pooling;
+  Join join;
+
+  Layer(const Tensor& qkv_, const std::vector<Tensor>& parameters, const std::vector<int64_t>& grid_size,
+        const std::vector<int64_t>& token_grid, int64_t prefix, double init)
+      : qkv(with_adjacent_channels(qkv_)),
+        positive(dense(parameters[0])),
+        negative(dense(parameters[1])),
+        inner_gain(dense(parameters[10])),
+        batch(qkv.size(0)),
+        length(qkv.size(1)),
+        heads(qkv.size(2) / 3 / inner_gain.size(0)),
+        d(inner_gain.size(0)),
+        n(token_grid[0] * token_grid[1]),
+        first(&parameters[2], init),
+        second(&parameters[6], init),
+        gain(1 - init),
+        pooling{{grid_size[0], grid_size[1], prefix}, token_grid[0], token_grid[1], heads, d, start_of(positive),
+                start_of(negative)},
+        join(pooling.grid, heads, parameters[11], parameters[12], parameters[13]) {
+    TORCH_CHECK(d % 16 == 0, "a head needs a multiple of 16 channels, not ", d);
+  }
+
+  int64_t groups() const { return batch * heads; }
+
+  // A head's part of x (B, T, parts * C).
+  Rows of(const Tensor& x, int64_t group, int64_t part = 0) const {
+    return {start_of(x) + group / heads * x.stride(0) + (part * heads + group % heads) * d, x.stride(1)};
+  }
+};
+
+// All of it: contrast tokens, both stages, and what joins them. A head goes through all of them before the next begins.
+// With `saves`, also what the gradients need: what the stages have gathered (B, T, C), and the products and norms of
+// `stage1`; they are empty otherwise.
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend(Tensor qkv, std::vector<Tensor> parameters,
+                                                  std::vector<int64_t> grid_size, std::vector<int64_t> token_grid,
+                                                  int64_t prefix, double init, bool saves) {
+  const Layer layer(qkv, parameters, grid_size, token_grid, prefix, init);
+  const int64_t n = layer.n, d = layer.d, length = layer.length, saved = saves ? layer.groups() : 0;
+  const auto options = layer.qkv.options();
+  const Tensor out = at::empty({layer.batch, length, layer.heads * d}, options);
+  const Tensor gathered = at::empty({saves ? layer.batch : 0, length, layer.heads * d}, options);
+  const Tensor products = at::empty({saved, 2 * n, d}, options), norms = at::empty({2, saved, 2 * n}, options);
+  const float* inner_gain = start_of(layer.inner_gain);
+  at::parallel_for(0, layer.groups(), 1, [&](int64_t begin, int64_t end) {
     const Stage1 stage1(n, d, length);
     const Stage2 stage2(n, d, length);
-    const Room tokens_room(2 * n * d), products_room(2 * n * d), inner_room(n * d);
-    const Rows tokens{tokens_room, d}, products{products_room, d}, inner{inner_room, d};
+    const Room tokens_room(2 * n * d), products_room(2 * n * d), values_room(n * d);
+    const Rows tokens{tokens_room, d}, inner_values{values_room, d};
     for (int64_t group = begin; group < end; group++) {
-      const int64_t image = group / heads, head = group % heads;
-      const Rows queries{start_of(qkv) + image * qkv.stride(0) + head * d, qkv.stride(1)};
-      const Rows keys{queries.data + heads * d, queries.stride}, values{keys.data + heads * d, queries.stride};
-      const Rows result{start_of(out) + image * out.stride(0) + head * d, out.stride(1)};
-      pooling.run(head, queries, tokens);
-      stage1.multiply_contrast(tokens, keys, values, first, products, inner);
-      for (int64_t cell = 0; cell < n; cell++) {
-        rms_norm(inner[cell], d, gain);
-        for (int64_t i = 0; i < d; i += WIDTH) store(inner[cell] + i, load(inner[cell] + i) * load(gains_of_inner + i));
+      const Rows queries = layer.of(layer.qkv, group, 0), keys = layer.of(layer.qkv, group, 1);
+      const Rows values = layer.of(layer.qkv, group, 2), result = layer.of(out, group);
+      layer.pooling.run(group % layer.heads, queries, tokens);
+      if (saves) {
+        stage1.multiply_streams(tokens, keys, values, rows_of(products, group));
+        subtract_streams(rows_of(products, group), layer.first.value, n, d, inner_values);
+        stage1.copy_norms(start_of(norms) + group * 2 * n, start_of(norms) + (saved + group) * 2 * n);
+      } else {
+        stage1.multiply_contrast(tokens, keys, values, layer.first.value, {products_room, d}, inner_values);
       }
-      stage2.run(tokens, queries, inner, second, gain, result);
-      join.run(head, result, values, result);
+      for (int64_t cell = 0; cell < n; cell++) {
+        rms_norm(inner_values[cell], d, layer.gain);
+        scale(inner_values[cell], d, inner_gain);
+      }
+      const Rows before = saves ? layer.of(gathered, group) : result;
+      stage2.run(tokens, queries, inner_values, layer.second.value, layer.gain, before);
+      layer.join.run(group % layer.heads, before, values, result);
     }
   });
-  return out.to(type);
+  return {out.to(qkv.scalar_type()), gathered, products, norms};
+}
+
+// The gradients of qkv and of the parameters; `grad` is that of the output of `attend`, and the last three are what that has
+// saved.
+std::vector<Tensor> attend_backward(Tensor grad, Tensor qkv, std::vector<Tensor> parameters,
+                                    std::vector<int64_t> grid_size, std::vector<int64_t> token_grid, int64_t prefix,
+                                    double init, Tensor gathered, Tensor products, Tensor norms) {
+  const Layer layer(qkv, parameters, grid_size, token_grid, prefix, init);
+  const int64_t n = layer.n, d = layer.d, length = layer.length, heads = layer.heads, groups = layer.groups();
+  const auto options = layer.qkv.options();
+  const Tensor above = with_adjacent_channels(grad);
+  const Tensor grad_qkv = at::empty({layer.batch, length, 3 * heads * d}, options);
+  const Tensor grad_embeds = at::empty({2, layer.batch, n, heads * d}, options);
+  const Tensor grad_lambdas = at::empty({2, groups}, options), grad_inner_gain = at::empty({groups, d}, options);
+  const Tensor sums = at::empty({11, groups, d}, options);
+  const float* inner_gain = start_of(layer.inner_gain);
+  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    const Stage1Backward stage1(n, d, length);
+    const Stage2Backward stage2(n, d, length);
+    const Room tokens_room(2 * n * d), first_room(2 * n * d), second_room(2 * n * d), normed_room(n * d);
+    const Room values_room(n * d), grad_values_room(n * d), grad_gathered_room(length * d);
+    const Rows tokens{tokens_room, d}, grad_tokens[2] = {{first_room, d}, {second_room, d}};
+    const Rows normed{normed_room, d}, inner_values{values_room, d}, grad_inner{grad_values_room, d};
+    const Rows grad_gathered{grad_gathered_room, d};
+    for (int64_t group = begin; group < end; group++) {
+      const Rows queries = layer.of(layer.qkv, group, 0), keys = layer.of(layer.qkv, group, 1);
+      const Rows values = layer.of(layer.qkv, group, 2), product = rows_of(products, group);
+      const Rows grad_queries = layer.of(grad_qkv, group, 0), grad_values = layer.of(grad_qkv, group, 2);
+      const float* shift = start_of(norms) + group * 2 * n;
+      float *lambda_to = start_of(grad_lambdas) + group, *gain_to = start_of(grad_inner_gain) + group * d;
+      layer.pooling.run(group % heads, queries, tokens);
+      subtract_streams(product, layer.first.value, n, d, normed);
+      for (int64_t cell = 0; cell < n; cell++) {
+        rms_norm(normed[cell], d, layer.gain);
+        std::copy_n(normed[cell], d, inner_values[cell]);
+        scale(inner_values[cell], d, inner_gain);
+      }
+      layer.join.backward(group % heads, layer.of(above, group), layer.of(gathered, group), values, grad_gathered,
+                          grad_values, {start_of(sums) + group * d, groups * d});
+      lambda_to[groups] = stage2.run(grad_gathered, tokens, queries, inner_values, layer.second.value, layer.gain,
+                                     grad_tokens[1], grad_queries, grad_inner);
+      for (int64_t i = 0; i < d; i += WIDTH) {
+        Vec total{};
+        for (int64_t cell = 0; cell < n; cell++) total += load(grad_inner[cell] + i) * load(normed[cell] + i);
+        store(gain_to + i, total);
+      }
+      for (int64_t cell = 0; cell < n; cell++) scale(grad_inner[cell], d, inner_gain);
+      lambda_to[0] = stage1.run(grad_inner, tokens, keys, values, layer.first.value, layer.gain, product, shift,
+                                shift + groups * 2 * n, grad_tokens[0], layer.of(grad_qkv, group, 1), grad_values, true);
+      layer.pooling.backward(grad_tokens, grad_queries, layer.of(grad_embeds[0], group), layer.of(grad_embeds[1], group));
+    }
+  });
+  const Tensor embeds = grad_embeds.sum(1), slopes = grad_lambdas.sum(1);
+  const auto joined = layer.join.gradients(sums);
+  std::vector<Tensor> found{grad_qkv, embeds[0].clone(), embeds[1].clone()};
+  layer.first.backward(start_of(slopes)[0], found), layer.second.backward(start_of(slopes)[1], found);
+  found.push_back(grad_inner_gain.sum(0));
+  found.insert(found.end(), joined.begin(), joined.end());
+  found[0] = found[0].to(qkv.scalar_type());
+  for (size_t i = 0; i < parameters.size(); i++) found[i + 1] = found[i + 1].to(parameters[i].scalar_type());
+  return found;
 }
 
 }  // namespace
@@ -792,4 +998,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("join", &join, py::call_guard<py::gil_scoped_release>());
   m.def("join_backward", &join_backward, py::call_guard<py::gil_scoped_release>());
   m.def("attend", &attend, py::call_guard<py::gil_scoped_release>());
+  m.def("attend_backward", &attend_backward, py::call_guard<py::gil_scoped_release>());
 }

@@ -207,7 +207,8 @@ def agrees(module: ModuleType) -> bool:
     qkv = randn(batch, length, 3 * dim)
     q, k, v = qkv.view(batch, length, 3, heads, d).transpose(1, 3).unbind(2)
     values, gathered, gains = randn(heads, n, d), randn(batch, heads, length, d), [randn(d), randn(d)]
-    weight, bias, embeds, vectors = randn(dim, 1, 3, 3), randn(dim), (randn(n, dim), randn(n, dim)), 0.1 * randn(8, d)
+    weight, bias = randn(dim, 1, 3, 3), randn(dim)
+    parameters = randn(n, dim), randn(n, dim), *0.1 * randn(8, d), *gains, weight, bias
 
     def is_that(function: Callable, inputs: tuple[torch.Tensor, ...], forward: Callable, backward: Callable) -> bool:
         exact = [tensor.double().requires_grad_() for tensor in inputs]
@@ -228,17 +229,13 @@ def agrees(module: ModuleType) -> bool:
     def stage1_backward(grad: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return module.stage1_backward(grad, *inputs, gain, *module.stage1(*inputs, gain)[1:])
 
-    def all_of_it(qkv: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        q, k, v = qkv.unflatten(-1, (3, heads, d)).transpose(1, 3).unbind(2)
-        vectors, (first, second, weight, bias), embeds = tensors[:8], tensors[8:12], tensors[12:]
-        pooled = VF.pool_queries(qkv[:, prefix:, :dim], grid, token_grid)
-        tokens = VF.contrast_tokens(pooled, embeds, heads, batch)
-        values = in_stage(VF.STAGE1)(tokens, k, v, VF.contrast_lambda(*vectors[:4], init)) * first
-        gathered = in_stage(VF.STAGE2)(tokens, q, values, VF.contrast_lambda(*vectors[4:], init))
-        return VF.join(gathered, v, second, weight, bias, grid, prefix)
+    geometry = grid, token_grid, prefix, init
 
-    parts = [*vectors, *gains, weight, bias, *embeds]
-    whole = module.attend(qkv, *embeds, list(vectors), gains, weight, bias, list(grid), list(token_grid), prefix, init)
+    def attend_backward(grad: torch.Tensor, qkv: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
+        return module.attend_backward(
+            grad, qkv, parameters, *geometry, *module.attend(qkv, parameters, *geometry, True)[1:]
+        )
+
     return (
         is_that(in_stage(VF.STAGE1), (tokens, k, v, lam), lambda *x: module.stage1(*x, gain)[0], stage1_backward)
         and is_that(
@@ -250,7 +247,13 @@ def agrees(module: ModuleType) -> bool:
             lambda *x: module.join(*x, grid[0], grid[1], prefix),
             lambda *x: module.join_backward(*x, grid[0], grid[1], prefix),
         )
-        and _is_close(whole, all_of_it(qkv.double(), *(part.double() for part in parts)))
+        and all(
+            is_that(
+                lambda x, *y: VF.attend(x, y, *geometry), (qkv, *parameters),
+                lambda x, *y, saves=saves: module.attend(x, y, *geometry, saves)[0], attend_backward,
+            )
+            for saves in (False, True)
+        )
     )  # fmt: skip
 
 

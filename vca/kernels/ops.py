@@ -250,56 +250,94 @@ def _(
 
 
 def takes_all(qkv: Tensor) -> bool:
-    """Whether `attend` takes what is `supported`: on a CPU, where no derivative is recorded."""
-    return runs_on_cpu(qkv) and not torch.is_grad_enabled() and forward_ad._current_level < 0
+    """Whether `attend` takes what is `supported`: on a CPU, without derivatives in forward mode."""
+    return runs_on_cpu(qkv) and forward_ad._current_level < 0
 
 
 def attend(
-    qkv: Tensor, positive: Tensor, negative: Tensor, lambdas: Sequence[Tensor], gains: Sequence[Tensor],
-    weight: Tensor, bias: Tensor, grid_size: Sequence[int], token_grid: Sequence[int], prefix: int, init: float,
+    qkv: Tensor, parameters: Sequence[Tensor], grid_size: Sequence[int], token_grid: Sequence[int], prefix: int,
+    init: float,
 ) -> Tensor:  # fmt: skip
-    """What the paper's layer does between its projections, in one; it has no gradients.
+    """`vca.functional.attend`, for what is `supported` and `takes_all`."""
+    geometry = tuple(grid_size), tuple(token_grid), prefix, init
+    if torch.is_grad_enabled():
+        return _Attend.apply(qkv, geometry, *parameters)
+    return torch.ops.vca.contrast_attend(qkv, parameters, *geometry, False)[0]
 
-    Args:
-        qkv: what the first projection gives, (B, P + N, 3 * C).
-        positive, negative: the embeddings of the contrast tokens, (n, C).
-        lambdas: the vectors q1, k1, q2, k2 of Stage I and those of Stage II, (d).
-        gains: of the norm in each stage, (d).
-        weight, bias: of the convolution, (C, 1, 3, 3) and (C).
-        grid_size, token_grid: rows and columns of the patches, and of the cells from which contrast tokens are pooled.
-        prefix: P, tokens before the patches.
-        init: lambda_init.
+
+def contrast_attend(
+    qkv: Tensor, parameters: Sequence[Tensor], grid_size: Sequence[int], token_grid: Sequence[int], prefix: int,
+    init: float, saves: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`attend`, and what its gradients need if it `saves` that, in float32.
 
     Returns:
-        (B, P + N, C).
+        The output (B, P + N, C); what the stages gather (B, P + N, C), and A+- v and the norms of `contrast_stage1`.
+        Without `saves` all but the output are empty.
     """
-    return torch.ops.vca.contrast_attend(
-        qkv, positive, negative, lambdas, gains, weight, bias, grid_size, token_grid, prefix, init
-    )
+    return _kernels(qkv).attend(qkv, parameters, grid_size, token_grid, prefix, init, saves)
+
+
+def contrast_attend_backward(
+    grad: Tensor, qkv: Tensor, parameters: Sequence[Tensor], grid_size: Sequence[int], token_grid: Sequence[int],
+    prefix: int, init: float, gathered: Tensor, products: Tensor, norms: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of qkv and of each parameter, in their shapes and types; `grad` is that of the output."""
+    saved = gathered, products, norms
+    return _kernels(qkv).attend_backward(grad, qkv, parameters, grid_size, token_grid, prefix, init, *saved)
 
 
 LIBRARY = torch.library.Library("vca", "FRAGMENT")  # `custom_op` looks at the memory of every tensor at every call
-LIBRARY.define("contrast_attend" + torch.library.infer_schema(attend, mutates_args=()))
-
-
-@torch.library.impl(LIBRARY, "contrast_attend", "CPU")
-def _(qkv: Tensor, *more) -> Tensor:
-    return _kernels(qkv).attend(qkv, *more)
+for function in (contrast_attend, contrast_attend_backward):
+    LIBRARY.define(function.__name__ + torch.library.infer_schema(function, mutates_args=()))
+    LIBRARY.impl(function.__name__, function, "CPU")
 
 
 @torch.library.register_fake("vca::contrast_attend", lib=LIBRARY)
-def _(qkv: Tensor, *more) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+def _(qkv: Tensor, parameters: Sequence[Tensor], *geometry) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (batch, length, _), (num_tokens, dim), d = qkv.shape, parameters[0].shape, parameters[2].shape[0]
+    groups, rows = (batch * dim // d if geometry[-1] else 0), 2 * num_tokens
+    saved = (batch if geometry[-1] else 0, length, dim), (groups, rows, d), (2, groups, rows)
+    return qkv.new_empty(batch, length, dim), *(qkv.new_empty(shape, dtype=torch.float32) for shape in saved)
 
 
-def _backward_is_plain() -> bool:
-    """Whether a backward pass is differentiated itself, or one of several under vmap.
+@torch.library.register_fake("vca::contrast_attend_backward", lib=LIBRARY)
+def _(grad: Tensor, qkv: Tensor, parameters: Sequence[Tensor], *_) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in (qkv, *parameters)]
+
+
+class _Attend(torch.autograd.Function):
+    """`attend` with gradients."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, geometry: tuple, *parameters: Tensor) -> Tensor:
+        out, *saved = torch.ops.vca.contrast_attend(qkv, parameters, *geometry, True)
+        ctx.geometry = geometry
+        ctx.save_for_backward(qkv, *parameters, *saved)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, *parameters, gathered, products, norms = ctx.saved_tensors
+        if _backward_is_plain(grad):
+            inputs = qkv, *parameters
+            of_qkv, *others = _plain_gradients(lambda x, *y: VF.attend(x, y, *ctx.geometry), grad, inputs)
+        else:
+            saved = gathered, products, norms
+            of_qkv, *others = torch.ops.vca.contrast_attend_backward(grad, qkv, parameters, *ctx.geometry, *saved)
+        return of_qkv, None, *others
+
+
+def _backward_is_plain(grad: Tensor) -> bool:
+    """Whether a backward pass is differentiated itself, or one of several under vmap or `is_grads_batched`.
 
     The compiler's always records gradients, and has no second derivatives.
     """
-    return torch._C._are_functorch_transforms_active() or (
-        torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    )
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _plain_gradients(
@@ -325,7 +363,7 @@ def _save_stage1(ctx, inputs, output) -> None:
 
 def _backward_stage1(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
     tokens, k, v, lam, products, norms = ctx.saved_tensors
-    if _backward_is_plain():
+    if _backward_is_plain(grad):
         return *_plain_gradients(plain, grad, (tokens, k, v, lam), ctx.gain, VF.STAGE1), None
     return *contrast_stage1_backward(grad, tokens, k, v, lam, ctx.gain, products, norms), None
 
@@ -336,7 +374,7 @@ def _save_stage2(ctx, inputs, output) -> None:
 
 
 def _backward_stage2(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if _backward_is_plain():
+    if _backward_is_plain(grad):
         return *_plain_gradients(plain, grad, ctx.saved_tensors, ctx.gain, VF.STAGE2), None
     return *contrast_stage2_backward(grad, *ctx.saved_tensors, ctx.gain), None
 
@@ -347,7 +385,7 @@ def _save_join(ctx, inputs, output) -> None:
 
 
 def _backward_join(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if _backward_is_plain():
+    if _backward_is_plain(grad):
         return *_plain_gradients(VF.join, grad, ctx.saved_tensors, ctx.grid_size, ctx.prefix), None, None
     return *contrast_join_backward(grad, *ctx.saved_tensors, ctx.grid_size, ctx.prefix), None, None
 
@@ -381,13 +419,17 @@ def join_flops(gathered_shape, v_shape, gain_shape, weight_shape, bias_shape, gr
 
 
 @register_flop_formula(torch.ops.vca.contrast_attend)
-def attend_flops(
-    qkv_shape, positive_shape, negative_shape, lambdas, gains, weight_shape, bias, grid_size, *_, **__
-) -> int:
+def attend_flops(qkv_shape, parameter_shapes, grid_size, *_, **__) -> int:
     """Those of its parts."""
-    (batch, length, _), (num_tokens, dim) = qkv_shape, positive_shape
+    (batch, length, _), (num_tokens, dim) = qkv_shape, parameter_shapes[0]
     stage = contrast_flops((batch, 2 * num_tokens, dim), (batch, 1, length, dim))
-    return 2 * stage + _convolution_flops(batch, grid_size, weight_shape)
+    return 2 * stage + _convolution_flops(batch, grid_size, parameter_shapes[12])
+
+
+@register_flop_formula(torch.ops.vca.contrast_attend_backward)
+def attend_backward_flops(grad_shape, *shapes, **__) -> int:
+    """Twice those of the forward pass."""
+    return 2 * attend_flops(*shapes)
 
 
 @register_flop_formula(torch.ops.vca.contrast_join_backward)

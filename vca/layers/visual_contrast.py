@@ -276,10 +276,8 @@ class VisualContrastAttention(OnGrid, nn.Module):
         stages = self.stage1, self.stage2
         vectors = [vector for stage in stages for vector in stage.lambda_vectors]
         gains = [stage.norm.weight for stage in stages]
-        return ops.attend(
-            qkv, self.positive_embed, self.negative_embed, vectors, gains, self.dwc.weight, self.dwc.bias, grid_size,
-            self.token_grid, self.num_prefix_tokens, self.lambda_init,
-        )  # fmt: skip
+        parameters = [self.positive_embed, self.negative_embed, *vectors, *gains, self.dwc.weight, self.dwc.bias]
+        return ops.attend(qkv, parameters, grid_size, self.token_grid, self.num_prefix_tokens, self.lambda_init)
 
     def _contrast_tokens(self, q: Tensor, grid_size: tuple[int, int]) -> Tensor:
         pooled = embeds = None
