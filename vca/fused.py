@@ -71,7 +71,7 @@ def applies(setting: bool | None, x: Tensor, num_tokens: int) -> bool:
 
     Args:
         setting: its `fused_attn`.
-        x: its queries (B, H, T, d).
+        x: its queries, keys and values, or some of them, (..., d).
         num_tokens: n.
     """
     if torch._C._are_functorch_transforms_active():

@@ -11,6 +11,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/core/impl/alloc_cpu.h>
 #include <torch/csrc/utils/pybind.h>  // not torch/extension.h, which takes twice as long to compile
 
 #include <array>
@@ -123,11 +124,12 @@ struct Rows {
 // Numbers for a thread to work with, at a multiple of 64 bytes, not initialized.
 class Room {
  public:
-  explicit Room(int64_t count) : tensor_(at::empty({count}, at::kFloat)), data_(tensor_.data_ptr<float>()) {}
+  explicit Room(int64_t count) : data_(static_cast<float*>(c10::alloc_cpu(4 * count))) {}
+  Room(const Room&) = delete;
+  ~Room() { c10::free_cpu(data_); }
   operator float*() const { return data_; }
 
  private:
-  Tensor tensor_;
   float* data_;
 };
 
@@ -667,14 +669,14 @@ struct Grid {
 struct Join {
   Grid grid;
   int64_t heads, d;
-  Tensor gain, weight, bias;  // (d), (9, C), (C)
+  Tensor gain, weight, bias;  // (d), (C, 1, 3, 3), (C)
 
   Join(Grid grid, int64_t heads, const Tensor& gain, const Tensor& weight, const Tensor& bias)
       : grid(grid),
         heads(heads),
         d(gain.size(0)),
         gain(dense(gain)),
-        weight(dense(weight.flatten(1).t())),
+        weight(dense(weight)),
         bias(dense(bias)) {}
 
   // `after`, which may be `gathered`, of one head.
@@ -732,7 +734,9 @@ struct Join {
 
  private:
   void load_weights(int64_t channel, Vec (&weights)[9]) const {
-    for (int place = 0; place < 9; place++) weights[place] = load(start_of(weight) + place * heads * d + channel);
+    const float* from = start_of(weight) + 9 * channel;
+    for (int place = 0; place < 9; place++)
+      for (int i = 0; i < WIDTH; i++) weights[place][i] = from[9 * i + place];
   }
 };
 

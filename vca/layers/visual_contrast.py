@@ -221,13 +221,13 @@ class VisualContrastAttention(OnGrid, nn.Module):
         prefix = self.num_prefix_tokens
 
         qkv = self.qkv(x)
-        q, k, v = qkv.view(batch, length, 3, self.num_heads, dim // self.num_heads).unbind(2)  # (B, T, H, d)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, d), as the fused operators take them
-        values = v
+        split = qkv.view(batch, length, 3, self.num_heads, dim // self.num_heads)
         explicit = keep_maps or change.needs_maps
-        is_fused = not explicit and self._is_fused(q)
+        is_fused = not explicit and self._is_fused(split)
         if is_fused and change is UNCHANGED and self._is_whole and ops.takes_all(qkv):
             return self.proj_drop(self.proj(self._attend_at_once(qkv, grid_size))), None
+        q, k, v = (y.transpose(1, 2) for y in split.unbind(2))  # (B, H, T, d), as the fused operators take them
+        values = v
         if not is_fused:
             q, k, v = (y.flatten(0, 1) for y in (q, k, v))  # (BH, T, d)
         kernel = None if explicit else ops.contrast if is_fused else VF.contrast
@@ -263,8 +263,8 @@ class VisualContrastAttention(OnGrid, nn.Module):
             lambda2=recorded2.lam,
         )
 
-    def _is_fused(self, q: Tensor) -> bool:
-        return self.has_kernels and fused.applies(self.fused_attn, q, math.prod(self.token_grid))
+    def _is_fused(self, x: Tensor) -> bool:
+        return self.has_kernels and fused.applies(self.fused_attn, x, math.prod(self.token_grid))
 
     @property
     def _is_whole(self) -> bool:
