@@ -156,6 +156,11 @@ def _contrast(
     return (out, None, None) if axes == VF.STAGE1 else out
 
 
+def _attend(func, *args: Any) -> Tensor:
+    with Rules():
+        return VF.attend(*args)
+
+
 def _refused(func, *args: Any, **kwargs: Any) -> Tensor:
     raise ValueError("AttnLRP cannot reach into nn.MultiheadAttention, which this model uses.")
 
@@ -170,6 +175,7 @@ RULES: dict[str, Callable[..., Tensor]] = {
     "group_norm": _group_norm,
     "normalize": _normalize,
     "scaled_dot_product_attention": _attention,
+    "attend": _attend,
     "contrast_stage1.default": partial(_contrast, VF.STAGE1),
     "contrast_stage2.default": partial(_contrast, VF.STAGE2),
     "multi_head_attention_forward": _refused,

@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.flop_counter import register_flop_formula
 
 from vca import functional as VF
@@ -260,6 +261,8 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """`vca.functional.attend`, for what is `supported` and `takes_all`."""
     geometry = tuple(grid_size), tuple(token_grid), prefix, init
+    if has_torch_function_unary(qkv):  # which an autograd.Function does not ask
+        return handle_torch_function(attend, (qkv,), qkv, parameters, *geometry)
     if torch.is_grad_enabled():
         return _Attend.apply(qkv, geometry, *parameters)
     return torch.ops.vca.contrast_attend(qkv, parameters, *geometry, False)[0]

@@ -226,7 +226,8 @@ class VisualContrastAttention(OnGrid, nn.Module):
         is_fused = not explicit and self._is_fused(split)
         if is_fused and change is UNCHANGED and self._is_whole and ops.takes_all(qkv):
             return self.proj_drop(self.proj(self._attend_at_once(qkv, grid_size))), None
-        q, k, v = (y.transpose(1, 2) for y in split.unbind(2))  # (B, H, T, d), as the fused operators take them
+        q, k, v = split.unbind(2)  # (B, T, H, d)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, d), as the fused operators take them
         values = v
         if not is_fused:
             q, k, v = (y.flatten(0, 1) for y in (q, k, v))  # (BH, T, d)
