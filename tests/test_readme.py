@@ -112,48 +112,59 @@ SCOPES = {
 }
 
 
+def measured(*head: str) -> dict[tuple[str, ...], dict[str, str]]:
+    """What the tables of docs/speed.md with these columns after `patches` say, by scope, step, type and patches."""
+    names, found = [], {}
+    for row in rows_of(SPEED):
+        if row[:4] == ["scope", "step", "type", "patches"]:
+            names = row[4:]
+        elif row[0] in {"core", "layer", "deit_tiny_patch16_224"} and names == [*head, "peak MB, same order"]:
+            found[tuple(row[:4])] = {name: cell.removesuffix("x") for name, cell in zip(names, row[4:], strict=True)}
+    return found
+
+
+EVERY_KIND = measured("mhsa (ms)", "vca_fused", "vca", "agent", "diff", "mhsa_dwc")
+
+
 def test_the_speeds_of_the_readme_are_those_measured():
-    measured = {tuple(row[:4]): row[5] for row in reversed(rows_of(SPEED)) if len(row) == 12}  # the column vca
     (head,) = (row for row in rows_of(README) if row[0].startswith("patches"))
     patches = [cell.split()[0] for cell in head[1:]]
     shown = {row[0]: row[1:] for row in rows_of(README) if row[0] in SCOPES}
     assert shown.keys() == SCOPES.keys()
     for name, (scope, step) in SCOPES.items():
-        assert shown[name] == [measured[scope, step, "float32", n].removesuffix("x") for n in patches], name
-    for n, times in (("196", "0.89"), ("784", "1.37")):
-        assert measured["deit_tiny_patch16_224", "forward", "float32", n] == f"{times}x" and times in README
-
-
-def test_the_summary_of_the_fused_operators_is_that_measured():
-    measured = {tuple(row[:4]): row[5:9] for row in rows_of(SPEED) if len(row) == 10}
-    shown = [row for row in rows_of(SPEED) if len(row) == 7 and row[0].isdigit()]
-    assert [row[0] for row in shown] == ["196", "784", "4096"]
-    for patches, *cells in shown:
-        found = [measured["core", step, "float32", patches] for step in ("forward", "train")]
-        assert cells == [row[column].removesuffix("x") for row in found for column in (0, 1, 3)]
+        assert shown[name] == [EVERY_KIND[scope, step, "float32", n]["vca_fused"] for n in patches], name
+    times = [EVERY_KIND["deit_tiny_patch16_224", "forward", "float32", n]["vca_fused"] for n in ("196", "784")]
+    assert "runs at {} times the speed of its baseline at 224 px, and at {} times".format(*times) in " ".join(
+        README.split()
+    )
 
 
 def test_the_first_table_of_speeds_is_that_measured():
-    rows = rows_of(SPEED)
-    deit = {tuple(row[1:4]): row[5:9] for row in rows if len(row) == 10 and row[0] == "deit_tiny_patch16_224"}
-    photo = {row[0].split()[0]: row for row in rows if len(row) == 7 and row[0].endswith("px)")}
-    shown = [row for row in rows if len(row) == 7 and row[1].endswith(" px")]
+    deit = measured("mhsa (ms)", "vca_fused", "vca_fused_compiled")
+    photo = {row[0].split()[0]: row[3] for row in rows_of(SPEED) if len(row) == 4 and row[0].endswith("px)")}
+    shown = [row for row in rows_of(SPEED) if len(row) == 5 and row[1].endswith(" px")]
     assert [row[2] for row in shown] == ["196", "784"] * 2 + ["256", "576", "1369"]
     for name, _, patches, *cells in shown:
         if name.startswith("DeiT"):
-            step = "train" if "training" in name else "forward"
-            single, half = (deit[step, dtype, patches] for dtype in ("float32", "bfloat16"))
-            expected = [single[1], single[3], half[0], half[2]]  # vca_fused and that compiled; vca and that compiled
+            row = deit["deit_tiny_patch16_224", "train" if "training" in name else "forward", "float32", patches]
+            assert cells == [row["vca_fused"], row["vca_fused_compiled"]], (name, patches)
         else:
-            expected = [photo[patches][3], "-", photo[patches][5], "-"]
-        assert cells == [cell.removesuffix("x") for cell in expected], (name, patches)
+            assert cells == [photo[patches], "-"], patches
+
+
+def test_the_growth_of_49_tokens_is_that_measured():
+    shown = [row for row in rows_of(SPEED) if len(row) == 5 and row[0].isdigit()]
+    assert [row[0] for row in shown] == ["64", "196", "400", "784", "1764", "4096"]
+    for patches, core, _, layer, _ in shown:
+        expected = [EVERY_KIND[scope, "forward", "float32", patches]["vca_fused"] for scope in ("core", "layer")]
+        assert [core, layer] == expected, patches
 
 
 def test_the_plot_of_speeds_shows_what_the_tables_say(tmp_path):
     shown = speed.curves(SPEED, "layer")
-    for name, column, width in (("vca", 5, 12), ("agent", 8, 12), ("vca_fused", 6, 10)):
-        rows = (row for row in rows_of(SPEED) if len(row) == width and row[:3] == ["layer", "forward", "float32"])
-        assert shown[name] == {int(row[3]): float(row[column].removesuffix("x")) for row in rows}, name
+    for name, points in shown.items():
+        rows = {int(key[3]): float(row[name]) for key, row in EVERY_KIND.items() if key[:2] == ("layer", "forward")}
+        assert points == rows, name
     speed.draw(SPEED, tmp_path / "speed.png")
     with Image.open(tmp_path / "speed.png") as drawn, Image.open(ROOT / "docs" / "speed.png") as published:
         assert drawn.size == published.size
