@@ -53,10 +53,10 @@ The same layers look differently at noise and at a picture. Below are the effect
 `vca_sit_xs_2_scenes` while it generates, for the patch under the cross, mean of the heads; to the right two numbers of
 every block, over all heads, patches and three pictures of each class.
 
-- **Attention narrows a little while the picture forms.** Block 2 spans 3.7 patches on average at the start and 3.4 at
-  t = 0.6; a map that is the same everywhere spans 4.1. Most blocks widen again towards the end.
-- **Contrast comes with content.** Block 5 pushes away 16 % of what it attends by at noise, and 24 % at the picture;
-  block 3 rises from 6 to 11 %. The first two blocks and the last one hardly push anything away.
+- **Attention narrows a little while the picture forms.** Block 2 spans 3.6 patches on average at the start and 3.4 from
+  t = 0.4 on; a map that is the same everywhere spans 4.1. Most blocks widen again towards the end.
+- **Contrast comes with content.** Block 5 pushes away 15 % of what it attends by at noise, and 24 % at the picture;
+  block 3 rises from 8 to 12 %. The first two blocks and the last one hardly push anything away.
 - **What to look at is settled early.** In this picture block 2 looks along the query's row from t = 0.2 on.
 """
 TIMESTEPS_PICTURE = (
