@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from tests.helpers.kernels import needs_compiler
 from tests.helpers.layers import calls, fused_and_exact, gradients, make, relative_error
 from vca import functional as VF
-from vca.kernels import ops
+from vca.kernels import ops, whole
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 pytestmark = [pytest.mark.usefixtures("every_new_tensor_holds_nan"), needs_compiler]
@@ -97,7 +97,7 @@ def test_a_tangent_goes_through_a_layer_without_gradients():
 
 def test_the_one_operator_is_registered_as_torch_wants_it():
     layer, _, x = fused_and_exact()
-    with mock.patch.object(ops, "attend", side_effect=ops.attend) as attend, torch.no_grad():
+    with mock.patch.object(whole, "attend", side_effect=whole.attend) as attend, torch.no_grad():
         want = layer(x)
     qkv, parameters, *geometry = (
         value.detach() if torch.is_tensor(value) else value for value in attend.call_args.args

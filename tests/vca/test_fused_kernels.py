@@ -338,7 +338,7 @@ def test_flops_are_those_of_the_plain_layer(tokens, parts):
 
 @only_float32
 def test_compiled_and_exported_layers(monkeypatch):
-    monkeypatch.delattr(ops, "_plain_gradients")  # the compiled backward pass is the kernels'
+    monkeypatch.delattr(ops, "plain_gradients")  # the compiled backward pass is the kernels'
     layer, _, x = fused_and_exact()
     weight = torch.randn_like(x)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

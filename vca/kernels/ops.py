@@ -1,10 +1,11 @@
 """What Visual-Contrast Attention does between its projections as fused operators: its stages, and how they are joined.
 
 The stages' kernels are Triton's on a GPU (`vca.kernels.triton_kernels`) and C++ on a CPU (`vca.kernels.cpu`). What
-joins their result with the convolution of the values has a kernel for a CPU alone, and so has all of it in one. A
-layer's `fused_attn` says whether it takes them; its initial value is that of the environment variable VCA_FUSED, and
-None without one, see `vca.fused`. They have first derivatives in reverse mode; derivatives in forward mode and those of
-second order are the plain path's. torch.compile, torch.export, autocast and FlopCounterMode know them.
+joins their result with the convolution of the values has a kernel for a CPU alone; so has all of it in one, which is
+`vca.kernels.whole`. A layer's `fused_attn` says whether it takes them; its initial value is that of the environment
+variable VCA_FUSED, and None without one, see `vca.fused`. They have first derivatives in reverse mode; derivatives in
+forward mode and those of second order are the plain path's. torch.compile, torch.export, autocast and FlopCounterMode
+know them.
 """
 
 import importlib.util
@@ -16,7 +17,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.flop_counter import register_flop_formula
 
 from vca import functional as VF
@@ -66,7 +66,7 @@ def _max_head_dim(device: int) -> int:
     return max(fitting, default=0) if gpu.major >= 8 else 0
 
 
-def _kernels(x: Tensor) -> ModuleType:
+def kernels_of(x: Tensor) -> ModuleType:
     if runs_on_cpu(x):
         kernels = cpu.kernels()
         assert kernels is not None, "`supported` was not asked."
@@ -136,7 +136,7 @@ def contrast_stage1(tokens: Tensor, k: Tensor, v: Tensor, lam: Tensor, gain: flo
         the maxima of the scores, and the sums of exp(score - maximum), (2, BH, 2 * n). They stay apart, since their
         logarithm, the maximum plus that of the sum, loses the sum where scores are huge.
     """
-    return _kernels(k).stage1(tokens, k, v, lam, gain)
+    return kernels_of(k).stage1(tokens, k, v, lam, gain)
 
 
 @contrast_stage1.register_fake
@@ -162,7 +162,7 @@ def contrast_stage1_backward(
     Returns:
         The gradients of tokens, k, v and lambda, in their shapes and types.
     """
-    return _kernels(k).stage1_backward(grad, tokens, k, v, lam, gain, products, norms)
+    return kernels_of(k).stage1_backward(grad, tokens, k, v, lam, gain, products, norms)
 
 
 @contrast_stage1_backward.register_fake
@@ -186,7 +186,7 @@ def contrast_stage2(tokens: Tensor, q: Tensor, values: Tensor, lam: Tensor, gain
     Returns:
         (B, H, T, d), a view of (B, T, H, d).
     """
-    return _kernels(q).stage2(tokens, q, values, lam, gain)
+    return kernels_of(q).stage2(tokens, q, values, lam, gain)
 
 
 @contrast_stage2.register_fake
@@ -207,7 +207,7 @@ def contrast_stage2_backward(
     Returns:
         The gradients of tokens, q, values and lambda, in their shapes and types.
     """
-    return _kernels(q).stage2_backward(grad, tokens, q, values, lam, gain)
+    return kernels_of(q).stage2_backward(grad, tokens, q, values, lam, gain)
 
 
 @contrast_stage2_backward.register_fake
@@ -222,7 +222,7 @@ def contrast_join(
     gathered: Tensor, v: Tensor, gain: Tensor, weight: Tensor, bias: Tensor, grid_size: Sequence[int], prefix: int
 ) -> Tensor:
     """`vca.functional.join` on a CPU."""
-    return _kernels(v).join(gathered, v, gain, weight, bias, *grid_size, prefix)
+    return kernels_of(v).join(gathered, v, gain, weight, bias, *grid_size, prefix)
 
 
 @contrast_join.register_fake
@@ -238,7 +238,7 @@ def contrast_join_backward(
     prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of the five tensors of `contrast_join`, in their shapes and types; `grad` is that of its result."""
-    return _kernels(v).join_backward(grad, gathered, v, gain, weight, bias, *grid_size, prefix)
+    return kernels_of(v).join_backward(grad, gathered, v, gain, weight, bias, *grid_size, prefix)
 
 
 @contrast_join_backward.register_fake
@@ -250,88 +250,7 @@ def _(
     return empty_sequence(gathered), empty_sequence(v), *parameters
 
 
-def takes_all(qkv: Tensor) -> bool:
-    """Whether `attend` takes what is `supported`: on a CPU, without derivatives in forward mode."""
-    return runs_on_cpu(qkv) and forward_ad._current_level < 0
-
-
-def attend(
-    qkv: Tensor, parameters: Sequence[Tensor], grid_size: Sequence[int], token_grid: Sequence[int], prefix: int,
-    init: float,
-) -> Tensor:  # fmt: skip
-    """`vca.functional.attend`, for what is `supported` and `takes_all`."""
-    geometry = tuple(grid_size), tuple(token_grid), prefix, init
-    if has_torch_function_unary(qkv):  # which an autograd.Function does not ask
-        return handle_torch_function(attend, (qkv,), qkv, parameters, *geometry)
-    if torch.is_grad_enabled():
-        return _Attend.apply(qkv, geometry, *parameters)
-    return torch.ops.vca.contrast_attend(qkv, parameters, *geometry, False)[0]
-
-
-def contrast_attend(
-    qkv: Tensor, parameters: Sequence[Tensor], grid_size: Sequence[int], token_grid: Sequence[int], prefix: int,
-    init: float, saves: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`attend`, and what its gradients need if it `saves` that, in float32.
-
-    Returns:
-        The output (B, P + N, C); what the stages gather (B, P + N, C), and A+- v and the norms of `contrast_stage1`.
-        Without `saves` all but the output are empty.
-    """
-    return _kernels(qkv).attend(qkv, parameters, grid_size, token_grid, prefix, init, saves)
-
-
-def contrast_attend_backward(
-    grad: Tensor, qkv: Tensor, parameters: Sequence[Tensor], grid_size: Sequence[int], token_grid: Sequence[int],
-    prefix: int, init: float, gathered: Tensor, products: Tensor, norms: Tensor,
-) -> list[Tensor]:  # fmt: skip
-    """The gradients of qkv and of each parameter, in their shapes and types; `grad` is that of the output."""
-    saved = gathered, products, norms
-    return _kernels(qkv).attend_backward(grad, qkv, parameters, grid_size, token_grid, prefix, init, *saved)
-
-
-LIBRARY = torch.library.Library("vca", "FRAGMENT")  # `custom_op` looks at the memory of every tensor at every call
-for function in (contrast_attend, contrast_attend_backward):
-    LIBRARY.define(function.__name__ + torch.library.infer_schema(function, mutates_args=()))
-    LIBRARY.impl(function.__name__, function, "CPU")
-
-
-@torch.library.register_fake("vca::contrast_attend", lib=LIBRARY)
-def _(qkv: Tensor, parameters: Sequence[Tensor], *geometry) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (batch, length, _), (num_tokens, dim), d = qkv.shape, parameters[0].shape, parameters[2].shape[0]
-    groups, rows = (batch * dim // d if geometry[-1] else 0), 2 * num_tokens
-    saved = (batch if geometry[-1] else 0, length, dim), (groups, rows, d), (2, groups, rows)
-    return qkv.new_empty(batch, length, dim), *(qkv.new_empty(shape, dtype=torch.float32) for shape in saved)
-
-
-@torch.library.register_fake("vca::contrast_attend_backward", lib=LIBRARY)
-def _(grad: Tensor, qkv: Tensor, parameters: Sequence[Tensor], *_) -> list[Tensor]:
-    return [tensor.new_empty(tensor.shape) for tensor in (qkv, *parameters)]
-
-
-class _Attend(torch.autograd.Function):
-    """`attend` with gradients."""
-
-    @staticmethod
-    def forward(ctx, qkv: Tensor, geometry: tuple, *parameters: Tensor) -> Tensor:
-        out, *saved = torch.ops.vca.contrast_attend(qkv, parameters, *geometry, True)
-        ctx.geometry = geometry
-        ctx.save_for_backward(qkv, *parameters, *saved)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, *parameters, gathered, products, norms = ctx.saved_tensors
-        if _backward_is_plain(grad):
-            inputs = qkv, *parameters
-            of_qkv, *others = _plain_gradients(lambda x, *y: VF.attend(x, y, *ctx.geometry), grad, inputs)
-        else:
-            saved = gathered, products, norms
-            of_qkv, *others = torch.ops.vca.contrast_attend_backward(grad, qkv, parameters, *ctx.geometry, *saved)
-        return of_qkv, None, *others
-
-
-def _backward_is_plain(grad: Tensor) -> bool:
+def backward_is_plain(grad: Tensor) -> bool:
     """Whether a backward pass is differentiated itself, or one of several under vmap or `is_grads_batched`.
 
     The compiler's always records gradients, and has no second derivatives.
@@ -343,7 +262,7 @@ def _backward_is_plain(grad: Tensor) -> bool:
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
-def _plain_gradients(
+def plain_gradients(
     function: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor], *more
 ) -> list[Tensor | None]:
     """The gradients of a plain function, which can be differentiated and batched; None where no input asks for one."""
@@ -366,8 +285,8 @@ def _save_stage1(ctx, inputs, output) -> None:
 
 def _backward_stage1(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
     tokens, k, v, lam, products, norms = ctx.saved_tensors
-    if _backward_is_plain(grad):
-        return *_plain_gradients(plain, grad, (tokens, k, v, lam), ctx.gain, VF.STAGE1), None
+    if backward_is_plain(grad):
+        return *plain_gradients(plain, grad, (tokens, k, v, lam), ctx.gain, VF.STAGE1), None
     return *contrast_stage1_backward(grad, tokens, k, v, lam, ctx.gain, products, norms), None
 
 
@@ -377,8 +296,8 @@ def _save_stage2(ctx, inputs, output) -> None:
 
 
 def _backward_stage2(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if _backward_is_plain(grad):
-        return *_plain_gradients(plain, grad, ctx.saved_tensors, ctx.gain, VF.STAGE2), None
+    if backward_is_plain(grad):
+        return *plain_gradients(plain, grad, ctx.saved_tensors, ctx.gain, VF.STAGE2), None
     return *contrast_stage2_backward(grad, *ctx.saved_tensors, ctx.gain), None
 
 
@@ -388,8 +307,8 @@ def _save_join(ctx, inputs, output) -> None:
 
 
 def _backward_join(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if _backward_is_plain(grad):
-        return *_plain_gradients(VF.join, grad, ctx.saved_tensors, ctx.grid_size, ctx.prefix), None, None
+    if backward_is_plain(grad):
+        return *plain_gradients(VF.join, grad, ctx.saved_tensors, ctx.grid_size, ctx.prefix), None, None
     return *contrast_join_backward(grad, *ctx.saved_tensors, ctx.grid_size, ctx.prefix), None, None
 
 
@@ -411,28 +330,14 @@ def contrast_backward_flops(grad_shape, tokens_shape, x_shape, *_, **__) -> int:
     return 2 * contrast_flops(tokens_shape, x_shape)
 
 
-def _convolution_flops(batch: int, grid_size: Sequence[int], weight_shape: Sequence[int]) -> int:
+def convolution_flops(batch: int, grid_size: Sequence[int], weight_shape: Sequence[int]) -> int:
     return 2 * batch * math.prod(grid_size) * math.prod(weight_shape)
 
 
 @register_flop_formula(torch.ops.vca.contrast_join)
 def join_flops(gathered_shape, v_shape, gain_shape, weight_shape, bias_shape, grid_size, *_, **__) -> int:
     """Those of the convolution."""
-    return _convolution_flops(gathered_shape[0], grid_size, weight_shape)
-
-
-@register_flop_formula(torch.ops.vca.contrast_attend)
-def attend_flops(qkv_shape, parameter_shapes, grid_size, *_, **__) -> int:
-    """Those of its parts."""
-    (batch, length, _), (num_tokens, dim) = qkv_shape, parameter_shapes[0]
-    stage = contrast_flops((batch, 2 * num_tokens, dim), (batch, 1, length, dim))
-    return 2 * stage + _convolution_flops(batch, grid_size, parameter_shapes[12])
-
-
-@register_flop_formula(torch.ops.vca.contrast_attend_backward)
-def attend_backward_flops(grad_shape, *shapes, **__) -> int:
-    """Twice those of the forward pass."""
-    return 2 * attend_flops(*shapes)
+    return convolution_flops(gathered_shape[0], grid_size, weight_shape)
 
 
 @register_flop_formula(torch.ops.vca.contrast_join_backward)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vca import functional as VF
 from vca import fused
-from vca.kernels import ops
+from vca.kernels import ops, whole
 from vca.layers.change import UNCHANGED, Change
 from vca.layers.depthwise import depthwise_conv3x3
 from vca.layers.grid import OnGrid, check_token_grid
@@ -224,7 +224,7 @@ class VisualContrastAttention(OnGrid, nn.Module):
         split = qkv.view(batch, length, 3, self.num_heads, dim // self.num_heads)
         explicit = keep_maps or change.needs_maps
         is_fused = not explicit and self._is_fused(split)
-        if is_fused and change is UNCHANGED and self._is_whole and ops.takes_all(qkv):
+        if is_fused and change is UNCHANGED and self._is_whole and whole.takes(qkv):
             return self.proj_drop(self.proj(self._attend_at_once(qkv, grid_size))), None
         q, k, v = split.unbind(2)  # (B, T, H, d)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, d), as the fused operators take them
@@ -278,7 +278,7 @@ class VisualContrastAttention(OnGrid, nn.Module):
         vectors = [vector for stage in stages for vector in stage.lambda_vectors]
         gains = [stage.norm.weight for stage in stages]
         parameters = [self.positive_embed, self.negative_embed, *vectors, *gains, self.dwc.weight, self.dwc.bias]
-        return ops.attend(qkv, parameters, grid_size, self.token_grid, self.num_prefix_tokens, self.lambda_init)
+        return whole.attend(qkv, parameters, grid_size, self.token_grid, self.num_prefix_tokens, self.lambda_init)
 
     def _contrast_tokens(self, q: Tensor, grid_size: tuple[int, int]) -> Tensor:
         pooled = embeds = None
