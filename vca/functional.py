@@ -220,9 +220,13 @@ def join(
 
 
 def attend(
-    qkv: Tensor, parameters: Sequence[Tensor], grid_size: Sequence[int], token_grid: Sequence[int], prefix: int,
+    qkv: Tensor,
+    parameters: Sequence[Tensor],
+    grid_size: tuple[int, int],
+    token_grid: tuple[int, int],
+    prefix: int,
     init: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """What the paper's layer does between its projections.
 
     Args:

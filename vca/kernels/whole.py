@@ -18,11 +18,15 @@ def takes(qkv: Tensor) -> bool:
 
 
 def attend(
-    qkv: Tensor, parameters: Sequence[Tensor], grid_size: Sequence[int], token_grid: Sequence[int], prefix: int,
+    qkv: Tensor,
+    parameters: Sequence[Tensor],
+    grid_size: tuple[int, int],
+    token_grid: tuple[int, int],
+    prefix: int,
     init: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`vca.functional.attend`, for what is `ops.supported` and `takes`."""
-    geometry = tuple(grid_size), tuple(token_grid), prefix, init
+    geometry = grid_size, token_grid, prefix, init
     if has_torch_function_unary(qkv):  # which an autograd.Function does not ask
         return handle_torch_function(attend, (qkv,), qkv, parameters, *geometry)
     if torch.is_grad_enabled():
