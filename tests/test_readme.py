@@ -152,6 +152,16 @@ def test_the_first_table_of_speeds_is_that_measured():
             assert cells == [photo[patches], "-"], patches
 
 
+def test_what_the_kernels_have_gained_is_that_measured():
+    parts = {"between the projections": "core", "a layer": "layer", "DeiT-Tiny": "deit_tiny_patch16_224"}
+    shown = [row for row in rows_of(SPEED) if len(row) == 6 and row[0].split(",")[0] in parts]
+    assert len(shown) == 9
+    for name, patches, *_, now in shown:
+        part, _, backward = name.partition(",")
+        row = EVERY_KIND[parts[part], "train" if backward else "forward", "float32", patches]
+        assert now == row["vca_fused"], (name, patches)
+
+
 def test_the_growth_of_49_tokens_is_that_measured():
     shown = [row for row in rows_of(SPEED) if len(row) == 5 and row[0].isdigit()]
     assert [row[0] for row in shown] == ["64", "196", "400", "784", "1764", "4096"]
@@ -162,6 +172,7 @@ def test_the_growth_of_49_tokens_is_that_measured():
 
 def test_the_plot_of_speeds_shows_what_the_tables_say(tmp_path):
     shown = speed.curves(SPEED, "layer")
+    assert shown.keys() == {"vca", "vca_fused", "agent"}
     for name, points in shown.items():
         rows = {int(key[3]): float(row[name]) for key, row in EVERY_KIND.items() if key[:2] == ("layer", "forward")}
         assert points == rows, name
