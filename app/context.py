@@ -12,7 +12,12 @@ from app.runtime.records import Recordings
 
 # Another photo or model is not worked on until the visitor looks: a view that gets this asks for the new one then.
 STALE = '{"stale": true}'
-STALE_NOW = "() => JSON.stringify({ stale: performance.now() })"
+STALE_NOW = "(...inputs) => JSON.stringify({ stale: inputs.map((each) => each?.path ?? each) })"
+
+
+def subject_of(*inputs) -> list:
+    """What an answer is about, as `STALE_NOW` names it: the view that has it is not asked about the same once more."""
+    return [each.get("path") if isinstance(each, dict) else each for each in inputs]
 
 
 @dataclass

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import nn
 
 from app import links
-from app.context import STALE_NOW, Context
+from app.context import STALE_NOW, Context, subject_of
 from app.inputs import image_input
 from app.runtime import cams, cost, loading, packing, records
 from app.runtime.images import ImageError, uploaded_file
@@ -43,9 +43,11 @@ class Classifiers:
         """
         image, first, second, photo = self.context.image, self.context.model, self._second, self._photo
         quiet = dict(show_progress="hidden", trigger_mode="always_last", api_visibility="private")
-        stays = f"(what, shown) => what === '{GENERATORS}' ? shown : ({STALE_NOW})()"
-        gr.on([image.change, first.change, second.change, photo.change], None, [what, view], view, js=stays, **quiet)
-        view.submit(self.compare, [image, first, second, what, photo], view, preprocess=False, **quiet)
+        asked = [image, first, second, what, photo]
+        stays = f"(shown, ...asked) => asked[3] === '{GENERATORS}' ? shown : ({STALE_NOW})(...asked)"
+        changed = [image.change, first.change, second.change, photo.change]
+        gr.on(changed, None, [view, *asked], view, js=stays, **quiet)
+        view.submit(self.compare, asked, view, preprocess=False, **quiet)
         first.change(self.choose_twin, [first, second], second, preprocess=False, **quiet)
 
     def choose_twin(self, first: str, second: str):
@@ -57,8 +59,11 @@ class Classifiers:
         """The answer that the page draws, as JSON; `other` is the second photo, if `what` asks for one."""
         if upload is None:
             return ""
+        subject = subject_of(upload, first, second, what, other)
         if what == PHOTOS:
-            return self._compare_photos(first, [upload, other]) if other else json.dumps(dict(note=SECOND_PHOTO))
+            if not other:
+                return json.dumps(dict(note=SECOND_PHOTO))
+            return self._compare_photos(first, [upload, other], subject)
         load = self.context.checkpoints.load
         networks = {second: load(second, cnn=True), first: load(first)}
         try:
@@ -70,9 +75,9 @@ class Classifiers:
             return json.dumps(dict(problem=error.message))
         together = None if second.startswith(loading.UPLOADED) else links.base_of(first, path)
         link = together and together | {"with": second}
-        return packing.pair_of(sides, film={}, base=link, path=str(path))
+        return packing.pair_of(sides, film={}, base=link, path=str(path), subject=subject)
 
-    def _compare_photos(self, name: str, uploads: list[dict]) -> str:
+    def _compare_photos(self, name: str, uploads: list[dict], subject: list) -> str:
         """One model on two photos, at the same place of what it sees of each. No link leads to a second photo."""
         network = self.context.checkpoints.load(name)
         sides = []
@@ -83,7 +88,7 @@ class Classifiers:
                     sides.append(self._side(name, network, recorded) | dict(name=title, box=[0, 0, 1, 1]))
         except ImageError as error:
             return json.dumps(dict(problem=error.message))
-        return packing.pair_of(sides, film={}, base=None, isOneModel=True)
+        return packing.pair_of(sides, film={}, base=None, isOneModel=True, subject=subject)
 
     def _side(self, name: str, model: nn.Module, recorded: Recorded) -> dict:
         """What the page needs of one classifier, as JSON values."""

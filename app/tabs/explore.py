@@ -11,7 +11,7 @@ import gradio as gr
 
 from app import links
 from app.components import page_part
-from app.context import STALE, STALE_NOW, Context
+from app.context import STALE, STALE_NOW, Context, subject_of
 from app.runtime import export, records
 from app.runtime.images import ImageError, uploaded_file
 from app.runtime.limits import heavy_work
@@ -42,7 +42,8 @@ def build(context: Context) -> None:
         run = run_of(store, recorded.maps, crop, says, records.prefix_names(network))
         base = links.base_of(name, path)
         named = dict(model=name, title=checkpoints.title(name)) if base else {}
-        return json.dumps(run | named | dict(repeatable=True, base=base, path=str(path)))
+        about = dict(repeatable=True, base=base, path=str(path), subject=subject_of(upload, name))
+        return json.dumps(run | named | about)
 
     @page_request
     def fetch_maps(request: dict) -> dict:
@@ -75,6 +76,6 @@ def build(context: Context) -> None:
         elem_id="explorer",
     )
     quiet = dict(show_progress="hidden", trigger_mode="always_last", api_visibility="private")
-    gr.on([image.change, model.change], None, outputs=view, js=STALE_NOW, **quiet)
+    gr.on([image.change, model.change], None, [image, model], view, js=STALE_NOW, **quiet)
     view.submit(explore, [image, model], view, preprocess=False, **quiet)
     context.explored = view

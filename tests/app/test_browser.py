@@ -146,6 +146,15 @@ def test_keys_move_query_block_and_head(page, picture):
     assert (state["block"], state["head"]) == (1, 0)
 
 
+def test_a_model_and_a_photo_that_come_at_once_are_looked_at_once(page, picture):
+    asked = []
+    page.on("request", lambda request: asked.append(request.post_data_json) if "component_server" in request.url else 0)
+    explore(page, picture, PREFIXED)
+    page.wait_for_timeout(1500)  # the later change of the two comes after the first answer
+    blocks = [request["data"]["block"] for request in asked if request["fn_name"] == "fetch_maps"]
+    assert sorted(blocks) == [0, 1, 2]
+
+
 def test_forgotten_maps_are_fetched_anew(page, picture):
     page.route("**/component_server/", lambda route: route.fulfill(json=dict(expired=True)))
     upload(page, picture, "Explore")

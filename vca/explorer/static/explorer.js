@@ -42,6 +42,7 @@ export class Explorer extends Panel {
 
   async receive() {
     const received = this.props.value ? JSON.parse(this.props.value) : null;
+    if (this.isRepeated(received)) return;
     if (received?.stale) {
       this.run = this.current = null;
       return this.expire();
@@ -88,6 +89,7 @@ export class Explorer extends Panel {
   }
 
   noteLoss({ expired }) {
+    this.subject = "";
     const text = expired ? "These maps are no longer kept on the server." : "The server does not answer.";
     this.note(text, { style: "vv-above", button: this.run.repeatable ? ".vx-again" : null });
   }

@@ -23,6 +23,15 @@ export class Panel {
     Object.assign(this, host);
     this.root = host.element.querySelector(selector);
     this.hint = this.find(".vv-note span").textContent; // what is said while there is nothing to show
+    this.subject = ""; // the photos and models of what is on show, if the server said them
+  }
+
+  // Whether this is about what is on show already: two inputs that change at once ask twice.
+  isRepeated(received) {
+    const subject = received?.stale ?? received?.subject;
+    if (subject && JSON.stringify(subject) === this.subject) return true;
+    this.subject = received?.subject ? JSON.stringify(received.subject) : "";
+    return false;
   }
 
   find(selector) {
