@@ -1,15 +1,12 @@
 """Runs of the generation command."""
 
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
 import torch
 from PIL import Image
 
-from tests.helpers.runs import PATIENCE
 from training.core import recipe as recipes
 from training.core.generator_recipe import GeneratorRecipe
 from training.generate import train
@@ -39,11 +36,6 @@ def write_images(root, split, per_class, seed, size=8):
 def command(data, out, recipe="cifar10_sit_vca", **options):
     given = [f"--{key.replace('_', '-')}={value}" for key, value in (SHORT | options).items()]
     return [sys.executable, "-m", "training.generate", recipe, "--data", str(data), "--out", str(out), *given]
-
-
-def run(arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def train_here(data, out, recipe="cifar10_sit_vca", init=None, teacher=None, **options):

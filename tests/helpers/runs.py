@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import vca
+from tests.helpers.processes import Command
 from training import classify
 from training.core.classifier_recipe import ClassifierRecipe
 from training.core.run import RunFolder
@@ -49,8 +50,10 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def run(*args, **kwargs):
-    return subprocess.run(args[0], env=environment(), capture_output=True, text=True, timeout=PATIENCE, **kwargs)
+def run(arguments) -> subprocess.CompletedProcess:
+    process = Command(arguments)
+    said = process.communicate(PATIENCE)
+    return subprocess.CompletedProcess(arguments, process.returncode, *said)
 
 
 def finish(data, out, *extra):
@@ -90,13 +93,14 @@ def start_and_signal(data, out, extra, signum, delay):
 
 def start_and_signal_command(args, out, signum, delay):
     """Starts a run, waits for its first saved state and `delay` seconds, then sends the signal."""
-    process = subprocess.Popen(args, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = Command(args)
     deadline = time.monotonic() + PATIENCE
     while not list(out.glob("state-*.pt")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(delay)
     process.send_signal(signum)
-    return process.wait(PATIENCE), process.stderr.read()
+    _, said = process.communicate(PATIENCE)
+    return process.returncode, said
 
 
 def untimed_log(path):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.helpers.disk import full_at
-from tests.helpers.runs import PATIENCE, command, environment, finish, trainer, untimed_log, write_images
+from tests.helpers.processes import Command
+from tests.helpers.runs import PATIENCE, command, environment, finish, run, trainer, untimed_log, write_images
 from training.core.run import RunError
 
 MEMORY = ("--epochs", "2")
@@ -44,10 +45,7 @@ def whole(data, tmp_path_factory):
 def run_patched(patch: str, arguments: list[str]) -> subprocess.CompletedProcess:
     """Runs `python -m training.classify ...` with a few lines of Python in front."""
     python, _, _, *rest = arguments
-    program = f"{patch}\nfrom training.classify import main\nmain()"
-    return subprocess.run(
-        [python, "-c", program, *rest], env=environment(), capture_output=True, text=True, timeout=PATIENCE
-    )
+    return run([python, "-c", f"{patch}\nfrom training.classify import main\nmain()", *rest])
 
 
 # The run signals itself inside the write of a file: the bytes are there, the file has not got its name yet.
@@ -144,14 +142,18 @@ def test_a_disk_that_is_full_at_the_final_checkpoint(data, whole, tmp_path):
     assert_same_run(whole, out)
 
 
-def start(data, out, *extra):
+def start(data, out, *extra, process_of=Command):
     """A run in a process of its own, once it has saved a new state."""
     before = states(out)
-    process = subprocess.Popen(command(data, out, *extra), env=environment(), stderr=subprocess.PIPE, text=True)
+    process = process_of(command(data, out, *extra))
     deadline = time.monotonic() + PATIENCE
     while states(out) <= before and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     return process
+
+
+def new_python(arguments: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
 def states(out) -> set[str]:
@@ -194,12 +196,10 @@ def test_two_hundred_kills_change_nothing(data, tmp_path, memory, workers, save_
     killed = tmp_path / "killed"
     for kill in range(KILLS):
         if kill % 3:
-            process = start(data, killed, *extra)
+            process = start(data, killed, *extra, process_of=new_python)
             time.sleep(random.uniform(0, 0.35))
         else:
-            process = subprocess.Popen(
-                command(data, killed, *extra), env=environment(), stderr=subprocess.PIPE, text=True
-            )
+            process = new_python(command(data, killed, *extra))
             time.sleep(random.uniform(0, 15))
         process.kill()
         _, stderr = process.communicate(timeout=PATIENCE)  # a worker that lived on would hold the pipe open

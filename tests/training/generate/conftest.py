@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tests.helpers.generator_runs import command, run, write_images
+from tests.helpers.generator_runs import command, write_images
+from tests.helpers.runs import run
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 
 import vca
 from tests.helpers.autoencoders import FakeDecoder, toy_teacher
-from tests.helpers.generator_runs import command, run, train_here, untimed_log, write_images
-from tests.helpers.runs import start_and_signal_command
+from tests.helpers.generator_runs import command, train_here, untimed_log, write_images
+from tests.helpers.runs import run, start_and_signal_command
 from training import features
 from training.core import recipe as recipes
 from training.core.align import Aligned

@@ -1,12 +1,9 @@
 """Training a generator end to end at tiny size: resume after kill -9, grids, cards, latents, samples."""
 
-import os
 import random
 import re
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -14,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vca
-from tests.helpers.generator_runs import CLASSES, command, run, train_here, untimed_log
-from tests.helpers.runs import PATIENCE
+from tests.helpers.generator_runs import CLASSES, command, train_here, untimed_log
+from tests.helpers.runs import run, start_and_signal_command
 from training import evaluate
 from training.core import recipe as recipes
 from training.core.generator_recipe import GeneratorRecipe
@@ -28,14 +25,8 @@ from vca.checkpoint import place
 
 def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(data, finished, tmp_path):
     out = tmp_path / "killed"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(data, out), env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + PATIENCE
-    while not list(out.glob("state-*.pt")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.3))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(PATIENCE) in (-signal.SIGKILL, 0)
+    code, _ = start_and_signal_command(command(data, out), out, signal.SIGKILL, random.uniform(0, 0.3))
+    assert code in (-signal.SIGKILL, 0)
     result = run(command(data, out))
     assert result.returncode == 0 and "resumed" in result.stderr, result.stderr
     for name in ("model.safetensors", "config.json", "samples.png"):
@@ -64,13 +55,8 @@ def test_evaluation_prints_the_number_of_the_card(data, finished, monkeypatch, c
 
 def test_sigterm_saves_and_exits_with_zero(data, tmp_path):
     out = tmp_path / "run"
-    process = subprocess.Popen(command(data, out, steps=100000), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + PATIENCE
-    while not list(out.glob("state-*.pt")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    stderr = process.communicate(timeout=PATIENCE)[1]
-    assert process.returncode == 0, stderr
+    code, stderr = start_and_signal_command(command(data, out, steps=100000), out, signal.SIGTERM, 0)
+    assert code == 0, stderr
     step = int(re.search(r"state saved at step (\d+)", stderr).group(1))
     assert (out / f"state-{step:08d}.pt").exists() and not (out / "checkpoint").exists()
 

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 import vca
-from tests.helpers.generator_runs import run
-from tests.helpers.runs import PATIENCE
+from tests.helpers.runs import PATIENCE, run
 from training.core.sampling import SampleError, label_of, sample_files, write_npz
 from training.sample import main
 from vca.diffusion.sampling import to_bytes
