@@ -104,6 +104,32 @@ def test_the_sentences_of_the_readme_on_evidence_are_those_of_its_page_and_its_l
     assert len(top1["vca"]) == 3 and "three seeds" in second and mhsa_dwc - mhsa > ours - mhsa
 
 
+def test_what_evidence_says_of_stand_ins_is_in_the_published_logs():
+    errors = {}
+    for name in ("transfer-kinds", "transfer-parts", "transfer-softmax"):
+        kinds = errors[name] = {}
+        for run in evidence.read_logs()[name]["runs"]:
+            kinds.setdefault(run["kind"], []).append(run["error"][-1][1])
+
+    def percent(name: str, kind: str, of: str) -> str:
+        """How much the error of one kind is above that of another, over three seeds."""
+        one, other = errors[name][kind], errors[name][of]
+        assert len(one) == len(other) == 3
+        return f"{abs(100 * (sum(one) / sum(other) - 1)):.0f} %"
+
+    words = " ".join(evidence.PAGE.read_text(encoding="utf-8").split())
+    agent = f"Agent attention is left with {percent('transfer-kinds', 'agent', 'vca')} less error"
+    assert agent in words and f"{agent} than VCA." in " ".join(README.split())
+    embeddings, plain = (percent("transfer-parts", f"vca:{kind}", "vca") for kind in ("tokens=emb", "dwc=false"))
+    assert f"Embeddings alone are worse ({embeddings}); without the convolution, too ({plain})" in words
+    joint = percent("transfer-softmax", "vca", "vca:stage2_softmax=joint")
+    assert f"Two softmaxes are better, with every seed, by {joint} of the error" in words
+    assert all(
+        map(float.__lt__, errors["transfer-softmax"]["vca"], errors["transfer-softmax"]["vca:stage2_softmax=joint"])
+    )
+    assert all(map(float.__lt__, errors["transfer-kinds"]["agent"], errors["transfer-kinds"]["vca"]))
+
+
 SCOPES = {
     "between the projections": ("core", "forward"),
     "the layer": ("layer", "forward"),

@@ -203,7 +203,7 @@ def test_the_loader_does_not_starve_the_step_of_a_shipped_recipe(tmp_path):
     start = time.process_time()
     batches = list(loader.epoch(0, 0))
     loading = (time.process_time() - start) / len(batches)
-    t = trainer(tmp_path, precision="bf16")
+    t = trainer(tmp_path)
     t.train_step(batches[0])
     start = time.process_time()
     t.train_step(batches[1])
