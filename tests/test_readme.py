@@ -90,14 +90,20 @@ def test_the_tables_of_evidence_are_those_of_the_published_logs():
             assert curves.width > 1000
 
 
+def finals(log: str, metric: str) -> dict[str, list[float]]:
+    """What the runs of each kind end with in a published log, one value a seed."""
+    values = {}
+    for run in evidence.read_logs()[log]["runs"]:
+        values.setdefault(run["kind"], []).append(run[metric][-1][1])
+    return values
+
+
 def test_the_sentences_of_the_readme_on_evidence_are_those_of_its_page_and_its_log():
     _, _, text = README.partition("**Is it more than its convolution?** ")
     first, second = re.split(r"(?<=\.) ", " ".join(text.partition("([docs/evidence.md]")[0].split()))[:2]
     top, *_ = evidence.PAGE.read_text(encoding="utf-8").partition("\n## ")
     assert f"{first} {second}." in " ".join(top.split())
-    top1 = {}
-    for run in evidence.read_logs()["cifar10-5-epochs"]["runs"]:
-        top1.setdefault(run["kind"], []).append(run["top1"][-1][1])
+    top1 = finals("cifar10-5-epochs", "top1")
     mhsa, mhsa_dwc, ours = (sum(top1[kind]) / len(top1[kind]) for kind in ("mhsa", "mhsa_dwc", "vca"))
     assert round(mhsa_dwc - ours) == 4 and "four points ahead of VCA" in first
     assert round(ours - mhsa) == 2 and "VCA two points ahead of plain self-attention" in first
@@ -105,11 +111,7 @@ def test_the_sentences_of_the_readme_on_evidence_are_those_of_its_page_and_its_l
 
 
 def test_what_evidence_says_of_stand_ins_is_in_the_published_logs():
-    errors = {}
-    for name in ("transfer-kinds", "transfer-parts", "transfer-softmax"):
-        kinds = errors[name] = {}
-        for run in evidence.read_logs()[name]["runs"]:
-            kinds.setdefault(run["kind"], []).append(run["error"][-1][1])
+    errors = {name: finals(name, "error") for name in ("transfer-kinds", "transfer-parts", "transfer-softmax")}
 
     def percent(name: str, kind: str, of: str) -> str:
         """How much the error of one kind is above that of another, over three seeds."""

@@ -144,7 +144,7 @@ export class Comparison extends Panel {
     drawControls(this);
     const arrived = await Promise.all(this.sides.map((side) => this.fetchMaps(side, isShown)));
     if (!isShown()) return;
-    if (!arrived.every((answer) => answer === "")) this.subject = "";
+    if (arrived.some(Boolean)) this.subject = "";
     if (arrived.includes("expired")) return this.noteForgotten();
     if (arrived.includes("lost")) return this.note("The server does not answer.", { style: "vv-above", button: this.film ? null : ".vc-again" });
     this.root.dataset.state = "complete";
