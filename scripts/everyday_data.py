@@ -16,6 +16,7 @@ are the test of what a stranger brings. The alphabet decides which, whatever the
     teacher_classes.json  what each class is among the 1,000 of ImageNet, as far as it is among them
 
 With --per-class N, train has no more than N links of a class from each source, evenly from all that it would have.
+With --unlabeled-per-class N, the pictures that a source does not label come again until they are N of each class.
 """
 
 import argparse
@@ -50,12 +51,20 @@ def thin(links: list[Path], most: int) -> None:
         path.unlink()
 
 
+def repeat(links: list[Path], least: int) -> None:
+    """Links the same files again, in turn, until there are `least`."""
+    for number in range(len(links), least):
+        source, _, name = links[number % len(links)].name.split("-", 2)
+        link(links[number % len(links)], links[0].with_name(f"{source}-again{number}-{name}"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--photos", "--tinyimagenet", "--vocabulary", "--out"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--unlabeled", type=Path, nargs="*", default=[], help="more ImageFolders for the transfer")
     parser.add_argument("--per-class", type=int, help="at most so many images of a class and source in train")
+    parser.add_argument("--unlabeled-per-class", type=int, default=0, help="at least so many of those without a label")
     args = parser.parse_args()
     vocabulary = json.loads(args.vocabulary.read_text())
     sources = dict(photos=(args.photos, REPEATS), tinyimagenet100=(args.tinyimagenet, 1))
@@ -81,6 +90,9 @@ def main() -> None:
     if args.per_class:
         for folder, source in product((out / "train").iterdir(), sources):
             thin(sorted(folder.glob(f"{source}-?-*")), args.per_class)
+    for source, names in kept_back.items():
+        for name in names[1:]:
+            repeat(sorted((out / "train" / name).glob(f"{source}-?-*")), args.unlabeled_per_class)
     for folder in args.unlabeled:
         for split in ("train", "val"):
             for file in images(folder / split):

@@ -9,13 +9,13 @@ between the lines `<!-- NAME -->` and `<!-- end -->`; without such a log it says
 """
 
 import argparse
-import io
 import json
 import re
 from pathlib import Path
 
 from training.core.comparison_report import draw_curves, table
 from training.core.generator_card import deviation
+from training.core.plots import save_figure
 from vca.checkpoint import write_atomically
 from vca.config import read_config
 
@@ -71,10 +71,7 @@ def draw_steps(curves: dict[str, list[tuple[int, dict]]], file: Path) -> None:
         for name, points in curves.items():
             axis.plot([steps for steps, _ in points], [row[key] for _, row in points], marker=".", label=name)
     axes[0].legend()
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=120)
-    plt.close(figure)
-    write_atomically(file, stream.getvalue())
+    save_figure(figure, file)
 
 
 def generators(log: dict) -> str:

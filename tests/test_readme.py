@@ -111,7 +111,8 @@ def test_the_sentences_of_the_readme_on_evidence_are_those_of_its_page_and_its_l
 
 
 def test_what_evidence_says_of_stand_ins_is_in_the_published_logs():
-    errors = {name: finals(name, "error") for name in ("transfer-kinds", "transfer-parts", "transfer-softmax")}
+    names = [f"transfer-{question}" for question in ("kinds", "parts", "softmax", "pooling")]
+    errors = {name: finals(name, "error") for name in names}
 
     def percent(name: str, kind: str, of: str) -> str:
         """How much the error of one kind is above that of another, over three seeds."""
@@ -130,6 +131,9 @@ def test_what_evidence_says_of_stand_ins_is_in_the_published_logs():
         map(float.__lt__, errors["transfer-softmax"]["vca"], errors["transfer-softmax"]["vca:stage2_softmax=joint"])
     )
     assert all(map(float.__lt__, errors["transfer-kinds"]["agent"], errors["transfer-kinds"]["vca"]))
+    learned = percent("transfer-pooling", "vca:pooling=learned", "vca")
+    assert f"Learned pooling is better, with every seed, by {learned} of the error" in words
+    assert all(map(float.__lt__, errors["transfer-pooling"]["vca:pooling=learned"], errors["transfer-pooling"]["vca"]))
 
 
 SCOPES = {

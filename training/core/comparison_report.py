@@ -1,11 +1,11 @@
 """Table and curves of a comparison, from its log alone (`training.core.comparison.results`)."""
 
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from training.core.plots import save_figure
 from vca.extras import import_extra
 
 CONTROL = "mhsa_dwc"  # all other kinds are compared with the first and with this one
@@ -28,14 +28,14 @@ class Report(NamedTuple):
         title: log -> what the table shows.
         columns: (log, runs of one kind, seconds a step) -> the last columns of the table by their names.
         more: (log, kinds, best first) -> what follows the table.
-        panels: labels and scale of the axes, and (run of a log, minutes that it took) -> points of its curve.
+        panels: labels and scale of the axes, and (run, runs of its kind, minutes that it took) -> points of its curve.
     """
 
     measures: list[Measure]
     title: Callable[[dict], str]
     columns: Callable[[dict, list[dict], float], dict[str, str]]
     more: Callable[[dict, list[str]], list[str]]
-    panels: list[tuple[str, str, str, Callable[[dict, float], list]]]
+    panels: list[tuple[str, str, str, Callable[[dict, list[dict], float], list]]]
 
 
 def _accuracy_title(log: dict) -> str:
@@ -71,7 +71,7 @@ def _error_columns(log: dict, runs: list[dict], seconds: float) -> dict[str, str
     for side in sorted({side for own in sides for side in own}, key=int):
         there = side in runs[0]["macs"]
         columns[f"G multiply-adds at {side} px"] = f"{runs[0]['macs'][side] / 1e9:.3f}" if there else ""
-        columns[f"ms/image at {side} px"] = f"{min(run['ms'][side] for run in runs):.2f}" if there else ""
+        columns[f"ms/image at {side} px"] = f"{_ms(runs, side):.2f}" if there else ""
     return columns | {"s/step": f"{seconds:.3g}"}
 
 
@@ -88,9 +88,14 @@ def _by_time(curve: list, minutes: float) -> list:
     return [[minutes * when / curve[-1][0], value] for when, value in curve]
 
 
-def _by_pass(run: dict) -> list:
-    *_, ms = run["ms"].values()
-    return [[ms, run["error"][-1][1]]]
+def _by_pass(run: dict, runs: list[dict]) -> list:
+    *_, side = run["ms"]
+    return [[_ms(runs, side), run["error"][-1][1]]]
+
+
+def _ms(runs: list[dict], side: str) -> float:
+    """Milliseconds of a pass of a kind, by the seed that was least disturbed by other work."""
+    return min(run["ms"][side] for run in runs)
 
 
 REPORTS = {
@@ -100,9 +105,9 @@ REPORTS = {
         _accuracy_columns,
         more=lambda log, kinds: [],
         panels=[
-            ("step", "training loss", "linear", lambda run, _: run["loss"]),
-            ("epoch", "top-1 (%)", "linear", lambda run, _: run["top1"]),
-            ("minutes of training", "top-1 (%)", "linear", lambda run, minutes: _by_time(run["top1"], minutes)),
+            ("step", "training loss", "linear", lambda run, *_: run["loss"]),
+            ("epoch", "top-1 (%)", "linear", lambda run, *_: run["top1"]),
+            ("minutes of training", "top-1 (%)", "linear", lambda run, _, minutes: _by_time(run["top1"], minutes)),
         ],
     ),
     "transfer": Report(
@@ -111,10 +116,10 @@ REPORTS = {
         _error_columns,
         more=_by_block,
         panels=[
-            ("images seen", "relative error", "log", lambda run, _: run["error"]),
-            ("minutes of training", "relative error", "log", lambda run, minutes: _by_time(run["error"], minutes)),
-            ("ms of a pass, an image", "relative error", "linear", lambda run, _: _by_pass(run)),
-            ("block, from 0", "relative error", "linear", lambda run, _: list(enumerate(run["by_block"]))),
+            ("images seen", "relative error", "log", lambda run, *_: run["error"]),
+            ("minutes of training", "relative error", "log", lambda run, _, minutes: _by_time(run["error"], minutes)),
+            ("ms of a pass, an image", "relative error", "linear", lambda run, runs, _: _by_pass(run, runs)),
+            ("block, from 0", "relative error", "linear", lambda run, *_: list(enumerate(run["by_block"]))),
         ],
     ),
 }
@@ -208,12 +213,9 @@ def draw_curves(log: dict, file: Path) -> None:
         for (kind, runs), color in zip(by_kind.items(), colors, strict=False):
             minutes = _pace(runs) * log["steps"] / 60
             for run in runs:
-                curve = points(run, minutes)
+                curve = points(run, runs, minutes)
                 marker = "." if len(curve) < 20 else ""
                 axis.plot(*zip(*curve, strict=True), color=color, marker=marker, linewidth=1, label=kind)
     of_kind = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
     figure.legend(of_kind.values(), of_kind.keys(), loc="outside upper center", ncols=min(len(of_kind), 4))
-    temporary = file.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
-    os.replace(temporary, file)
+    save_figure(figure, file)

@@ -1,6 +1,7 @@
 """Curves of a run, and grids of images."""
 
 import io
+from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
@@ -37,10 +38,17 @@ def plot_curve(run: RunFolder, key: str, label: str) -> None:
     norm_axis = lr_axis.twinx()
     norm_axis.plot(steps, [line["grad_norm"] for line in train], color="0.55", linewidth=1)
     norm_axis.set_ylabel("gradient norm")
+    save_figure(figure, run.path / "curve.png")
+
+
+def save_figure(figure, file: Path) -> None:
+    """Writes a figure of matplotlib as a PNG file, whole or not at all, and closes it."""
+    import matplotlib.pyplot as plt
+
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120)
     plt.close(figure)
-    write_atomically(run.path / "curve.png", stream.getvalue())
+    write_atomically(file, stream.getvalue())
 
 
 def png(pixels: Tensor) -> bytes:
