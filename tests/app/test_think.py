@@ -193,6 +193,12 @@ def test_the_kept_answers_of_a_shipped_model_are_its_own(name):
         assert now.probability == pytest.approx(answer.probability, abs=2e-3)
 
 
+def test_the_first_five_examples_of_the_default_model_are_right_above_80_percent():
+    checkpoints = Checkpoints(WEIGHTS)
+    first = inputs.Gallery(checkpoints).chosen(checkpoints.classifiers[0]).right[:5]
+    assert len(first) == 5 and all(answer.is_right and answer.probability > 0.8 for answer in first)
+
+
 @pytest.fixture
 def served(tmp_path):
     """A checkpoint with answers kept beside it."""
