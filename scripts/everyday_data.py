@@ -22,7 +22,7 @@ With --unlabeled-per-class N, the pictures that a source does not label come aga
 import argparse
 import json
 from collections.abc import Iterator
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 REPEATS = 2
@@ -53,9 +53,9 @@ def thin(links: list[Path], most: int) -> None:
 
 def repeat(links: list[Path], least: int) -> None:
     """Links the same files again, in turn, until there are `least`."""
-    for number in range(len(links), least):
-        source, _, name = links[number % len(links)].name.split("-", 2)
-        link(links[number % len(links)], links[0].with_name(f"{source}-again{number}-{name}"))
+    for number, file in zip(range(len(links), least), cycle(links), strict=False):
+        source, _, name = file.name.split("-", 2)
+        link(file, file.with_name(f"{source}-again{number}-{name}"))
 
 
 def main() -> None:
