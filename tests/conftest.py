@@ -23,7 +23,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import vca  # noqa: E402
-from tests.helpers.browser import NO_BROWSER, PATIENCE, browser, note_faults  # noqa: E402
+from tests.helpers.browser import NO_BROWSER, browser, open_page  # noqa: E402
 from tests.helpers.checkpoints import LABELS, make_model  # noqa: E402
 
 
@@ -85,17 +85,9 @@ def running():
 @pytest.fixture
 def page(running, url):
     """An open page of the app, which must neither log an error nor ask anything of another machine."""
-    faults = []
-    page = running.new_page(viewport=dict(width=1400, height=1000))
-    page.set_default_timeout(PATIENCE)
-    note_faults(page, (url,), faults)
-    page.goto(url)
-    yield page
-    if not page.is_closed():
-        page.evaluate("0")  # brings what it has logged
-    logged = [*faults]  # without what a page says whose requests end with it
-    page.close()
-    assert not logged
+    with open_page(running, url, viewport=dict(width=1400, height=1000)) as page:
+        page.goto(url)
+        yield page
 
 
 @pytest.fixture(scope="module")

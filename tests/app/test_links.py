@@ -16,7 +16,7 @@ from app.runtime.examples import examples
 from app.runtime.gradio_adapter import kept_file
 from app.ui import build
 from tests.helpers.app import MHSA, PLAIN, photo
-from tests.helpers.browser import PATIENCE, needs_browser, note_faults
+from tests.helpers.browser import needs_browser, open_page
 from tests.helpers.compare_page import READ, panel_of, send
 
 
@@ -118,20 +118,14 @@ def test_a_link_with_ones_own_photo_in_a_fresh_browser(page, running, url, pictu
     page.locator(".vc-blocks button").nth(1).click()
     rows, address = page.evaluate(READ), page.url
     assert "#compare?" in address and "photo=" in address
-    faults = []
-    context = running.new_context(viewport=dict(width=1400, height=1000))
-    fresh = context.new_page()
-    fresh.set_default_timeout(PATIENCE)
-    note_faults(fresh, (url,), faults)
-    fresh.goto(address)
-    fresh.wait_for_selector(".vc[data-state=complete]")
-    assert fresh.locator(".vc-blocks [aria-pressed=true]").inner_text() == "2"
-    for side, other in zip(fresh.evaluate(READ), rows, strict=True):
-        np.testing.assert_allclose(side["differential"], other["differential"], atol=1e-7)
-    fresh.get_by_role("tab", name="Classify").click()
-    fresh.wait_for_selector(".vt[data-state=complete]")
-    assert fresh.locator(".vt-answer").inner_text() == answer
-    fresh.go_back()
-    fresh.wait_for_selector(".vc-large canvas >> nth=0")
-    context.close()
-    assert not faults
+    with open_page(running, url, viewport=dict(width=1400, height=1000)) as fresh:
+        fresh.goto(address)
+        fresh.wait_for_selector(".vc[data-state=complete]")
+        assert fresh.locator(".vc-blocks [aria-pressed=true]").inner_text() == "2"
+        for side, other in zip(fresh.evaluate(READ), rows, strict=True):
+            np.testing.assert_allclose(side["differential"], other["differential"], atol=1e-7)
+        fresh.get_by_role("tab", name="Classify").click()
+        fresh.wait_for_selector(".vt[data-state=complete]")
+        assert fresh.locator(".vt-answer").inner_text() == answer
+        fresh.go_back()
+        fresh.wait_for_selector(".vc-large canvas >> nth=0")

@@ -9,7 +9,7 @@ import pytest
 import vca
 from app.runtime import examples, records, thinking, tour
 from app.ui import WEIGHTS
-from tests.helpers.browser import PATIENCE, needs_browser, note_faults
+from tests.helpers.browser import needs_browser, open_page
 from tests.helpers.page import our_faults
 
 pytestmark = needs_browser
@@ -124,15 +124,10 @@ def test_the_tour(page, weights, chosen, running, url):
         assert f"scene={scene['id']}" in page.url
         if scene["id"] == "subtraction":
             check_the_wipe(page, recorded.maps[block], head, scene)
-            fresh = running.new_page(viewport=dict(width=390, height=844))
-            faults = []
-            note_faults(fresh, (url,), faults)
-            fresh.set_default_timeout(PATIENCE)
-            fresh.goto(page.url)
-            fresh.wait_for_selector(f".vt-scene h2:has-text('5 of 6: {scene['title']}')")
-            assert fresh.evaluate("() => document.documentElement.scrollWidth") == 390
-            fresh.close()
-            assert not faults
+            with open_page(running, url, viewport=dict(width=390, height=844)) as fresh:
+                fresh.goto(page.url)
+                fresh.wait_for_selector(f".vt-scene h2:has-text('5 of 6: {scene['title']}')")
+                assert fresh.evaluate("() => document.documentElement.scrollWidth") == 390
         if number < len(scenes):
             page.get_by_role("button", name="Next", exact=True).click()
     assert len(set(pictures)) == 6

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Request, sync_playwright
 
 ARGUMENTS = [
     "--headless",
@@ -42,19 +42,45 @@ def browser() -> Iterator[Browser]:
         running.close()
 
 
-def note_faults(page: Page, allowed: tuple[str, ...], faults: list[str]) -> None:
-    """Notes what a page must not do: log an error, or ask anything of another machine.
+@contextmanager
+def open_page(running: Browser, *allowed: str, **options) -> Iterator[Page]:
+    """A new page, which must neither log an error nor ask anything of another machine.
+
+    What a document says of requests that end with it, when another takes its place or the page closes, is no fault.
 
     Args:
-        page: the page.
-        allowed: how the addresses begin that it may ask.
-        faults: the list to note it in.
+        running: the browser.
+        allowed: how the addresses begin that the page may ask.
+        options: of the page's own context, as of `Browser.new_page`.
     """
+    page = running.new_page(**options)
+    page.set_default_timeout(PATIENCE)
+    faults, leaves = [], False
 
     def note(text: str) -> None:
-        if ABANDONED not in text:
+        if not leaves and ABANDONED not in text:
             faults.append(text)
+
+    def asked(request: Request) -> None:
+        nonlocal leaves
+        if request.is_navigation_request() and page.url != "about:blank":
+            leaves = True
+        if not request.url.startswith((*allowed, "data:", "blob:")):
+            faults.append(f"asked for {request.url}")
+
+    def arrived() -> None:
+        nonlocal leaves
+        leaves = False
 
     page.on("console", lambda message: message.type == "error" and note(message.text))
     page.on("pageerror", lambda error: note(str(error)))
-    page.on("request", lambda r: r.url.startswith((*allowed, "data:", "blob:")) or note(f"asked for {r.url}"))
+    page.on("request", asked)
+    page.on("domcontentloaded", arrived)
+    try:
+        yield page
+        if not page.is_closed():
+            page.evaluate("0")  # brings what it has logged
+        leaves = True
+    finally:
+        page.close()
+    assert not faults, faults

@@ -11,7 +11,6 @@ from app.runtime import records
 from app.runtime.images import read_image
 from app.ui import WEIGHTS
 from tests.helpers.app import SMALL_PYRAMID
-from tests.helpers.browser import PATIENCE, note_faults
 from tests.helpers.page import READ
 from vca import preprocessing
 
@@ -47,13 +46,6 @@ def save_more_checkpoints(folder: Path) -> None:
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
         vca.save(model, folder / name, label_names=LABELS)
-
-
-def watched(page, faults: list[str], *allowed: str):
-    """Notes what a page must not do: log an error, or ask anything of another machine."""
-    page.set_default_timeout(PATIENCE)
-    note_faults(page, allowed, faults)
-    return page
 
 
 TITLE = "id => gradio_config.components.flatMap((c) => c.props.choices ?? []).find(([, value]) => value === id)[0]"

@@ -4,7 +4,8 @@ import pytest
 
 from app.runtime.examples import examples
 from tests.helpers.app import save_checkpoints
-from tests.helpers.explorer import save_more_checkpoints, watched
+from tests.helpers.browser import open_page
+from tests.helpers.explorer import save_more_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +23,10 @@ def cat():
 
 
 @pytest.fixture(scope="module")
-def open_page(running, url):
-    faults = []
-    page = watched(running.new_page(viewport=dict(width=1400, height=1000), accept_downloads=True), faults, url)
-    page.goto(f"{url}#explore?image=cat")
-    page.wait_for_function("() => location.hash.includes('image=cat&')")
-    page.wait_for_selector(".vx[data-state=complete]")
-    yield page, faults
-    page.close()
-
-
-@pytest.fixture
-def page(open_page):
-    page, faults = open_page
-    yield page
-    assert not faults
+def page(running, url):
+    """One page for the tests of a file."""
+    with open_page(running, url, viewport=dict(width=1400, height=1000)) as page:
+        page.goto(f"{url}#explore?image=cat")
+        page.wait_for_function("() => location.hash.includes('image=cat&')")
+        page.wait_for_selector(".vx[data-state=complete]")
+        yield page

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from tests.helpers.app import PREFIXED
-from tests.helpers.browser import needs_browser
-from tests.helpers.explorer import SHIPPED, choose, point_at, rows_shown, save, show, watched
+from tests.helpers.browser import needs_browser, open_page
+from tests.helpers.explorer import SHIPPED, choose, point_at, rows_shown, save, show
 from tests.helpers.page import PIXELS, our_faults, points_in_cells, signed_colors
 
 pytestmark = needs_browser
@@ -65,12 +65,9 @@ def test_saved_drawing_opens_and_shows_the_map(page, running, tmp_path):
     assert "VCA ViT-Pico/4 · CIFAR-10" in words and "block 6" in words and "Pushes away" in words and "row sum" in words
     bars = [element for element in root.iter("{http://www.w3.org/2000/svg}linearGradient")]
     assert len(bars) == 3
-    faults = []
-    viewer = watched(running.new_page(viewport=dict(width=1100, height=520)), faults, drawing.as_uri())
-    viewer.goto(drawing.as_uri())
-    viewer.screenshot(path=tmp_path / "opened.png")
-    viewer.close()
-    assert not faults
+    with open_page(running, drawing.as_uri(), viewport=dict(width=1100, height=520)) as viewer:
+        viewer.goto(drawing.as_uri())
+        viewer.screenshot(path=tmp_path / "opened.png")
     picture = Image.open(save(page, "png", tmp_path))
     width, height = int(root.get("width")), int(root.get("height"))
     assert picture.size == (2 * width, 2 * height)
@@ -86,24 +83,20 @@ def test_saved_page_works_with_the_network_off(page, running, tmp_path):
     choose(page, PREFIXED)
     show(page, 1, 2, "stage2")
     saved = save(page, "html", tmp_path)
-    faults = []
-    context = running.new_context(offline=True, viewport=dict(width=390, height=844))
-    copy = watched(context.new_page(), faults, saved.as_uri())
-    copy.goto(saved.as_uri())
-    copy.wait_for_selector(".vx[data-state=complete]")
-    np.testing.assert_allclose(rows_shown(copy)["differential"], rows_shown(page)["differential"], atol=1e-7)
-    assert copy.evaluate("() => document.documentElement.scrollWidth") == 390
-    copy.locator(".vx-large canvas").focus()
-    for other in (page, copy):
-        other.locator(".vx-large canvas").focus()
-        other.keyboard.press("ArrowDown")
-        other.keyboard.press("]")
-    assert copy.locator(".vx-query").inner_text() == page.locator(".vx-query").inner_text()
-    np.testing.assert_allclose(rows_shown(copy)["positive"], rows_shown(page)["positive"], atol=1e-7)
-    assert copy.locator("[data-save=html]").is_hidden() and copy.locator("[data-save=svg]").is_visible()
-    assert our_faults(copy) == []
-    context.close()
-    assert not faults
+    with open_page(running, saved.as_uri(), offline=True, viewport=dict(width=390, height=844)) as copy:
+        copy.goto(saved.as_uri())
+        copy.wait_for_selector(".vx[data-state=complete]")
+        np.testing.assert_allclose(rows_shown(copy)["differential"], rows_shown(page)["differential"], atol=1e-7)
+        assert copy.evaluate("() => document.documentElement.scrollWidth") == 390
+        copy.locator(".vx-large canvas").focus()
+        for other in (page, copy):
+            other.locator(".vx-large canvas").focus()
+            other.keyboard.press("ArrowDown")
+            other.keyboard.press("]")
+        assert copy.locator(".vx-query").inner_text() == page.locator(".vx-query").inner_text()
+        np.testing.assert_allclose(rows_shown(copy)["positive"], rows_shown(page)["positive"], atol=1e-7)
+        assert copy.locator("[data-save=html]").is_hidden() and copy.locator("[data-save=svg]").is_visible()
+        assert our_faults(copy) == []
 
 
 def test_a_link_brings_the_view_back(page, running, url):
@@ -113,22 +106,19 @@ def test_a_link_brings_the_view_back(page, running, url):
     page.locator("figure[data-stream=negative] button").click()
     page.locator(".vx-large canvas").click(position=dict(x=120, y=8))  # the square of the register
     assert page.locator(".vx-query").inner_text() == "register 1 token"
-    faults = []
-    other = watched(running.new_page(viewport=dict(width=1000, height=900)), faults, url)
-    other.goto(page.url)
-    other.wait_for_selector(".vx[data-state=complete]")
-    other.wait_for_function(f"() => location.hash.includes('model={PREFIXED}&')")
-    for selector in (".vx-query", ".vx-caption", ".vx-blocks [aria-pressed=true]", ".vx-heads [aria-pressed=true]"):
-        assert other.locator(selector).inner_text() == page.locator(selector).inner_text()
-    for pressed in ("data-mode=stage2", "data-scale=block"):
-        assert other.locator(f".vx [{pressed}]").get_attribute("aria-pressed") == "true"
-    assert other.locator("figure[data-stream=negative] button").get_attribute("aria-pressed") == "true"
-    np.testing.assert_allclose(rows_shown(other)["negative"], rows_shown(page)["negative"], atol=1e-7)
-    assert other.url == page.url
-    other.evaluate("() => { location.hash = location.hash.replace('block=2', 'block=1'); }")  # as typed by hand
-    other.wait_for_function("() => document.querySelector('.vx').explorer.state.block === 0")
-    other.close()
-    assert not faults
+    with open_page(running, url, viewport=dict(width=1000, height=900)) as other:
+        other.goto(page.url)
+        other.wait_for_selector(".vx[data-state=complete]")
+        other.wait_for_function(f"() => location.hash.includes('model={PREFIXED}&')")
+        for selector in (".vx-query", ".vx-caption", ".vx-blocks [aria-pressed=true]", ".vx-heads [aria-pressed=true]"):
+            assert other.locator(selector).inner_text() == page.locator(selector).inner_text()
+        for pressed in ("data-mode=stage2", "data-scale=block"):
+            assert other.locator(f".vx [{pressed}]").get_attribute("aria-pressed") == "true"
+        assert other.locator("figure[data-stream=negative] button").get_attribute("aria-pressed") == "true"
+        np.testing.assert_allclose(rows_shown(other)["negative"], rows_shown(page)["negative"], atol=1e-7)
+        assert other.url == page.url
+        other.evaluate("() => { location.hash = location.hash.replace('block=2', 'block=1'); }")  # as typed by hand
+        other.wait_for_function("() => document.querySelector('.vx').explorer.state.block === 0")
     page.locator(".vx [data-scale=map]").click()
     page.locator("figure[data-stream=differential] button").click()
 
@@ -138,33 +128,27 @@ def test_a_link_brings_the_view_back(page, running, url):
     [("model=nothing", "not here"), ("model=swin&image=nothing&block=999&head=x&query=9,9&map=<b>", "Effective")],
 )
 def test_a_broken_link_breaks_nothing(running, url, link, sentence):
-    faults = []
-    page = watched(running.new_page(), faults, url)
-    page.goto(f"{url}#explore?{link}")
-    page.wait_for_selector(f"text={sentence} >> visible=true")
-    page.locator(".ve-mine button").first.click()
-    page.wait_for_selector(".vx[data-state=complete]")
-    page.close()
-    assert not faults
+    with open_page(running, url) as page:
+        page.goto(f"{url}#explore?{link}")
+        page.wait_for_selector(f"text={sentence} >> visible=true")
+        page.locator(".ve-mine button").first.click()
+        page.wait_for_selector(".vx[data-state=complete]")
 
 
 def test_touch_on_a_phone(running, url):
-    faults = []
-    context = running.new_context(has_touch=True, is_mobile=True, viewport=dict(width=390, height=844))
-    page = watched(context.new_page(), faults, url)
-    page.goto(f"{url}#explore?model={SHIPPED}&image=cat")
-    page.wait_for_selector(".vx[data-state=complete]")
-    canvas = page.locator(".vx-large canvas")
-    canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
-    page.touchscreen.tap(box["x"] + 0.95 * box["width"], box["y"] + 0.05 * box["height"])
-    assert page.locator(".vx-query").inner_text() == "patch, row 1, column 8"
-    page.locator(".vx-bars button").first.tap()
-    assert page.locator(".vx-blocks [aria-pressed=true]").inner_text() == "1"
-    for name in ("swin", "cswin"):
-        page.evaluate(f"() => {{ location.hash = '#explore?model={name}&image=cat'; }}")
-        page.wait_for_function(f"() => location.hash.includes('model={name}&image=cat&map')")
+    phone = dict(width=390, height=844)
+    with open_page(running, url, has_touch=True, is_mobile=True, viewport=phone) as page:
+        page.goto(f"{url}#explore?model={SHIPPED}&image=cat")
         page.wait_for_selector(".vx[data-state=complete]")
-        assert page.evaluate("() => document.documentElement.scrollWidth") == 390
-    context.close()
-    assert not faults
+        canvas = page.locator(".vx-large canvas")
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        page.touchscreen.tap(box["x"] + 0.95 * box["width"], box["y"] + 0.05 * box["height"])
+        assert page.locator(".vx-query").inner_text() == "patch, row 1, column 8"
+        page.locator(".vx-bars button").first.tap()
+        assert page.locator(".vx-blocks [aria-pressed=true]").inner_text() == "1"
+        for name in ("swin", "cswin"):
+            page.evaluate(f"() => {{ location.hash = '#explore?model={name}&image=cat'; }}")
+            page.wait_for_function(f"() => location.hash.includes('model={name}&image=cat&map')")
+            page.wait_for_selector(".vx[data-state=complete]")
+            assert page.evaluate("() => document.documentElement.scrollWidth") == 390

@@ -10,7 +10,7 @@ from PIL import Image
 
 import vca
 from tests.helpers.app import LABELS
-from tests.helpers.browser import PATIENCE, needs_browser
+from tests.helpers.browser import needs_browser, open_page
 from tests.helpers.generate_tab import LATENT, SETTINGS, SIT, choose, sampled
 from tests.helpers.page import READ, expected_rows, our_faults
 from vca.diffusion.sampling import to_bytes
@@ -184,32 +184,28 @@ def test_who_has_to_wait_is_told_so_and_may_give_up(page, running, url, forwards
     forwards.delay = 0.3
     generate(page, steps=250)
     page.wait_for_selector(".vg[data-state=running] canvas")
-    second = running.new_page()
-    second.set_default_timeout(PATIENCE)
-    open_tab(second, url)
-    generate(second, seed=1)
-    second.wait_for_selector(".vg .vv-note:has-text('Waiting for the pictures of other visitors')")
-    second.get_by_role("button", name="Cancel").click()
-    second.wait_for_selector(".vg .vv-note:has-text('Choose a class')")
-    page.get_by_role("button", name="Stop").click()
-    ended(page, "stopped")
-    done = len(forwards)
-    forwards.delay = 0
-    time.sleep(1)
-    assert len(forwards) == done
-    generate(second, seed=1)
-    ended(second, "complete")
-    second.close()
+    with open_page(running, url) as second:
+        open_tab(second, url)
+        generate(second, seed=1)
+        second.wait_for_selector(".vg .vv-note:has-text('Waiting for the pictures of other visitors')")
+        second.get_by_role("button", name="Cancel").click()
+        second.wait_for_selector(".vg .vv-note:has-text('Choose a class')")
+        page.get_by_role("button", name="Stop").click()
+        ended(page, "stopped")
+        done = len(forwards)
+        forwards.delay = 0
+        time.sleep(1)
+        assert len(forwards) == done
+        generate(second, seed=1)
+        ended(second, "complete")
 
 
 @needs_browser
 def test_a_closed_page_ends_its_run(running, url, forwards):
-    page = running.new_page()
-    page.set_default_timeout(PATIENCE)
-    open_tab(page, url)
-    generate(page, steps=250)
-    page.wait_for_selector(".vg[data-state=running] canvas")
-    page.close()
+    with open_page(running, url) as page:
+        open_tab(page, url)
+        generate(page, steps=250)
+        page.wait_for_selector(".vg[data-state=running] canvas")
     for _ in range(30):
         before = len(forwards)
         time.sleep(0.5)
