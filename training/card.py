@@ -12,6 +12,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from textwrap import indent
 
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
@@ -60,7 +61,7 @@ def card_text(folder: Path) -> str:
     dataset = recipe["dataset"] or OWN_DATA
     describe = dict(classification=_classifier, generation=generator)[task_of(config["architecture"])]
     task, metrics, about, use = describe(config, folder)
-    runs = "\n".join(_describe_run(run, first=not index) for index, run in enumerate(config["training"]))
+    runs = _describe_runs(config["training"])
     log = "\n`log.jsonl`: every evaluation of the last run, and the mean training loss before it.\n"
     twins = _twins(folder, config)
     return f"""---
@@ -148,7 +149,7 @@ def _slug(name: str) -> str:
 
 def _classifier(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
     """Task, metrics, the paragraphs about the model and its numbers, and how to use it."""
-    recipe, results = config["training"][-1]["recipe"], config["training"][-1]["results"]
+    results = config["training"][-1]["results"]
     evaluated = measured.read_results(folder)
     results = results | evaluated.get("results", {}).get("val", {})
     precision = "bfloat16" if evaluated.get("precision") == "bf16" else "float32"
@@ -160,9 +161,9 @@ def _classifier(config: dict, folder: Path) -> tuple[str, list[dict], str, str]:
     about = f"""An image classifier with {config["num_classes"]} classes: {", ".join(config["label_names"])}.
 
 **Top-{reached}** on {results["images"]:,} images that were not trained on
-(mean cross-entropy {results["loss"]:.4f}). Protocol: {protocol}; {precision}; one view; the weights of the last step{
-        average(recipe)
-    }, chosen before the accuracy was known. This command prints the number:
+(mean cross-entropy {results["loss"]:.4f}). Protocol: {protocol}; {precision}; one view; {
+        _which_weights(config["training"][-1])
+    }. This command prints the number:
 
     python -m training.evaluate {place(folder)} --data DATA"""
     about += measured.by_source(evaluated) + measured.by_size(evaluated) + measured.calibration(results)
@@ -235,7 +236,7 @@ def _protocol(config: dict) -> list[dict]:
     kind = dict(classification=ClassifierRecipe, generation=GeneratorRecipe)[task_of(config["architecture"])]
     return [
         {k: v for k, v in (defaults(kind) | run["recipe"]).items() if k not in ("model", "attention", "stored_as")}
-        | {key: run[key] for key in ("init", "steps", "train_images")}
+        | {key: run.get(key) for key in ("init", "steps", "train_images", "averaged")}
         for run in config["training"]
     ]
 
@@ -245,13 +246,37 @@ def _parameters(folder: Path) -> int:
         return sum(math.prod(stored.get_slice(key).get_shape()) for key in stored.keys())  # noqa: SIM118
 
 
-def _describe_run(run: dict, first: bool) -> str:
+def _which_weights(run: dict) -> str:
+    if "averaged" in run:
+        return f"the mean of the weights of {len(run['averaged'])} checkpoints"
+    return f"the weights of the last step{average(run['recipe'])}, chosen before the accuracy was known"
+
+
+def _describe_runs(runs: list[dict], above: str = "") -> str:
+    """A list of runs; `above` is what the first one starts from, if not from what it names itself."""
+    lines = []
+    for run in runs:
+        lines.append(_describe_average(run) if "averaged" in run else _describe_run(run, above))
+        above = "the result of the run above"
+    return "\n".join(lines)
+
+
+def _describe_average(run: dict) -> str:
+    branches = [
+        _describe_runs(branch, "the result of the last run that they share") if branch else "- that result"
+        for branch in run["averaged"]
+    ]
+    text = f"- the mean of the weights of {len(branches)} checkpoints that began there: {_reached(run['results'])}."
+    return "\n".join([f"{text}\n\n      {run['command']}\n", *(indent(branch, "  ") for branch in branches)])
+
+
+def _describe_run(run: dict, above: str) -> str:
     recipe, teacher = run["recipe"], run.get("teacher")
     start = f"from `{run['init']}`" if run["init"] else "from random weights"
     if "error" in run["results"]:
         start = f"attention transfer from `{teacher}`"
-    elif not first:
-        start = f"from the result of the run above (`--init {run['init']}`)"
+    elif above:
+        start = f"from {above} (`--init {run['init']}`)"
     if teacher and recipe.get("align_weight"):
         start += f", its block {recipe['align_block']} aligned with `{teacher}`"
     elif teacher and "error" not in run["results"]:
