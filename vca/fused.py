@@ -12,7 +12,6 @@ from torch import Tensor
 
 from vca.kernels import cpu, ops
 
-HALF = (torch.bfloat16, torch.float16)  # in which the kernels, which compute in float32, win on some processors only
 _settled: bool | None = None
 
 
@@ -63,6 +62,11 @@ def settle(use: bool = True) -> bool:
     return _settled
 
 
+def wins(dtype: torch.dtype) -> bool:
+    """Whether the kernels are faster than plain PyTorch on this CPU, docs/speed.md."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and cpu.has_bfloat16_products())
+
+
 def applies(setting: bool | None, x: Tensor, num_tokens: int) -> bool:
     """Whether a layer takes the operators of `vca.kernels.ops`.
 
@@ -80,7 +84,7 @@ def applies(setting: bool | None, x: Tensor, num_tokens: int) -> bool:
         leaves = type(x) is not Tensor or torch.compiler.is_exporting() or torch.jit.is_tracing()
         if leaves or not ops.runs_on_cpu(x):
             return False
-        return x.dtype not in HALF and ops.supported_by_cpu(x) and _taken_up(x.requires_grad)
+        return wins(x.dtype) and ops.supported_by_cpu(x) and _taken_up(x.requires_grad)
     return setting and ops.supported(x, num_tokens)
 
 

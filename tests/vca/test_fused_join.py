@@ -1,6 +1,7 @@
 """What joins the stages of a layer, and all of it as one operator, on a CPU against float64."""
 
 import copy
+import math
 from unittest import mock
 
 import pytest
@@ -84,6 +85,44 @@ def test_a_whole_layer_is_one_operator(grid_size, token_grid, prefix, batch):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16 and (y - want).norm() <= 2e-2 * want.norm()
+
+
+def given(grid_size, token_grid, prefix, heads, d, batch=1, seed=0):
+    """What `whole.attend` takes in bfloat16, and its geometry."""
+    random = torch.Generator().manual_seed(seed)
+    length, dim, n = prefix + math.prod(grid_size), heads * d, math.prod(token_grid)
+    shapes = (n, dim), (n, dim), *[(d,)] * 10, (dim, 1, 3, 3), (dim,)
+    scales = 0.5, 0.5, *[0.1] * 8, 1, 1, 0.3, 0.1
+    qkv, *parameters = (
+        (scale * torch.randn(shape, generator=random)).bfloat16()
+        for shape, scale in zip(((batch, length, 3 * dim), *shapes), (1, *scales), strict=True)
+    )
+    return qkv, parameters, (grid_size, token_grid, prefix, 0.3)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ((14, 14), (7, 7), 1, 3, 64),
+        ((30, 35), (8, 8), 0, 1, 32),  # more scores than are kept of float32
+        ((9, 9), (2, 3), 2, 2, 32, 3),
+        ((1, 1), (1, 1), 0, 1, 32),
+        ((3, 3), (1, 1), 1, 1, 96),
+        ((5, 7), (3, 3), 1, 2, 16),
+        ((5, 7), (3, 3), 1, 2, 48),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_bfloat16_is_rounded_before_products_alone(shape):
+    qkv, parameters, geometry = given(*shape)
+    want = VF.attend(qkv.double(), [y.double() for y in parameters], *geometry)
+    out = whole.attend(qkv, parameters, *geometry)
+    assert out.dtype == torch.bfloat16 and relative_error(out, want) < 4e-3
+    apart = torch.nn.functional.pad(qkv, (0, 1))[..., :-1]  # whose rows are an odd number apart
+    assert relative_error(whole.attend(apart, parameters, *geometry), want) < 4e-3
+    qkv[0, -1] = torch.nan
+    assert whole.attend(qkv, parameters, *geometry)[0].isnan().all()
 
 
 def test_a_tangent_goes_through_a_layer_without_gradients():

@@ -209,14 +209,14 @@ def test_they_are_taken_forward_and_backward(unasked):
 def test_what_gains_nothing_or_leaves_takes_the_plain_path(unasked):
     layer, x = unasked()
     assert not uses_kernels(lambda: layer.double()(x.double()))
-    assert not uses_kernels(lambda: layer.bfloat16()(x.bfloat16()))
+    assert not uses_kernels(lambda: layer.half()(x.half()))
     assert not uses_kernels(lambda: unasked(dim=24)[0](x[..., :24]))
     layer.float()
     torch.func.grad(lambda x: layer(x).sum())(x)  # for which they have no rule
     layer.requires_grad_(False)
     graphs = [torch.export.export(layer, (x,)).graph, torch.jit.trace(layer, x, check_trace=False).graph]
     assert not any("contrast_attend" in str(graph) for graph in graphs)
-    for dtype, taken in ((torch.float32, True), (torch.bfloat16, False)):
+    for dtype, taken in ((torch.float32, True), (torch.float16, False)):
         seen = []
 
         def backend(graph, _, seen=seen):
@@ -226,6 +226,16 @@ def test_what_gains_nothing_or_leaves_takes_the_plain_path(unasked):
         torch.compiler.reset()
         torch.compile(layer.to(dtype), backend=backend, fullgraph=True)(x.to(dtype))
         assert ("contrast_attend" in seen[0]) == taken
+
+
+@needs_compiler
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_bfloat16_takes_them_on_a_processor_that_multiplies_it(unasked, monkeypatch, multiplies):
+    layer, x = unasked(torch.bfloat16)
+    monkeypatch.setattr(cpu, "has_bfloat16_products", lambda: multiplies)
+    assert uses_kernels(lambda: layer(x).sum().backward()) == multiplies
+    with torch.no_grad():
+        assert uses_kernels(lambda: layer(x)) == multiplies
 
 
 @needs_compiler

@@ -24,6 +24,7 @@ from training.core.precision import autocast, prepare_compiler
 from training.core.recipe import BaseRecipe
 from training.core.run import RunError, RunFolder, disk_words
 from training.data.seeding import seed_everything
+from vca import fused
 
 KEEP_STATES = 2
 MAX_SKIPPED = 10
@@ -70,7 +71,7 @@ class Trainer:
         self._stop = False
         self.fused: bool | None = None
         self._resume()
-        wins = recipe.precision == "fp32"  # docs/speed.md
+        wins = fused.wins(torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
         self.fused = settle_attention(model, device=device, wins=wins, before=self.fused, world=world)
         if recipe.compile:
             prepare_compiler()

@@ -3,7 +3,8 @@
 //
 // The functions at the end are those of vca.kernels.ops, by the same names, with the same shapes: what has the length of the
 // sequence is a view (B, H, T, d), what has the length of the contrast tokens is (BH, 2 * n, d) or (BH, n, d). d is a
-// multiple of 16. They compute in float32 whatever type they are given.
+// multiple of 16. They compute in float32 whatever type they are given, but for `attend` of bfloat16 without gradients: its
+// products take numbers in bfloat16, two in a word, and sum in float32. Streams are subtracted before they are rounded.
 //
 // Threads share the heads. A head's sequence is walked through in tiles of at most 64 tokens, whose scores lie transposed:
 // a row for each contrast token, so that a vector holds neighbouring tokens and a softmax over contrast tokens needs no
@@ -12,6 +13,9 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <c10/core/impl/alloc_cpu.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 #include <torch/csrc/utils/pybind.h>  // not torch/extension.h, which takes twice as long to compile
 
 #include <array>
@@ -25,6 +29,7 @@
 
 namespace {
 
+using at::BFloat16;
 using at::Tensor;
 
 // Numbers in a vector, and vectors in a row of a block of a product; 6 rows of them fill the registers.
@@ -41,14 +46,52 @@ constexpr float RMS_EPS = 1e-5f;
 
 typedef float Vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t IntVec __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));  // numbers in bfloat16
 
-inline Vec load(const float* from) {
-  Vec x;
+template <typename To, typename From>
+inline To bits_of(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+template <typename To, typename T>
+inline To load_as(const T* from) {
+  To x;
   std::memcpy(&x, from, sizeof(x));
   return x;
 }
 
+inline Vec load(const float* from) { return load_as<Vec>(from); }
+
+inline Vec load(const BFloat16* from) {
+  return bits_of<Vec>(__builtin_convertvector(load_as<Halves>(from), IntVec) << 16);
+}
+
+// To the nearest, of two to the even one; NaN stays NaN.
+inline Halves rounded(Vec x) {
+#if defined(__AVX512BF16__)
+  return bits_of<Halves>(_mm512_cvtneps_pbh(bits_of<__m512>(x)));
+#else
+  const IntVec bits = bits_of<IntVec>(x), half = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return __builtin_convertvector(x == x ? half : IntVec{} + 0x7fc0, Halves);
+#endif
+}
+
+template <typename T>
+inline void store_halves(T* to, Halves x) {
+  std::memcpy(to, &x, sizeof(x));
+}
+
 inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof(x)); }
+
+inline void store(BFloat16* to, Vec x) { store_halves(to, rounded(x)); }
+
+// Words of two numbers in bfloat16.
+inline Vec paired(Halves first, Halves second) {
+  return bits_of<Vec>(__builtin_convertvector(second, IntVec) << 16 | __builtin_convertvector(first, IntVec));
+}
 
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
@@ -110,16 +153,28 @@ struct Entries {
 };
 
 // A matrix whose rows, each of adjacent numbers, begin `stride` numbers apart.
-struct Rows {
-  float* data;
+template <typename T>
+struct RowsOf {
+  T* data;
   int64_t stride;
 
-  float* operator[](int64_t row) const { return data + row * stride; }
-  Rows from(int64_t row) const { return {(*this)[row], stride}; }
-  Rows at(int64_t column) const { return {data + column, stride}; }
+  T* operator[](int64_t row) const { return data + row * stride; }
+  RowsOf from(int64_t row) const { return {(*this)[row], stride}; }
+  RowsOf at(int64_t column) const { return {data + column, stride}; }
   operator Entries() const { return {data, stride, 1}; }
   Entries transposed() const { return {data, 1, stride}; }
 };
+using Rows = RowsOf<float>;
+
+// Numbers in a word of 32 bits, by their type. A product takes rows of words; the two numbers of a word follow one another
+// along its sums.
+template <typename T>
+constexpr int64_t IN_WORD = sizeof(float) / sizeof(T);
+
+template <typename T>
+Rows words_of(RowsOf<T> x) {
+  return {reinterpret_cast<float*>(x.data), x.stride / IN_WORD<T>};
+}
 
 // Numbers for a thread to work with, at a multiple of 64 bytes, not initialized.
 class Room {
@@ -152,8 +207,26 @@ inline void in_parts(int64_t count, int64_t most, Use use) {
   }
 }
 
-// c (ROWS, VECS * WIDTH) = a b, or c += a b; k is the length of the sums.
-template <int ROWS, int VECS>
+// total += factor * row.
+template <typename T>
+inline void add_product(Vec& total, float factor, Vec row) {
+  if constexpr (IN_WORD<T> == 1) {
+    total += factor * row;
+  } else {
+#if defined(__AVX512BF16__)
+    const auto pairs = bits_of<__m512bh>(Vec{} + factor);
+    total = bits_of<Vec>(_mm512_dpbf16_ps(bits_of<__m512>(total), pairs, bits_of<__m512bh>(row)));
+#else
+    const int32_t pair = bits_of<int32_t>(factor), bits = 0xffff0000;
+    const IntVec rows = bits_of<IntVec>(row);
+    total += bits_of<float>(pair << 16) * bits_of<Vec>(rows << 16);
+    total += bits_of<float>(pair & bits) * bits_of<Vec>(rows & bits);
+#endif
+  }
+}
+
+// c (ROWS, VECS * WIDTH) = a b, or c += a b; k is the length of the sums, in words of T.
+template <typename T, int ROWS, int VECS>
 inline void multiply_block(int64_t k, Entries a, Rows b, Rows c, bool add) {
   Vec total[ROWS][VECS];
   for (int i = 0; i < ROWS; i++)
@@ -163,14 +236,15 @@ inline void multiply_block(int64_t k, Entries a, Rows b, Rows c, bool add) {
     for (int j = 0; j < VECS; j++) row[j] = load(b[l] + j * WIDTH);
     for (int i = 0; i < ROWS; i++) {
       float factor = a.data[i * a.row + l * a.column];
-      for (int j = 0; j < VECS; j++) total[i][j] += factor * row[j];
+      for (int j = 0; j < VECS; j++) add_product<T>(total[i][j], factor, row[j]);
     }
   }
   for (int i = 0; i < ROWS; i++)
     for (int j = 0; j < VECS; j++) store(c[i] + j * WIDTH, total[i][j]);
 }
 
-// c (rows, columns) = a b, or c += a b, of a (rows, k) and b (k, columns); columns is a multiple of WIDTH.
+// c (rows, columns) = a b, or c += a b, of a (rows, k) and b (k, columns), in words of T; columns is a multiple of WIDTH.
+template <typename T = float>
 void multiply(int64_t rows, int64_t columns, int64_t k, Entries a, Rows b, Rows c, bool add = false) {
   in_parts(columns / WIDTH, BLOCK, [&](int64_t first, int64_t vectors) {
     const Rows right = b.at(first * WIDTH), to = c.at(first * WIDTH);
@@ -178,7 +252,7 @@ void multiply(int64_t rows, int64_t columns, int64_t k, Entries a, Rows b, Rows 
       in_parts(rows, 6, [&](int64_t start, int64_t size) {
         const Entries left{a.data + start * a.row, a.row, a.column};
         with_constant<6>(size, [&](auto height) {
-          multiply_block<decltype(height)::value, decltype(vecs)::value>(k, left, right, to.from(start), add);
+          multiply_block<T, decltype(height)::value, decltype(vecs)::value>(k, left, right, to.from(start), add);
         });
       });
     });
@@ -222,6 +296,27 @@ void transpose(int64_t count, int64_t columns, Rows x, Rows to) {
       transpose_block<WIDTH / 2>(block);
       for (int i = 0; i < WIDTH; i++) store(to[column + i] + start, block[i]);
     }
+}
+
+// to ((count + 1) / 2, columns): words of a row of x (count, columns) and the next; columns is a multiple of WIDTH. `to` may
+// be x.
+template <typename T>
+void pair_rows(int64_t count, int64_t columns, RowsOf<T> x, Rows to) {
+  const auto halves = [&](int64_t row, int64_t column) {
+    if constexpr (IN_WORD<T> == 2)
+      return load_as<Halves>(x[row] + column);
+    else
+      return rounded(load(x[row] + column));
+  };
+  for (int64_t row = 0; row < count; row += 2)
+    for (int64_t column = 0; column < columns; column += WIDTH)
+      store(to[row / 2] + column, paired(halves(row, column), row + 1 < count ? halves(row + 1, column) : Halves{}));
+}
+
+// Rounds the rows of x (count, columns) to bfloat16, each from its start on.
+void halve_rows(int64_t count, int64_t columns, Rows x) {
+  for (int64_t row = 0; row < count; row++)
+    for (int64_t i = 0; i < columns; i += WIDTH) store_halves(x[row] + i / 2, rounded(load(x[row] + i)));
 }
 
 float dot(const float* a, const float* b, int64_t d) {
@@ -319,23 +414,25 @@ void subtract_streams(Rows streams, float lambda, int64_t n, int64_t d, Rows to)
       store(to[row] + i, load(streams[row] + i) - lambda * load(streams[n + row] + i));
 }
 
-// Stage I of heads of one size.
+// Stage I of heads of one size, of keys and values in T; the tokens are in words of T.
+template <typename T>
 struct Stage1 {
   const int64_t n, d, length, chunks, chunk;  // chunk: tokens between two corrections of the running maximum
-  const Room transposed, scores_room, shift, total, decay;
+  const Room transposed, scores_room, shift, total, decay, pairs_room;
   const Rows scores;
 
   Stage1(int64_t n, int64_t d, int64_t length)
       : n(n),
         d(d),
         length(length),
-        chunks(2 * n * length / MOST_SCORES + 1),
+        chunks(IN_WORD<T> == 1 ? 2 * n * length / MOST_SCORES + 1 : 1),
         chunk(whole_vectors((length + chunks - 1) / chunks)),
         transposed(d * TILE),
         scores_room(2 * n * spread(chunk)),
         shift(2 * n),
         total(2 * n),
         decay(2 * n),
+        pairs_room(IN_WORD<T> == 1 ? 0 : (length + 1) / 2 * d),
         scores{scores_room, spread(chunk)} {}
 
   // products (2 * n, d) = A+ v and A- v.
@@ -359,12 +456,14 @@ struct Stage1 {
     std::copy_n(static_cast<float*>(total), 2 * n, sums);
   }
 
-  // to (n, d) = (A+ - lambda A-) v, of a short sequence by one product instead of two; `products` is room for them.
-  void multiply_contrast(Rows tokens, Rows keys, Rows values, float lambda, Rows products, Rows to) const {
-    if (chunks > 1) {
-      multiply_streams(tokens, keys, values, products);
-      return subtract_streams(products, lambda, n, d, to);
-    }
+  // to (n, d) = (A+ - lambda A-) v, by one product instead of two, unless the sequence is long and in float32; `products` is
+  // room for them.
+  void multiply_contrast(Rows tokens, RowsOf<T> keys, RowsOf<T> values, float lambda, Rows products, Rows to) const {
+    if constexpr (IN_WORD<T> == 1)
+      if (chunks > 1) {
+        multiply_streams(tokens, keys, values, products);
+        return subtract_streams(products, lambda, n, d, to);
+      }
     take_scores(tokens, keys, 0, length);
     for (int64_t row = 0; row < n; row++) {
       const float positive = 1 / exponentials(scores[row], length, shift[row]);
@@ -372,16 +471,24 @@ struct Stage1 {
       for (int64_t i = 0; i < length; i += WIDTH)
         store(scores[row] + i, positive * load(scores[row] + i) - negative * load(scores[n + row] + i));
     }
-    multiply(n, d, length, scores, values, to);
+    if constexpr (IN_WORD<T> == 1) {
+      multiply(n, d, length, scores, values, to);
+    } else {
+      const Rows pairs{pairs_room, d};
+      halve_rows(n, length, scores);
+      pair_rows(length, d, values, pairs);
+      multiply<T>(n, d, (length + 1) / 2, scores, pairs, to);
+    }
   }
 
  private:
   // `scores` become those of a chunk, `shift` their maxima up to its end, and `decay` what the exponentials of the chunks
   // before shrink by.
-  void take_scores(Rows tokens, Rows keys, int64_t start, int64_t count) const {
+  void take_scores(Rows tokens, RowsOf<T> keys, int64_t start, int64_t count) const {
+    const int64_t words = d / IN_WORD<T>;
     in_tiles(count, [&](int64_t tile, int64_t inside) {
-      transpose(inside, d, keys.from(start + tile), {transposed, TILE});
-      multiply(2 * n, whole_vectors(inside), d, tokens, {transposed, TILE}, scores.at(tile));
+      transpose(inside, words, words_of(keys.from(start + tile)), {transposed, TILE});
+      multiply<T>(2 * n, whole_vectors(inside), words, tokens, {transposed, TILE}, scores.at(tile));
     });
     for (int64_t row = 0; row < 2 * n; row++) {
       float* last = scores[row] + count / WIDTH * WIDTH;
@@ -404,7 +511,7 @@ std::tuple<Tensor, Tensor, Tensor> stage1(Tensor tokens, Tensor k, Tensor v, Ten
   const Sequence keys(k), values(v);
   const float lambda = lam.item<float>();
   at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    const Stage1 stage(n, d, length);
+    const Stage1<float> stage(n, d, length);
     for (int64_t group = begin; group < end; group++) {
       const Rows result = rows_of(out, group), product = rows_of(products, group);
       stage.multiply_streams(rows_of(tokens, group), keys.of(group), values.of(group), product);
@@ -518,7 +625,9 @@ void contrast_scores(float* scores, float lambda, int64_t n, int64_t count) {
   }
 }
 
-// Stage II of heads of one size. Its scores have a row for each contrast token, and are those of a tile of the sequence.
+// Stage II of heads of one size, of queries in T; tokens and values are in words of T, those of `pair_rows` for bfloat16. Its
+// scores have a row for each contrast token, and are those of a tile of the sequence.
+template <typename T>
 struct Stage2 {
   const int64_t n, d, length;
   const Room transposed, maps;
@@ -527,12 +636,15 @@ struct Stage2 {
       : n(n), d(d), length(length), transposed(d * TILE), maps(2 * n * TILE) {}
 
   // to = gain RMSNorm((A+ - lambda A-) values).
-  void run(Rows tokens, Rows queries, Rows values, float lambda, float gain, Rows to) const {
+  void run(Rows tokens, RowsOf<T> queries, Rows values, float lambda, float gain, Rows to) const {
+    const int64_t words = d / IN_WORD<T>;
+    const Rows weights{maps, TILE};
     in_tiles(length, [&](int64_t start, int64_t count) {
-      transpose(count, d, queries.from(start), {transposed, TILE});
-      multiply(2 * n, whole_vectors(count), d, tokens, {transposed, TILE}, {maps, TILE});
+      transpose(count, words, words_of(queries.from(start)), {transposed, TILE});
+      multiply<T>(2 * n, whole_vectors(count), words, tokens, {transposed, TILE}, weights);
       contrast_scores(maps, lambda, n, count);
-      multiply(count, d, n, Rows{maps, TILE}.transposed(), values, to.from(start));
+      if constexpr (IN_WORD<T> == 2) pair_rows(n, whole_vectors(count), weights, weights);
+      multiply<T>(count, d, (n + IN_WORD<T> - 1) / IN_WORD<T>, weights.transposed(), values, to.from(start));
       for (int64_t i = start; i < start + count; i++) rms_norm(to[i], d, gain);
     });
   }
@@ -547,7 +659,7 @@ Tensor stage2(Tensor tokens, Tensor q, Tensor values, Tensor lam, double gain) {
   const Sequence queries(q), outputs(out);
   const float lambda = lam.item<float>();
   at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    const Stage2 stage(n, d, length);
+    const Stage2<float> stage(n, d, length);
     for (int64_t group = begin; group < end; group++)
       stage.run(rows_of(tokens, group), queries.of(group), rows_of(values, group), lambda, gain, outputs.of(group));
   });
@@ -641,11 +753,11 @@ struct Grid {
   int64_t rows, columns, prefix;
 
   // Calls visit(token, window) of every patch: a vector of the numbers of it and its neighbours in x, row by row; 0 outside.
-  template <typename Visit>
-  void walk(Rows x, Visit visit) const {
+  template <typename T, typename Visit>
+  void walk(RowsOf<T> x, Visit visit) const {
     for (int64_t row = 0; row < rows; row++) {
       const bool inside[3] = {row > 0, true, row + 1 < rows};
-      const Rows line = x.from(prefix + row * columns);
+      const RowsOf<T> line = x.from(prefix + row * columns);
       Vec window[9] = {};
       const auto shift_in = [&](int64_t column) {
         for (int i = 0; i < 3; i++) {
@@ -680,9 +792,11 @@ struct Join {
         bias(dense(bias)) {}
 
   // `after`, which may be `gathered`, of one head.
-  void run(int64_t head, Rows gathered, Rows values, Rows after) const {
+  template <typename T>
+  void run(int64_t head, Rows gathered, RowsOf<T> values, RowsOf<T> after) const {
     for (int64_t i = 0; i < d; i += WIDTH) {
-      const Rows from = gathered.at(i), to = after.at(i);
+      const Rows from = gathered.at(i);
+      const RowsOf<T> to = after.at(i);
       const Vec scale = load(start_of(gain) + i), shift = load(start_of(bias) + head * d + i);
       Vec weights[9];
       load_weights(head * d + i, weights);
@@ -805,7 +919,8 @@ struct Pooling {
   const float *positive, *negative;
 
   // to (2 * n, d): both streams of a head, scaled.
-  void run(int64_t head, Rows queries, Rows to) const {
+  template <typename T>
+  void run(int64_t head, RowsOf<T> queries, Rows to) const {
     const int64_t n = rows * columns;
     for_cells([&](int64_t cell, float share, auto for_patches) {
       for (int64_t i = 0; i < d; i += WIDTH) {
@@ -862,9 +977,10 @@ struct Layer {
   Pooling pooling;
   Join join;
 
-  Layer(const Tensor& qkv_, const std::vector<Tensor>& parameters, const std::vector<int64_t>& grid_size,
+  // The channels of `qkv` are adjacent.
+  Layer(const Tensor& qkv, const std::vector<Tensor>& parameters, const std::vector<int64_t>& grid_size,
         const std::vector<int64_t>& token_grid, int64_t prefix, double init)
-      : qkv(with_adjacent_channels(qkv_)),
+      : qkv(qkv),
         positive(dense(parameters[0])),
         negative(dense(parameters[1])),
         inner_gain(dense(parameters[10])),
@@ -885,35 +1001,41 @@ struct Layer {
   int64_t groups() const { return batch * heads; }
 
   // A head's part of x (B, T, parts * C).
-  Rows of(const Tensor& x, int64_t group, int64_t part = 0) const {
-    return {start_of(x) + group / heads * x.stride(0) + (part * heads + group % heads) * d, x.stride(1)};
+  template <typename T = float>
+  RowsOf<T> of(const Tensor& x, int64_t group, int64_t part = 0) const {
+    return {x.data_ptr<T>() + group / heads * x.stride(0) + (part * heads + group % heads) * d, x.stride(1)};
   }
 };
 
 // All of it: contrast tokens, both stages, and what joins them. A head goes through all of them before the next begins.
 // With `saves`, also what the gradients need: what the stages have gathered (B, T, C), and the products and norms of
-// `stage1`; they are empty otherwise.
-std::tuple<Tensor, Tensor, Tensor, Tensor> attend(Tensor qkv, std::vector<Tensor> parameters,
-                                                  std::vector<int64_t> grid_size, std::vector<int64_t> token_grid,
-                                                  int64_t prefix, double init, bool saves) {
-  const Layer layer(qkv, parameters, grid_size, token_grid, prefix, init);
+// `stage1`; they are empty otherwise. `saves` needs float32.
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_in(const Layer& layer, bool saves) {
+  constexpr bool HALF = IN_WORD<T> == 2;
   const int64_t n = layer.n, d = layer.d, length = layer.length, saved = saves ? layer.groups() : 0;
-  const auto options = layer.qkv.options();
-  const Tensor out = at::empty({layer.batch, length, layer.heads * d}, options);
+  const auto options = layer.qkv.options().dtype(at::kFloat);
+  const Tensor out = at::empty({layer.batch, length, layer.heads * d}, layer.qkv.options());
   const Tensor gathered = at::empty({saves ? layer.batch : 0, length, layer.heads * d}, options);
   const Tensor products = at::empty({saved, 2 * n, d}, options), norms = at::empty({2, saved, 2 * n}, options);
   const float* inner_gain = start_of(layer.inner_gain);
   at::parallel_for(0, layer.groups(), 1, [&](int64_t begin, int64_t end) {
-    const Stage1 stage1(n, d, length);
-    const Stage2 stage2(n, d, length);
-    const Room tokens_room(2 * n * d), products_room(2 * n * d), values_room(n * d);
+    const Stage1<T> stage1(n, d, length);
+    const Stage2<T> stage2(n, d, length);
+    const Room tokens_room(2 * n * d), products_room(2 * n * d), values_room(n * d), gathered_room(HALF ? length * d : 0);
     const Rows tokens{tokens_room, d}, inner_values{values_room, d};
     for (int64_t group = begin; group < end; group++) {
-      const Rows queries = layer.of(layer.qkv, group, 0), keys = layer.of(layer.qkv, group, 1);
-      const Rows values = layer.of(layer.qkv, group, 2), result = layer.of(out, group);
+      const auto queries = layer.of<T>(layer.qkv, group, 0), keys = layer.of<T>(layer.qkv, group, 1);
+      const auto values = layer.of<T>(layer.qkv, group, 2), result = layer.of<T>(out, group);
+      Rows before{gathered_room, d};
       layer.pooling.run(group % layer.heads, queries, tokens);
+      if constexpr (HALF) {
+        halve_rows(2 * n, d, tokens);
+      } else {
+        before = saves ? layer.of(gathered, group) : result;
+      }
       if (saves) {
-        stage1.multiply_streams(tokens, keys, values, rows_of(products, group));
+        if constexpr (!HALF) stage1.multiply_streams(tokens, keys, values, rows_of(products, group));
         subtract_streams(rows_of(products, group), layer.first.value, n, d, inner_values);
         stage1.copy_norms(start_of(norms) + group * 2 * n, start_of(norms) + (saved + group) * 2 * n);
       } else {
@@ -923,12 +1045,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend(Tensor qkv, std::vector<Tensor
         rms_norm(inner_values[cell], d, layer.gain);
         scale(inner_values[cell], d, inner_gain);
       }
-      const Rows before = saves ? layer.of(gathered, group) : result;
+      if constexpr (HALF) pair_rows(n, d, inner_values, inner_values);
       stage2.run(tokens, queries, inner_values, layer.second.value, layer.gain, before);
       layer.join.run(group % layer.heads, before, values, result);
     }
   });
-  return {out.to(qkv.scalar_type()), gathered, products, norms};
+  return {out, gathered, products, norms};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend(Tensor qkv, std::vector<Tensor> parameters,
+                                                  std::vector<int64_t> grid_size, std::vector<int64_t> token_grid,
+                                                  int64_t prefix, double init, bool saves) {
+  const auto with = [&](const Tensor& x) { return Layer(x, parameters, grid_size, token_grid, prefix, init); };
+  const bool in_pairs = parameters[2].size(0) % (2 * WIDTH) == 0 && qkv.stride(-1) == 1 && qkv.stride(1) % 2 == 0;
+  if (qkv.scalar_type() == at::kBFloat16 && !saves && in_pairs) return attend_in<BFloat16>(with(qkv), false);
+  auto found = attend_in<float>(with(with_adjacent_channels(qkv)), saves);
+  std::get<0>(found) = std::get<0>(found).to(qkv.scalar_type());
+  return found;
 }
 
 // The gradients of qkv and of the parameters; `grad` is that of the output of `attend`, and the last three are what that has
@@ -936,7 +1069,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend(Tensor qkv, std::vector<Tensor
 std::vector<Tensor> attend_backward(Tensor grad, Tensor qkv, std::vector<Tensor> parameters,
                                     std::vector<int64_t> grid_size, std::vector<int64_t> token_grid, int64_t prefix,
                                     double init, Tensor gathered, Tensor products, Tensor norms) {
-  const Layer layer(qkv, parameters, grid_size, token_grid, prefix, init);
+  const Layer layer(with_adjacent_channels(qkv), parameters, grid_size, token_grid, prefix, init);
   const int64_t n = layer.n, d = layer.d, length = layer.length, heads = layer.heads, groups = layer.groups();
   const auto options = layer.qkv.options();
   const Tensor above = with_adjacent_channels(grad);

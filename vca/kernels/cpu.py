@@ -35,6 +35,11 @@ def capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
+def has_bfloat16_products() -> bool:
+    """Whether this processor multiplies numbers in bfloat16, and the kernels use that."""
+    return capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+
+
 def cache_folder() -> Path:
     """Where compiled kernels are kept: in TORCH_EXTENSIONS_DIR, XDG_CACHE_HOME or ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -59,7 +64,9 @@ class CpuKernels:
 
     @cached_property
     def flags(self) -> list[str]:
-        return ["-O3", *VECTORS.get(capability(), []), *(["-fopenmp"] if sys.platform == "linux" else [])]
+        multiplies_bfloat16 = ["-mavx512bf16"] if has_bfloat16_products() else []
+        threads = ["-fopenmp"] if sys.platform == "linux" else []
+        return ["-O3", *VECTORS.get(capability(), []), *multiplies_bfloat16, *threads]
 
     @cached_property
     def library(self) -> Path:
