@@ -3,8 +3,8 @@
 //
 // The functions at the end are those of vca.kernels.ops, by the same names, with the same shapes: what has the length of the
 // sequence is a view (B, H, T, d), what has the length of the contrast tokens is (BH, 2 * n, d) or (BH, n, d). d is a
-// multiple of 16. They compute in float32 whatever type they are given, but for `attend` of bfloat16 without gradients: its
-// products take numbers in bfloat16, two in a word, and sum in float32. Streams are subtracted before they are rounded.
+// multiple of 16. They compute in float32 whatever type they are given. Of bfloat16, `attend` and its gradients do so but for
+// their products, which take numbers in bfloat16, two in a word, and sum in float32.
 //
 // Threads share the heads. A head's sequence is walked through in tiles of at most 64 tokens, whose scores lie transposed:
 // a row for each contrast token, so that a vector holds neighbouring tokens and a softmax over contrast tokens needs no
@@ -313,10 +313,30 @@ void pair_rows(int64_t count, int64_t columns, RowsOf<T> x, Rows to) {
       store(to[row / 2] + column, paired(halves(row, column), row + 1 < count ? halves(row + 1, column) : Halves{}));
 }
 
-// Rounds the rows of x (count, columns) to bfloat16, each from its start on.
-void halve_rows(int64_t count, int64_t columns, Rows x) {
-  for (int64_t row = 0; row < count; row++)
-    for (int64_t i = 0; i < columns; i += WIDTH) store_halves(x[row] + i / 2, rounded(load(x[row] + i)));
+// Words of T for `count` numbers.
+template <typename T>
+int64_t words(int64_t count) {
+  return (count + IN_WORD<T> - 1) / IN_WORD<T>;
+}
+
+// x (rows, columns) as a factor in words of T whose sums go along the columns: in place.
+template <typename T>
+Rows along_columns(int64_t rows, int64_t columns, Rows x) {
+  if constexpr (IN_WORD<T> == 2)
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t i = 0; i < columns; i += WIDTH) store_halves(x[row] + i / 2, rounded(load(x[row] + i)));
+  return x;
+}
+
+// The same along the rows: x itself, or in `room`, which may be x.
+template <typename T, typename From>
+Rows along_rows(int64_t rows, int64_t columns, RowsOf<From> x, Rows room) {
+  if constexpr (IN_WORD<T> == 1) {
+    return x;
+  } else {
+    pair_rows(rows, columns, x, room);
+    return room;
+  }
 }
 
 float dot(const float* a, const float* b, int64_t d) {
@@ -436,7 +456,7 @@ struct Stage1 {
         scores{scores_room, spread(chunk)} {}
 
   // products (2 * n, d) = A+ v and A- v.
-  void multiply_streams(Rows tokens, Rows keys, Rows values, Rows products) const {
+  void multiply_streams(Rows tokens, RowsOf<T> keys, RowsOf<T> values, Rows products) const {
     for (int64_t start = 0; start < length; start += chunk) {
       const int64_t count = std::min(chunk, length - start);
       take_scores(tokens, keys, start, count);
@@ -445,7 +465,7 @@ struct Stage1 {
         total[row] = start ? total[row] * decay[row] + found : found;
         if (start) scale(products[row], d, decay[row]);
       }
-      multiply(2 * n, d, count, scores, values.from(start), products, start > 0);
+      multiply_scores(2 * n, count, values.from(start), products, start > 0);
     }
     for (int64_t row = 0; row < 2 * n; row++) scale(products[row], d, 1 / total[row]);
   }
@@ -459,11 +479,10 @@ struct Stage1 {
   // to (n, d) = (A+ - lambda A-) v, by one product instead of two, unless the sequence is long and in float32; `products` is
   // room for them.
   void multiply_contrast(Rows tokens, RowsOf<T> keys, RowsOf<T> values, float lambda, Rows products, Rows to) const {
-    if constexpr (IN_WORD<T> == 1)
-      if (chunks > 1) {
-        multiply_streams(tokens, keys, values, products);
-        return subtract_streams(products, lambda, n, d, to);
-      }
+    if (chunks > 1) {
+      multiply_streams(tokens, keys, values, products);
+      return subtract_streams(products, lambda, n, d, to);
+    }
     take_scores(tokens, keys, 0, length);
     for (int64_t row = 0; row < n; row++) {
       const float positive = 1 / exponentials(scores[row], length, shift[row]);
@@ -471,24 +490,22 @@ struct Stage1 {
       for (int64_t i = 0; i < length; i += WIDTH)
         store(scores[row] + i, positive * load(scores[row] + i) - negative * load(scores[n + row] + i));
     }
-    if constexpr (IN_WORD<T> == 1) {
-      multiply(n, d, length, scores, values, to);
-    } else {
-      const Rows pairs{pairs_room, d};
-      halve_rows(n, length, scores);
-      pair_rows(length, d, values, pairs);
-      multiply<T>(n, d, (length + 1) / 2, scores, pairs, to);
-    }
+    multiply_scores(n, length, values, to, false);
   }
 
  private:
+  // to (rows, d) = scores (rows, count) values, or to += that.
+  void multiply_scores(int64_t rows, int64_t count, RowsOf<T> values, Rows to, bool add) const {
+    const Rows left = along_columns<T>(rows, count, scores);
+    multiply<T>(rows, d, words<T>(count), left, along_rows<T>(count, d, values, {pairs_room, d}), to, add);
+  }
+
   // `scores` become those of a chunk, `shift` their maxima up to its end, and `decay` what the exponentials of the chunks
   // before shrink by.
   void take_scores(Rows tokens, RowsOf<T> keys, int64_t start, int64_t count) const {
-    const int64_t words = d / IN_WORD<T>;
     in_tiles(count, [&](int64_t tile, int64_t inside) {
-      transpose(inside, words, words_of(keys.from(start + tile)), {transposed, TILE});
-      multiply<T>(2 * n, whole_vectors(inside), words, tokens, {transposed, TILE}, scores.at(tile));
+      transpose(inside, words<T>(d), words_of(keys.from(start + tile)), {transposed, TILE});
+      multiply<T>(2 * n, whole_vectors(inside), words<T>(d), tokens, {transposed, TILE}, scores.at(tile));
     });
     for (int64_t row = 0; row < 2 * n; row++) {
       float* last = scores[row] + count / WIDTH * WIDTH;
@@ -523,10 +540,11 @@ std::tuple<Tensor, Tensor, Tensor> stage1(Tensor tokens, Tensor k, Tensor v, Ten
   return {out.to(type), products, norms};
 }
 
-// The gradients of Stage I of heads of one size.
+// The gradients of Stage I of heads of one size, of keys and values in T.
+template <typename T>
 struct Stage1Backward {
   const int64_t n, d, length;
-  const Room transposed_room, maps_room, grad_map_room, difference_room, inner_room, mean;
+  const Room transposed_room, maps_room, grad_map_room, difference_room, inner_room, mean, pairs_room, inner_pairs_room;
 
   Stage1Backward(int64_t n, int64_t d, int64_t length)
       : n(n),
@@ -537,13 +555,18 @@ struct Stage1Backward {
         grad_map_room(n * TILE),
         difference_room(n * TILE),
         inner_room(n * d),
-        mean(2 * n) {}
+        mean(2 * n),
+        pairs_room(std::max(n, d) * TILE),
+        inner_pairs_room(n * d) {}
 
   // The gradients of tokens and keys, and that of values, which may be added; returns that of lambda. `above` (n, d) is the
-  // gradient of the output; `products`, `shift` and `total` are what `multiply_streams` has found.
-  float run(Rows above, Rows tokens, Rows keys, Rows values, float lambda, float gain, Rows products, const float* shift,
-            const float* total, Rows grad_tokens, Rows grad_keys, Rows grad_values, bool add) const {
+  // gradient of the output; `tokens` and `token_rows` are the tokens as factors along their columns and rows; `products`,
+  // `shift` and `total` are what `multiply_streams` has found.
+  float run(Rows above, Rows tokens, Rows token_rows, RowsOf<T> keys, RowsOf<T> values, float lambda, float gain,
+            Rows products, const float* shift, const float* total, Rows grad_tokens, Rows grad_keys, Rows grad_values,
+            bool add) const {
     const Rows transposed{transposed_room, TILE}, maps{maps_room, TILE}, negative_maps = maps.from(n);
+    const Rows pairs{pairs_room, TILE};
     const Rows grad_map{grad_map_room, TILE}, difference{difference_room, TILE};
     const Rows inner{inner_room, d};  // the gradient before the RMSNorm
     float grad_lambda = 0;
@@ -554,11 +577,14 @@ struct Stage1Backward {
       mean[n + row] = dot(inner[row], products[n + row], d);
       grad_lambda -= mean[n + row];
     }
+    const Rows inner_rows = along_rows<T>(n, d, inner, {inner_pairs_room, d});
+    along_columns<T>(n, d, inner);
     in_tiles(length, [&](int64_t start, int64_t count) {
-      transpose(count, d, values.from(start), transposed);
-      multiply(n, whole_vectors(count), d, inner, transposed, grad_map);
-      transpose(count, d, keys.from(start), transposed);
-      multiply(2 * n, whole_vectors(count), d, tokens, transposed, maps);
+      const int64_t whole = whole_vectors(count);
+      transpose(count, words<T>(d), words_of(values.from(start)), transposed);
+      multiply<T>(n, whole, words<T>(d), inner, transposed, grad_map);
+      transpose(count, words<T>(d), words_of(keys.from(start)), transposed);
+      multiply<T>(2 * n, whole, words<T>(d), tokens, transposed, maps);
       for (int64_t row = 0; row < n; row++) {
         const float positive_scale = 1 / total[row], negative_scale = lambda / total[n + row];
         for (int64_t i = 0; i < count; i += WIDTH) {
@@ -570,9 +596,12 @@ struct Stage1Backward {
           store(negative_maps[row] + i, negative * (mean[n + row] - change));
         }
       }
-      multiply(count, d, n, difference.transposed(), inner, grad_values.from(start), add);
-      multiply(count, d, 2 * n, maps.transposed(), tokens, grad_keys.from(start));
-      multiply(2 * n, d, count, maps, keys.from(start), grad_tokens, start > 0);
+      const Rows left = along_rows<T>(n, whole, difference, pairs);
+      multiply<T>(count, d, words<T>(n), left.transposed(), inner_rows, grad_values.from(start), add);
+      const Rows maps_left = along_rows<T>(2 * n, whole, maps, pairs);
+      multiply<T>(count, d, words<T>(2 * n), maps_left.transposed(), token_rows, grad_keys.from(start));
+      const Rows right = along_rows<T>(count, d, keys.from(start), {pairs_room, d});
+      multiply<T>(2 * n, d, words<T>(count), along_columns<T>(2 * n, whole, maps), right, grad_tokens, start > 0);
     });
     return grad_lambda;
   }
@@ -590,13 +619,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage1_backward(Tensor grad, Tensor t
   const Sequence keys(k), values(v), grad_keys(grad_k), grad_values(grad_v);
   const float lambda = lam.item<float>();
   at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    const Stage1Backward stage(n, d, length);
+    const Stage1Backward<float> stage(n, d, length);
     for (int64_t group = begin; group < end; group++) {
       const float* shift = start_of(norms) + group * 2 * n;
       start_of(grad_lam)[group] =
-          stage.run(rows_of(grad, group), rows_of(tokens, group), keys.of(group), values.of(group), lambda, gain,
-                    rows_of(products, group), shift, shift + groups * 2 * n, rows_of(grad_tokens, group),
-                    grad_keys.of(group), grad_values.of(group), false);
+          stage.run(rows_of(grad, group), rows_of(tokens, group), rows_of(tokens, group), keys.of(group),
+                    values.of(group), lambda, gain, rows_of(products, group), shift, shift + groups * 2 * n,
+                    rows_of(grad_tokens, group), grad_keys.of(group), grad_values.of(group), false);
     }
   });
   return {grad_tokens.to(type), grad_k.to(type), grad_v.to(type), grad_lam.sum()};
@@ -625,8 +654,8 @@ void contrast_scores(float* scores, float lambda, int64_t n, int64_t count) {
   }
 }
 
-// Stage II of heads of one size, of queries in T; tokens and values are in words of T, those of `pair_rows` for bfloat16. Its
-// scores have a row for each contrast token, and are those of a tile of the sequence.
+// Stage II of heads of one size, of queries in T; tokens and values are in words of T along their columns and rows. Its scores
+// have a row for each contrast token, and are those of a tile of the sequence.
 template <typename T>
 struct Stage2 {
   const int64_t n, d, length;
@@ -637,14 +666,13 @@ struct Stage2 {
 
   // to = gain RMSNorm((A+ - lambda A-) values).
   void run(Rows tokens, RowsOf<T> queries, Rows values, float lambda, float gain, Rows to) const {
-    const int64_t words = d / IN_WORD<T>;
     const Rows weights{maps, TILE};
     in_tiles(length, [&](int64_t start, int64_t count) {
-      transpose(count, words, words_of(queries.from(start)), {transposed, TILE});
-      multiply<T>(2 * n, whole_vectors(count), words, tokens, {transposed, TILE}, weights);
+      transpose(count, words<T>(d), words_of(queries.from(start)), {transposed, TILE});
+      multiply<T>(2 * n, whole_vectors(count), words<T>(d), tokens, {transposed, TILE}, weights);
       contrast_scores(maps, lambda, n, count);
-      if constexpr (IN_WORD<T> == 2) pair_rows(n, whole_vectors(count), weights, weights);
-      multiply<T>(count, d, (n + IN_WORD<T> - 1) / IN_WORD<T>, weights.transposed(), values, to.from(start));
+      const Rows left = along_rows<T>(n, whole_vectors(count), weights, weights);
+      multiply<T>(count, d, words<T>(n), left.transposed(), values, to.from(start));
       for (int64_t i = start; i < start + count; i++) rms_norm(to[i], d, gain);
     });
   }
@@ -666,10 +694,11 @@ Tensor stage2(Tensor tokens, Tensor q, Tensor values, Tensor lam, double gain) {
   return out.to(type);
 }
 
-// The gradients of Stage II of heads of one size.
+// The gradients of Stage II of heads of one size, of queries in T.
+template <typename T>
 struct Stage2Backward {
   const int64_t n, d, length;
-  const Room transposed_room, maps_room, grad_map_room, difference_room, inner_room;
+  const Room transposed_room, maps_room, grad_map_room, difference_room, inner_room, pairs_room, value_pairs_room;
 
   Stage2Backward(int64_t n, int64_t d, int64_t length)
       : n(n),
@@ -679,18 +708,25 @@ struct Stage2Backward {
         maps_room(2 * n * TILE),
         grad_map_room(n * TILE),
         difference_room(n * TILE),
-        inner_room(TILE * d) {}
+        inner_room(TILE * d),
+        pairs_room(std::max(n, d) * TILE),
+        value_pairs_room(n * d) {}
 
-  // The gradients of tokens, queries and values; returns that of lambda. `above` is the gradient of the output.
-  float run(Rows above, Rows tokens, Rows queries, Rows values, float lambda, float gain, Rows grad_tokens,
-            Rows grad_queries, Rows grad_values) const {
+  // The gradients of tokens, queries and values; returns that of lambda. `above` is the gradient of the output; `tokens` and
+  // `token_rows` are the tokens as factors along their columns and rows. The values may be overwritten.
+  float run(Rows above, Rows tokens, Rows token_rows, RowsOf<T> queries, Rows values, float lambda, float gain,
+            Rows grad_tokens, Rows grad_queries, Rows grad_values) const {
     const Rows transposed{transposed_room, TILE}, maps{maps_room, TILE}, negative_maps = maps.from(n);
+    const Rows pairs{pairs_room, TILE}, long_pairs{pairs_room, d};
+    const Rows value_rows = along_rows<T>(n, d, values, {value_pairs_room, d});
+    along_columns<T>(n, d, values);
     const Rows grad_map{grad_map_room, TILE}, difference{difference_room, TILE};
     const Rows inner{inner_room, d};  // what Stage II gives before its RMSNorm, then the gradient of that
     Vec grad_lambda{};
     in_tiles(length, [&](int64_t start, int64_t count) {
-      transpose(count, d, queries.from(start), transposed);
-      multiply(2 * n, whole_vectors(count), d, tokens, transposed, maps);
+      const int64_t whole = whole_vectors(count);
+      transpose(count, words<T>(d), words_of(queries.from(start)), transposed);
+      multiply<T>(2 * n, whole, words<T>(d), tokens, transposed, maps);
       for (int64_t i = 0; i < count; i += WIDTH) {
         const Rows positive{maps.data + i, TILE}, negative = positive.from(n);
         const Vec positive_scale = 1.0f / exponentials_down(positive, n);
@@ -701,11 +737,13 @@ struct Stage2Backward {
           store(difference[row] + i, pulled - lambda * pushed);
         }
       }
-      multiply(count, d, n, difference.transposed(), values, inner);
+      const Rows left = along_rows<T>(n, whole, difference, pairs);
+      multiply<T>(count, d, words<T>(n), left.transposed(), value_rows, inner);
       for (int64_t i = 0; i < count; i++) rms_backward(above[start + i], inner[i], d, gain, inner[i]);
-      multiply(n, d, count, difference, inner, grad_values, start > 0);
-      transpose(count, d, inner, transposed);
-      multiply(n, whole_vectors(count), d, values, transposed, grad_map);
+      const Rows inner_rows = along_rows<T>(count, d, inner, long_pairs);
+      multiply<T>(n, d, words<T>(count), along_columns<T>(n, whole, difference), inner_rows, grad_values, start > 0);
+      transpose(count, words<T>(d), along_columns<T>(count, d, inner), transposed);
+      multiply<T>(n, whole, words<T>(d), values, transposed, grad_map);
       for (int64_t i = 0; i < count; i += WIDTH) {
         Vec positive_mean{}, negative_mean{};
         for (int64_t row = 0; row < n; row++) {
@@ -719,8 +757,10 @@ struct Stage2Backward {
           store(negative_maps[row] + i, lambda * load(negative_maps[row] + i) * (negative_mean - change));
         }
       }
-      multiply(count, d, 2 * n, maps.transposed(), tokens, grad_queries.from(start));
-      multiply(2 * n, d, count, maps, queries.from(start), grad_tokens, start > 0);
+      const Rows maps_left = along_rows<T>(2 * n, whole, maps, pairs);
+      multiply<T>(count, d, words<T>(2 * n), maps_left.transposed(), token_rows, grad_queries.from(start));
+      const Rows right = along_rows<T>(count, d, queries.from(start), long_pairs);
+      multiply<T>(2 * n, d, words<T>(count), along_columns<T>(2 * n, whole, maps), right, grad_tokens, start > 0);
     });
     return sum(grad_lambda);
   }
@@ -739,11 +779,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stage2_backward(Tensor grad, Tensor t
   const Sequence queries(q), grads(grad), grad_queries(grad_q);
   const float lambda = lam.item<float>();
   at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    const Stage2Backward stage(n, d, length);
+    const Stage2Backward<float> stage(n, d, length);
     for (int64_t group = begin; group < end; group++)
       start_of(grad_lam)[group] =
-          stage.run(grads.of(group), rows_of(tokens, group), queries.of(group), rows_of(values, group), lambda, gain,
-                    rows_of(grad_tokens, group), grad_queries.of(group), rows_of(grad_values, group));
+          stage.run(grads.of(group), rows_of(tokens, group), rows_of(tokens, group), queries.of(group),
+                    rows_of(values, group), lambda, gain, rows_of(grad_tokens, group), grad_queries.of(group),
+                    rows_of(grad_values, group));
   });
   return {grad_tokens.to(type), grad_q.to(type), grad_values.to(type), grad_lam.sum()};
 }
@@ -811,7 +852,8 @@ struct Join {
 
   // The gradients of one head, from `above`, that of `after`: `sums` has a row of its d channels for each of the 9 weights,
   // for the bias and for the gain.
-  void backward(int64_t head, Rows above, Rows gathered, Rows values, Rows grad_gathered, Rows grad_values,
+  template <typename T>
+  void backward(int64_t head, Rows above, Rows gathered, RowsOf<T> values, Rows grad_gathered, Rows grad_values,
                 Rows sums) const {
     for (int64_t i = 0; i < d; i += WIDTH) {
       const Rows grad = above.at(i), from = gathered.at(i), grad_from = grad_gathered.at(i);
@@ -1007,12 +1049,17 @@ struct Layer {
   }
 };
 
+// Whether qkv can be read as words of two neighbouring channels in bfloat16, of which a head has whole vectors.
+bool comes_in_pairs(const Tensor& qkv, const std::vector<Tensor>& parameters) {
+  const bool even = qkv.stride(-1) == 1 && qkv.stride(0) % 2 == 0 && qkv.stride(1) % 2 == 0;
+  return qkv.scalar_type() == at::kBFloat16 && even && parameters[2].size(0) % (2 * WIDTH) == 0;
+}
+
 // All of it: contrast tokens, both stages, and what joins them. A head goes through all of them before the next begins.
 // With `saves`, also what the gradients need: what the stages have gathered (B, T, C), and the products and norms of
-// `stage1`; they are empty otherwise. `saves` needs float32.
+// `stage1`; they are empty otherwise.
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> attend_in(const Layer& layer, bool saves) {
-  constexpr bool HALF = IN_WORD<T> == 2;
   const int64_t n = layer.n, d = layer.d, length = layer.length, saved = saves ? layer.groups() : 0;
   const auto options = layer.qkv.options().dtype(at::kFloat);
   const Tensor out = at::empty({layer.batch, length, layer.heads * d}, layer.qkv.options());
@@ -1022,20 +1069,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_in(const Layer& layer, bool sa
   at::parallel_for(0, layer.groups(), 1, [&](int64_t begin, int64_t end) {
     const Stage1<T> stage1(n, d, length);
     const Stage2<T> stage2(n, d, length);
-    const Room tokens_room(2 * n * d), products_room(2 * n * d), values_room(n * d), gathered_room(HALF ? length * d : 0);
+    const Room tokens_room(2 * n * d), products_room(2 * n * d), values_room(n * d), gathered_room(length * d);
     const Rows tokens{tokens_room, d}, inner_values{values_room, d};
     for (int64_t group = begin; group < end; group++) {
       const auto queries = layer.of<T>(layer.qkv, group, 0), keys = layer.of<T>(layer.qkv, group, 1);
       const auto values = layer.of<T>(layer.qkv, group, 2), result = layer.of<T>(out, group);
-      Rows before{gathered_room, d};
       layer.pooling.run(group % layer.heads, queries, tokens);
-      if constexpr (HALF) {
-        halve_rows(2 * n, d, tokens);
-      } else {
-        before = saves ? layer.of(gathered, group) : result;
-      }
+      along_columns<T>(2 * n, d, tokens);
       if (saves) {
-        if constexpr (!HALF) stage1.multiply_streams(tokens, keys, values, rows_of(products, group));
+        stage1.multiply_streams(tokens, keys, values, rows_of(products, group));
         subtract_streams(rows_of(products, group), layer.first.value, n, d, inner_values);
         stage1.copy_norms(start_of(norms) + group * 2 * n, start_of(norms) + (saved + group) * 2 * n);
       } else {
@@ -1045,7 +1087,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_in(const Layer& layer, bool sa
         rms_norm(inner_values[cell], d, layer.gain);
         scale(inner_values[cell], d, inner_gain);
       }
-      if constexpr (HALF) pair_rows(n, d, inner_values, inner_values);
+      along_rows<T>(n, d, inner_values, inner_values);
+      const Rows before = saves ? layer.of(gathered, group) : Rows{gathered_room, d};
       stage2.run(tokens, queries, inner_values, layer.second.value, layer.gain, before);
       layer.join.run(group % layer.heads, before, values, result);
     }
@@ -1057,21 +1100,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend(Tensor qkv, std::vector<Tensor
                                                   std::vector<int64_t> grid_size, std::vector<int64_t> token_grid,
                                                   int64_t prefix, double init, bool saves) {
   const auto with = [&](const Tensor& x) { return Layer(x, parameters, grid_size, token_grid, prefix, init); };
-  const bool in_pairs = parameters[2].size(0) % (2 * WIDTH) == 0 && qkv.stride(-1) == 1 && qkv.stride(1) % 2 == 0;
-  if (qkv.scalar_type() == at::kBFloat16 && !saves && in_pairs) return attend_in<BFloat16>(with(qkv), false);
+  if (comes_in_pairs(qkv, parameters)) return attend_in<BFloat16>(with(qkv), saves);
   auto found = attend_in<float>(with(with_adjacent_channels(qkv)), saves);
   std::get<0>(found) = std::get<0>(found).to(qkv.scalar_type());
   return found;
 }
 
-// The gradients of qkv and of the parameters; `grad` is that of the output of `attend`, and the last three are what that has
-// saved.
-std::vector<Tensor> attend_backward(Tensor grad, Tensor qkv, std::vector<Tensor> parameters,
-                                    std::vector<int64_t> grid_size, std::vector<int64_t> token_grid, int64_t prefix,
-                                    double init, Tensor gathered, Tensor products, Tensor norms) {
-  const Layer layer(with_adjacent_channels(qkv), parameters, grid_size, token_grid, prefix, init);
+template <typename T>
+std::vector<Tensor> attend_backward_in(const Layer& layer, const Tensor& grad, const Tensor& gathered,
+                                       const Tensor& products, const Tensor& norms) {
   const int64_t n = layer.n, d = layer.d, length = layer.length, heads = layer.heads, groups = layer.groups();
-  const auto options = layer.qkv.options();
+  const auto options = layer.qkv.options().dtype(at::kFloat);
   const Tensor above = with_adjacent_channels(grad);
   const Tensor grad_qkv = at::empty({layer.batch, length, 3 * heads * d}, options);
   const Tensor grad_embeds = at::empty({2, layer.batch, n, heads * d}, options);
@@ -1079,20 +1118,23 @@ std::vector<Tensor> attend_backward(Tensor grad, Tensor qkv, std::vector<Tensor>
   const Tensor sums = at::empty({11, groups, d}, options);
   const float* inner_gain = start_of(layer.inner_gain);
   at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    const Stage1Backward stage1(n, d, length);
-    const Stage2Backward stage2(n, d, length);
-    const Room tokens_room(2 * n * d), first_room(2 * n * d), second_room(2 * n * d), normed_room(n * d);
-    const Room values_room(n * d), grad_values_room(n * d), grad_gathered_room(length * d);
+    const Stage1Backward<T> stage1(n, d, length);
+    const Stage2Backward<T> stage2(n, d, length);
+    const Room tokens_room(2 * n * d), token_pairs_room(n * d), first_room(2 * n * d), second_room(2 * n * d);
+    const Room normed_room(n * d), values_room(n * d), grad_values_room(n * d), grad_gathered_room(length * d);
     const Rows tokens{tokens_room, d}, grad_tokens[2] = {{first_room, d}, {second_room, d}};
     const Rows normed{normed_room, d}, inner_values{values_room, d}, grad_inner{grad_values_room, d};
     const Rows grad_gathered{grad_gathered_room, d};
     for (int64_t group = begin; group < end; group++) {
-      const Rows queries = layer.of(layer.qkv, group, 0), keys = layer.of(layer.qkv, group, 1);
-      const Rows values = layer.of(layer.qkv, group, 2), product = rows_of(products, group);
+      const auto queries = layer.of<T>(layer.qkv, group, 0), keys = layer.of<T>(layer.qkv, group, 1);
+      const auto values = layer.of<T>(layer.qkv, group, 2);
+      const Rows product = rows_of(products, group);
       const Rows grad_queries = layer.of(grad_qkv, group, 0), grad_values = layer.of(grad_qkv, group, 2);
       const float* shift = start_of(norms) + group * 2 * n;
       float *lambda_to = start_of(grad_lambdas) + group, *gain_to = start_of(grad_inner_gain) + group * d;
       layer.pooling.run(group % heads, queries, tokens);
+      const Rows token_rows = along_rows<T>(2 * n, d, tokens, {token_pairs_room, d});
+      along_columns<T>(2 * n, d, tokens);
       subtract_streams(product, layer.first.value, n, d, normed);
       for (int64_t cell = 0; cell < n; cell++) {
         rms_norm(normed[cell], d, layer.gain);
@@ -1101,16 +1143,17 @@ std::vector<Tensor> attend_backward(Tensor grad, Tensor qkv, std::vector<Tensor>
       }
       layer.join.backward(group % heads, layer.of(above, group), layer.of(gathered, group), values, grad_gathered,
                           grad_values, {start_of(sums) + group * d, groups * d});
-      lambda_to[groups] = stage2.run(grad_gathered, tokens, queries, inner_values, layer.second.value, layer.gain,
-                                     grad_tokens[1], grad_queries, grad_inner);
+      lambda_to[groups] = stage2.run(grad_gathered, tokens, token_rows, queries, inner_values, layer.second.value,
+                                     layer.gain, grad_tokens[1], grad_queries, grad_inner);
       for (int64_t i = 0; i < d; i += WIDTH) {
         Vec total{};
         for (int64_t cell = 0; cell < n; cell++) total += load(grad_inner[cell] + i) * load(normed[cell] + i);
         store(gain_to + i, total);
       }
       for (int64_t cell = 0; cell < n; cell++) scale(grad_inner[cell], d, inner_gain);
-      lambda_to[0] = stage1.run(grad_inner, tokens, keys, values, layer.first.value, layer.gain, product, shift,
-                                shift + groups * 2 * n, grad_tokens[0], layer.of(grad_qkv, group, 1), grad_values, true);
+      lambda_to[0] = stage1.run(grad_inner, tokens, token_rows, keys, values, layer.first.value, layer.gain, product,
+                                shift, shift + groups * 2 * n, grad_tokens[0], layer.of(grad_qkv, group, 1), grad_values,
+                                true);
       layer.pooling.backward(grad_tokens, grad_queries, layer.of(grad_embeds[0], group), layer.of(grad_embeds[1], group));
     }
   });
@@ -1120,6 +1163,18 @@ std::vector<Tensor> attend_backward(Tensor grad, Tensor qkv, std::vector<Tensor>
   layer.first.backward(start_of(slopes)[0], found), layer.second.backward(start_of(slopes)[1], found);
   found.push_back(grad_inner_gain.sum(0));
   found.insert(found.end(), joined.begin(), joined.end());
+  return found;
+}
+
+// The gradients of qkv and of the parameters; `grad` is that of the output of `attend`, and the last three are what that has
+// saved.
+std::vector<Tensor> attend_backward(Tensor grad, Tensor qkv, std::vector<Tensor> parameters,
+                                    std::vector<int64_t> grid_size, std::vector<int64_t> token_grid, int64_t prefix,
+                                    double init, Tensor gathered, Tensor products, Tensor norms) {
+  const auto with = [&](const Tensor& x) { return Layer(x, parameters, grid_size, token_grid, prefix, init); };
+  auto found = comes_in_pairs(qkv, parameters)
+                   ? attend_backward_in<BFloat16>(with(qkv), grad, gathered, products, norms)
+                   : attend_backward_in<float>(with(with_adjacent_channels(qkv)), grad, gathered, products, norms);
   found[0] = found[0].to(qkv.scalar_type());
   for (size_t i = 0; i < parameters.size(); i++) found[i + 1] = found[i + 1].to(parameters[i].scalar_type());
   return found;
