@@ -248,7 +248,7 @@ def _parameters(folder: Path) -> int:
 
 def _which_weights(run: dict) -> str:
     if "averaged" in run:
-        return f"the mean of the weights of {len(run['averaged'])} checkpoints"
+        return f"the mean of the weights of {len(_distinct(run['averaged']))} checkpoints"
     return f"the weights of the last step{average(run['recipe'])}, chosen before the accuracy was known"
 
 
@@ -261,11 +261,16 @@ def _describe_runs(runs: list[dict], above: str = "") -> str:
     return "\n".join(lines)
 
 
+def _distinct(branches: list[list[dict]]) -> list[list[dict]]:
+    return [branch for index, branch in enumerate(branches) if branch not in branches[:index]]
+
+
 def _describe_average(run: dict) -> str:
-    branches = [
-        _describe_runs(branch, "the result of the last run that they share") if branch else "- that result"
-        for branch in run["averaged"]
-    ]
+    branches = []
+    for branch in _distinct(run["averaged"]):
+        runs = _describe_runs(branch, "the result of the last run that they share") if branch else "- that result"
+        count = run["averaged"].count(branch)
+        branches.append(f"{runs}\n\n  This one counts {count} times." if count > 1 else runs)
     text = f"- the mean of the weights of {len(branches)} checkpoints that began there: {_reached(run['results'])}."
     return "\n".join([f"{text}\n\n      {run['command']}\n", *(indent(branch, "  ") for branch in branches)])
 

@@ -56,6 +56,7 @@ def test_the_command_measures_it_and_the_card_says_what_it_is(three, tmp_path, m
     folders, *_ = three
     write_images(tmp_path / "data", "val", 4, seed=1)
     out = tmp_path / "mean"
+    folders = (*folders, folders[1])
     monkeypatch.setattr(sys, "argv", ["average", *folders, "--data", str(tmp_path / "data"), "--out", str(out)])
     A.main()
     said = capsys.readouterr().out
@@ -64,15 +65,16 @@ def test_the_command_measures_it_and_the_card_says_what_it_is(three, tmp_path, m
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, expected.state_dict()[key]), key
     reached = loaded.training_history[-1]["results"]
-    assert said == f"the mean of 3 checkpoints: top-1 {reached['top1']:.2f} % on {reached['images']} images\n"
+    assert said == f"the mean of 4 checkpoints: top-1 {reached['top1']:.2f} % on {reached['images']} images\n"
     card = (out / "README.md").read_text()
+    given = " ".join(f"{tmp_path.name}/{name}" for name in ("start", "a", "b", "a"))
     for part in (
         "one view; the mean of the weights of 3 checkpoints. This command",
         f"\n- the mean of the weights of 3 checkpoints that began there: top-1 {reached['top1']:.2f} %.",
-        f"python -m training.average {' '.join(f'{tmp_path.name}/{name}' for name in ('start', 'a', 'b'))} --data DATA",
+        f"python -m training.average {given} --data DATA --out OUT",
         "\n  - that result\n",
         "\n  - 1 epochs (3 steps, 8 images) from the result of the last run that they share (`--init start`)",
-        "\n        python -m training.classify b --data DATA\n",
+        "\n        python -m training.classify a --data DATA\n\n    This one counts 2 times.\n  - 1 epochs",
     ):
         assert part in card, part
     assert str(tmp_path) not in card
