@@ -7,7 +7,7 @@ import re
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -367,11 +367,19 @@ def read_card(folder: Path, history: list[dict]) -> Card:
 
 def _images_seen(history: list[dict]) -> int | None:
     """Steps times images of a step over the runs that learned labels; None where a run does not say them."""
-    runs = [run for run in history if _at(run, "results", "error") is None]
+    runs = [run for run in _single_runs(history) if _at(run, "results", "error") is None]
     factors = [(_at(run, "steps"), _at(run, "recipe", "batch_size")) for run in runs]
     if not factors or any(type(number) is not int or not 0 < number < 2**40 for pair in factors for number in pair):
         return None
     return sum(steps * images for steps, images in factors)
+
+
+def _single_runs(history: list[dict]) -> Iterator[dict]:
+    """The runs, with those whose weights were averaged in place of their mean, each once."""
+    for run in history:
+        branches = _at(run, "averaged")
+        lists = [branch for branch in branches if isinstance(branch, list)] if isinstance(branches, list) else [[run]]
+        yield from (part for index, branch in enumerate(lists) if branch not in lists[:index] for part in branch)
 
 
 def _at(value, *path):

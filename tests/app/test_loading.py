@@ -148,6 +148,7 @@ def test_card(weights, tmp_path):
 
 
 TRANSFER = dict(steps=9, recipe=dict(batch_size=9), results=dict(error=0.1))
+A, B = (dict(steps=steps, recipe=dict(batch_size=10)) for steps in (1, 2))
 
 
 @pytest.mark.parametrize(
@@ -159,6 +160,8 @@ TRANSFER = dict(steps=9, recipe=dict(batch_size=9), results=dict(error=0.1))
         ([dict(steps=10.5, recipe=dict(batch_size=32))], None),
         ([dict(steps=True, recipe=dict(batch_size=-3))], None),
         ([dict(steps=10**99, recipe=dict(batch_size=1))], None),
+        ([A, dict(averaged=[[B], [A], [B], []])], 40),
+        ([A, dict(averaged=[3, [4]])], None),
         (["", 3, None], None),
         ([], None),
     ],
