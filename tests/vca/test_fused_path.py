@@ -216,7 +216,8 @@ def test_what_gains_nothing_or_leaves_takes_the_plain_path(unasked):
     layer.requires_grad_(False)
     graphs = [torch.export.export(layer, (x,)).graph, torch.jit.trace(layer, x, check_trace=False).graph]
     assert not any("contrast_attend" in str(graph) for graph in graphs)
-    for dtype, taken in ((torch.float32, True), (torch.float16, False)):
+    products = cpu.has_bfloat16_products()
+    for dtype, taken in ((torch.float32, True), (torch.bfloat16, products), (torch.float16, False)):
         seen = []
 
         def backend(graph, _, seen=seen):

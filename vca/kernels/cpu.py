@@ -36,6 +36,7 @@ def capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
+@torch.compiler.assume_constant_result
 def has_bfloat16_products() -> bool:
     """Whether this processor multiplies numbers in bfloat16, and the kernels use that."""
     return capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
