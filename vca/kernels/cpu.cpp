@@ -244,7 +244,7 @@ inline void multiply_block(int64_t k, Entries a, Rows b, Rows c, bool add) {
 }
 
 // c (rows, columns) = a b, or c += a b, of a (rows, k) and b (k, columns), in words of T; columns is a multiple of WIDTH.
-template <typename T = float>
+template <typename T>
 void multiply(int64_t rows, int64_t columns, int64_t k, Entries a, Rows b, Rows c, bool add = false) {
   in_parts(columns / WIDTH, BLOCK, [&](int64_t first, int64_t vectors) {
     const Rows right = b.at(first * WIDTH), to = c.at(first * WIDTH);
@@ -832,7 +832,7 @@ struct Join {
         weight(dense(weight)),
         bias(dense(bias)) {}
 
-  // `after`, which may be `gathered`, of one head.
+  // `after`, of one head.
   template <typename T>
   void run(int64_t head, Rows gathered, RowsOf<T> values, RowsOf<T> after) const {
     for (int64_t i = 0; i < d; i += WIDTH) {
@@ -1069,7 +1069,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_in(const Layer& layer, bool sa
   at::parallel_for(0, layer.groups(), 1, [&](int64_t begin, int64_t end) {
     const Stage1<T> stage1(n, d, length);
     const Stage2<T> stage2(n, d, length);
-    const Room tokens_room(2 * n * d), products_room(2 * n * d), values_room(n * d), gathered_room(length * d);
+    const Room tokens_room(2 * n * d), products_room(2 * n * d), values_room(n * d);
+    const Room gathered_room(saves ? 0 : length * d);
     const Rows tokens{tokens_room, d}, inner_values{values_room, d};
     for (int64_t group = begin; group < end; group++) {
       const auto queries = layer.of<T>(layer.qkv, group, 0), keys = layer.of<T>(layer.qkv, group, 1);
