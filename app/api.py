@@ -305,12 +305,10 @@ def query_rows(layer: vca.LayerMaps, stage: str, head: int, query: int) -> dict[
         gr.Error: the layer has no such stage, or `query` is out of range; the message names what is allowed.
     """
 
-    def row(maps: Tensor) -> np.ndarray:
-        return maps[0, head, whole("query", query, 0, maps.shape[2] - 1)].numpy()
-
-    if stage == "effective":
-        return dict(effective=row(layer.effective))
-    maps = getattr(layer, stage)
+    maps = (layer.stage2 or layer.stage1) if stage == "effective" else getattr(layer, stage)
     if maps is None:
         raise refused("stage must be one of: stage1, effective. This attention has one stage.")
-    return {name: row(stream) for name, stream in vars(maps).items() if stream is not None}
+    at = whole("query", query, 0, maps.positive.shape[2] - 1)
+    if stage == "effective":
+        return dict(effective=layer.effective_rows(slice(at, at + 1))[0, head, 0].numpy())
+    return {name: stream[0, head, at].numpy() for name, stream in vars(maps).items() if stream is not None}

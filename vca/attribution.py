@@ -73,19 +73,23 @@ def rollout(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     columns. It is the same for every class.
     """
     maps = _whole_grid_maps(model, images)
-    result = None
-    for layer in maps:
+    reads = readout(model, maps[-1])
+    row = None  # of R, (B, 1, T): the last block's comes first
+    for layer in reversed(maps):
         mean = layer.effective.mean(1)
-        rows = mean / mean.abs().sum(-1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
-        step = (torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device) + rows) / 2
-        result = step if result is None else step @ result
-    return spread(readout(model, maps[-1]).rows(result), images.shape[-2:])
+        step = mean / mean.abs().sum(-1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
+        if row is None:
+            row = torch.zeros_like(step[:, :1])
+            row[..., reads.tokens] = 1 / row[..., reads.tokens].shape[-1]
+        row = (row + row @ step) / 2
+    assert row is not None
+    return spread(row[:, 0, reads.num_prefix_tokens :].unflatten(-1, reads.grid_size), images.shape[-2:])
 
 
 def head_map(model: nn.Module, images: Tensor, classes: Tensor, *, block: int, head: int) -> Tensor:
     """The effective map of one head, from what the classifier reads to the patches; it is the same for every class."""
     (layer,) = _whole_grid_maps(model, images, [block])
-    return spread(readout(model, layer).rows(layer.effective[:, head]), images.shape[-2:])
+    return spread(readout(model, layer).effective(layer)[:, head], images.shape[-2:])
 
 
 def gradient_weighted(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def _blocks(model: nn.Module, maps: list[vca.LayerMaps]) -> dict:
             tokens=layer.token_grid,
             lambdas=[None if value is None else float(value) for value in (layer.lambda1, layer.lambda2)],
             changeable=sorted(changes[layer.block]),
-            rows=packed(reader.rows(layer.effective[0])),
+            rows=packed(reader.effective(layer)[0]),
         )
         for layer, reader in zip(layers, reads, strict=True)
     ]

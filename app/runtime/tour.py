@@ -46,7 +46,7 @@ def scenes(model: nn.Module, recorded: Recorded, block: int, head: int) -> list[
         found += _contrast(model, layer, head, place)
     else:
         reads = readout(model, layer)
-        row = reads.rows(layer.effective[0, head]).flatten()
+        row = reads.effective(layer)[0, head].flatten()
         text = (
             f"In {place}, {reads.name} attends to {_peak(row, layer)}; this kind of attention has nothing to contrast."
         )

@@ -47,7 +47,14 @@ class Readout:
 
     def rows(self, maps: Tensor) -> Tensor:
         """The row of maps (..., T, T) that is read, over the patches: (..., Hg, Wg)."""
-        return maps[..., self.tokens, self.num_prefix_tokens :].mean(-2).unflatten(-1, self.grid_size)
+        return self._over_patches(maps[..., self.tokens, :])
+
+    def effective(self, layer: "LayerMaps") -> Tensor:
+        """The row of its effective map that is read, over the patches: (B, H, Hg, Wg)."""
+        return self._over_patches(layer.effective_rows(self.tokens))
+
+    def _over_patches(self, rows: Tensor) -> Tensor:
+        return rows[..., self.num_prefix_tokens :].mean(-2).unflatten(-1, self.grid_size)
 
 
 class _Lacking(Pictured):
@@ -98,8 +105,16 @@ class LayerMaps(_Lacking):
         The heads' output before the depthwise convolution and `proj` is E v, times the gains of the layer's norms:
         (E v) * g1 * g2 for the VCA kinds, (E v) * g for "diff". To rounding.
         """
-        second = None if self.stage2 is None else self.stage2.applied
-        return VF.effective_map(self.stage1.applied, self.row_scale1, second, self.row_scale2)
+        return self.effective_rows(slice(None))
+
+    def effective_rows(self, tokens: slice) -> Tensor:
+        """The rows of `effective` of these tokens alone, which take no more than their share of its cost."""
+        d1, r1 = self.stage1.applied, self.row_scale1
+        if self.stage2 is None:
+            return VF.effective_map(d1[..., tokens, :], None if r1 is None else r1[..., tokens, :])
+        r2 = self.row_scale2
+        d2 = self.stage2.applied[..., tokens, :]
+        return VF.effective_map(d1, r1, d2, None if r2 is None else r2[..., tokens, :])
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

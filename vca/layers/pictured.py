@@ -33,8 +33,7 @@ class Pictured:
     lambda1: Tensor | None
     lambda2: Tensor | None
 
-    @property
-    def effective(self) -> Tensor:
+    def effective_rows(self, tokens: slice) -> Tensor:
         raise NotImplementedError
 
     @property
@@ -65,11 +64,14 @@ class Pictured:
         if stage not in STAGES or (stage == "stage2" and self.stage2 is None):
             has = STAGES if self.stage2 is not None else STAGES[:2]
             raise ValueError(f"stage={stage!r}: this attention has {', '.join(has)}.")
-        if stage == "effective":
-            maps = dict(positive=self.effective)
-        else:
-            maps = {name: map_ for name, map_ in vars(getattr(self, stage)).items() if map_ is not None}
-        rows = {name: self._row(map_, stage, query, sample) for name, map_ in maps.items()}
+        index = self._index(stage, query)
+        if stage == "effective" and self.window_size is None:
+            maps = dict(positive=self.effective_rows(slice(index, index + 1) if isinstance(index, int) else index))
+            index = slice(None)
+        else:  # within windows the only map is the effective one
+            recorded = self.stage2 if stage == "stage2" else self.stage1
+            maps = {name: map_ for name, map_ in vars(recorded).items() if map_ is not None}
+        rows = {name: self._row(map_, stage, index, sample) for name, map_ in maps.items()}
         if stage == "effective" and self.signed:
             row = rows["positive"]
             rows = dict(positive=row.clip(min=0), negative=(-row).clip(min=0), differential=row)
@@ -167,10 +169,10 @@ class Pictured:
             raise IndexError(f"query={(row, column)} is outside the {grid[0]}x{grid[1]} grid.")
         return prefix + row * grid[1] + column
 
-    def _row(self, maps: Tensor, stage: str, query: Query, sample: int) -> np.ndarray:
+    def _row(self, maps: Tensor, stage: str, index: int | slice, sample: int) -> np.ndarray:
+        """The row of maps (B, ..., rows, keys) over the grid of the keys, in every head: (H, rows, columns)."""
         if not 0 <= sample < len(maps):
             raise IndexError(f"sample={sample}: {len(maps)} images were recorded.")
-        index = self._index(stage, query)
         chosen = maps[sample].detach()
         grid = self.token_grid if stage == "stage2" and self.token_grid else self.key_grid or self.grid_size
         assert grid is not None
