@@ -11,7 +11,7 @@ from app.components import page_part
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.crops import WHOLE, box_seen_as, origin_of, part_of, seen_in
 from app.runtime.images import ImageError, read_image, uploaded_file
-from app.runtime.validation import refused
+from app.runtime.validation import refused, told
 from vca import drawing, preprocessing
 
 SIDE = 480  # pixels
@@ -51,7 +51,7 @@ class CropBox:
     def choose(self, event: gr.EventData, upload: dict | None, name: str) -> str:
         """The file of the part that the event wants the model to see; without one, that of the whole photo."""
         origin, _ = origin_of(uploaded_file(upload))
-        wanted = getattr(event, "seen", None)
+        wanted = told(event, "seen")
         try:
             network = self.checkpoints.load(name)
             box = WHOLE if wanted is None else box_seen_as(network, read_image(origin).size, wanted)

@@ -10,7 +10,7 @@ from app.cropping import CropBox
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.examples import Answer, Chosen, Example, ask, chosen_for, examples, kept
 from app.runtime.images import read_image
-from app.runtime.validation import refused
+from app.runtime.validation import refused, told
 from vca import drawing
 
 TILE = 200  # pixels
@@ -92,11 +92,11 @@ def build(checkpoints: Checkpoints, choice: ModelChoice) -> tuple[gr.Image, gr.D
     first = gallery.first(name)
 
     def pick(event: gr.EventData, model: str) -> tuple:
-        example = examples().get(getattr(event, "name", None))
-        wanted = getattr(event, "model", None)
-        if example is None:
+        example, wanted = told(event, "name"), told(event, "model")
+        if not isinstance(example, str) or example not in examples():
             raise refused("This is not an example of this page.")
-        return example.path, gr.skip() if wanted in (None, model) else wanted
+        other = isinstance(wanted, str) and wanted != model
+        return examples()[example].path, wanted if other else gr.skip()
 
     image = image_input(str(first.path) if first else None)
     crop = CropBox(checkpoints)

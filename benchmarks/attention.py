@@ -49,7 +49,8 @@ from vca.models import GENERATORS
 PEERS = ("xca", "lite_mla")  # timm's: cross-covariance attention of XCiT, ReLU attention of EfficientViT
 VARIANTS = ("mhsa", "vca", "mhsa_eager", "diff", "agent", "mhsa_dwc", "vca_maps")
 COMPILED = ("vca_compiled", "vca_fused_compiled", "mhsa_compiled")
-FUSED = ("vca_fused", "vca_fused_compiled")
+INT8 = ("mhsa_int8", "vca_fused_int8")  # the linear layers' products alone, weights kept in int8
+FUSED = ("vca_fused", "vca_fused_compiled", "vca_fused_int8")
 CUDNN = "mhsa_cudnn"  # SDPA by cuDNN, where PyTorch's own choice is another
 SCOPES = ("core", "layer", "model")
 MODELS = (
@@ -109,7 +110,7 @@ class WithBackend(nn.Module):
 
 
 def kind_of(variant: str) -> str:
-    return re.sub("_(eager|maps|fused|compiled|cudnn)", "", variant)
+    return re.sub("_(eager|maps|fused|compiled|cudnn|int8)", "", variant)
 
 
 def tokens_of(args, side: int) -> int:
@@ -157,6 +158,8 @@ def finish(module: nn.Module, variant: str) -> nn.Module:
             module = WithMaps(module)
     if variant == CUDNN:
         module = WithBackend(module, SDPBackend.CUDNN_ATTENTION)
+    if variant in INT8:
+        module = torch.ao.quantization.quantize_dynamic(module.eval(), {nn.Linear}, dtype=torch.qint8)
     if variant in COMPILED:
         prepare_compiler()
         module = torch.compile(module, dynamic=False)
@@ -306,7 +309,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scopes", nargs="+", default=SCOPES, choices=SCOPES)
     parser.add_argument("--steps", nargs="+", default=["forward", "train"], choices=["forward", "train"])
     parser.add_argument(
-        "--variants", nargs="+", default=VARIANTS, choices=(*VARIANTS, *PEERS, "vca_fused", CUDNN, *COMPILED)
+        "--variants", nargs="+", default=VARIANTS, choices=(*VARIANTS, *PEERS, "vca_fused", CUDNN, *COMPILED, *INT8)
     )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15, help="measurements of which the median is taken")
@@ -330,6 +333,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"vca_fused takes at most {ops.MAX_TOKENS} contrast tokens on a GPU; lower --token-side")
     if CUDNN in args.variants and (args.device == "cpu" or "float32" in args.dtypes):
         parser.error(f"{CUDNN} needs --device cuda, and --dtypes bfloat16 or float16")
+    quantizable = args.device == "cpu" and args.steps == ["forward"] and args.dtypes == ["float32"]
+    if set(INT8) & set(args.variants) and not (quantizable and "core" not in args.scopes):
+        parser.error("int8 is measured on a CPU with --steps forward --dtypes float32 --scopes layer model")
     if set(PEERS) & set(args.variants) and set(args.scopes) != {"layer"}:
         parser.error(f"{' and '.join(PEERS)} are measured as layers alone: --scopes layer")
     if args.dim < HEAD_DIM or args.dim % HEAD_DIM:

@@ -52,6 +52,9 @@ def test_the_variants_of_a_layer_agree_where_they_must():
     torch.testing.assert_close(outputs["vca_maps"], outputs["vca"])
     different = [outputs[variant] for variant in ("mhsa", "vca", "diff", "agent", "mhsa_dwc")]
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(different) for b in different[:i])
+    torch.manual_seed(0)
+    quantized = attention.finish(attention.make_layer("mhsa_int8", 192, 4, 2), "mhsa_int8")
+    assert 1e-5 < (quantized(x) - outputs["mhsa"]).abs().max() < 0.05
 
 
 def test_the_exponent_of_growth_is_that_of_the_times():
@@ -119,6 +122,7 @@ def test_peak_memory_counts_what_is_held_at_one_time():
         (["--dim", "100"], "--dim must be a multiple of 64"),
         (["--variants", "mhsa", "mhsa_cudnn"], "mhsa_cudnn needs --device cuda"),
         (["--variants", "mhsa", "vca_fused"], "vca_fused needs a C++ compiler and ninja"),
+        (["--variants", "mhsa", "mhsa_int8", "--steps", "forward"], "int8 is measured on a CPU with"),
     ],
 )
 def test_wrong_arguments_are_refused_in_words(arguments, message, capsys, monkeypatch):

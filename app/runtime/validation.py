@@ -47,6 +47,14 @@ def plain(message: str, limit: int = 600) -> str:
     return shorten(message, limit, placeholder=" ...").translate({ord("<"): "‹", ord(">"): "›"})
 
 
+def told(event: gr.EventData, name: str) -> Any:
+    """What the page told of an event under a name; None if it told nothing, or it was not our page."""
+    try:
+        return getattr(event, name, None)
+    except TypeError:  # whoever asked sent no data
+        return None
+
+
 def page_request(function: Callable[[Any], dict]) -> Callable[[Any], dict]:
     """Decorates a function that the page calls: what is forgotten, or no request of the page, is answered `expired`."""
 

@@ -24,7 +24,7 @@ from app.runtime.limits import heavy_work
 from app.runtime.packing import run_of
 from app.runtime.sampling import Run
 from app.runtime.store import Store
-from app.runtime.validation import one_of, page_request, refused, whole
+from app.runtime.validation import one_of, page_request, refused, told, whole
 from vca import drawing
 from vca.checkpoint import AUTOENCODER_FOLDER
 from vca.diffusion.vae import DecoderError, described
@@ -128,7 +128,7 @@ def build(context: Context) -> None:
 
     def explore_step(event: gr.EventData):
         run, step, number, picture = chosen(event)
-        without_class = bool(getattr(event, "withoutClass", False))
+        without_class = bool(told(event, "withoutClass"))
         if step not in run.states:
             raise refused(FORGOTTEN)
         with heavy_work():

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,6 +60,21 @@ def test_flops_are_those_of_pytorch_and_hook_no_other_module(name):
 
 
 # ---- Waiting
+
+
+@pytest.mark.skipif(not hasattr(limits._libc, "mallinfo2"), reason="the C library is not glibc")
+@pytest.mark.parametrize("ends", [nullcontext(), pytest.raises(ZeroDivisionError)], ids=["well", "in an error"])
+def test_freed_memory_goes_back_to_the_system_after_heavy_work(ends):
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    with ends, limits.heavy_work():
+        pieces = [bytearray(100_000) for _ in range(6000)]
+        del pieces[::2], pieces[1::2]  # what is left lies between what is freed
+        held = resident()
+        if not isinstance(ends, nullcontext):
+            1 / 0  # noqa: B018
+    assert len(pieces) == 1500 and resident() < held - 256 * 2**20
 
 
 def test_heavy_work_has_one_limit_and_may_nest():
@@ -258,12 +275,14 @@ def test_wrong_types_to_an_event(url, weights, capfd):
         function = getattr(event.fn, "func", event.fn)  # some are partial
         if function is None or not function.__module__.startswith("app.") or event.api_name in ("models", "generate"):
             continue
-        given = {gr.Request: gr.Request(session_hash="test"), gr.EventData: gr.EventData(None, {})}
         annotations = [parameter.annotation for parameter in inspect.signature(event.fn).parameters.values()]
-        given_by_gradio = [given[annotation] for annotation in annotations if annotation in given]
-        for value in WRONG:
+        given = [annotation for annotation in annotations if annotation in (gr.Request, gr.EventData)]
+        fields = ("name", "model", "seen", "token", "step", "picture", "withoutClass")
+        told = [None, {}, *(dict.fromkeys(fields, value) for value in WRONG)]
+        for data, value in product(told if gr.EventData in given else [{}], WRONG):
+            by_gradio = {gr.Request: gr.Request(session_hash="test"), gr.EventData: gr.EventData(None, data)}
             try:
-                answer = event.fn(*given_by_gradio, *[value] * len(event.inputs))
+                answer = event.fn(*map(by_gradio.get, given), *[value] * len(event.inputs))
                 list(answer) if hasattr(answer, "__next__") else None
             except gr.Error as error:
                 assert "<" not in error.message and len(error.message) < 700
