@@ -70,9 +70,9 @@ def url(weights):
 @pytest.fixture(scope="module")
 def client(url):
     """A client of the app."""
-    from gradio_client import Client
+    from tests.helpers.http import connect
 
-    return Client(url, verbose=False)
+    return connect(url)
 
 
 @pytest.fixture(scope="module")

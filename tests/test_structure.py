@@ -1,6 +1,7 @@
 """The rooms of the project: who may import whom, and how large a file may be."""
 
 import ast
+import re
 
 import pytest
 
@@ -85,3 +86,10 @@ def test_undocumented_parts_of_gradio_are_imported_in_one_file():
         or (isinstance(node, ast.Import) and any(alias.name.startswith("gradio.") for alias in node.names))
     }
     assert found == {"app.runtime.gradio_adapter"}
+
+
+def test_tests_ask_apps_with_patience():
+    """httpx, and gradio's client with it, waits five seconds, which an app on a busy machine may take."""
+    asking = re.compile(r"httpx\.(get|post)\((?!.*timeout)|gradio_client import .*\bClient\b")
+    found = {module for module, file in MODULES.items() if asking.search(file.read_text(encoding="utf-8"))}
+    assert {module for module in found if module.startswith("tests.")} == {"tests.helpers.http"}

@@ -5,7 +5,6 @@ import shutil
 import time
 
 import gradio as gr
-import httpx
 import numpy as np
 import pytest
 import timm
@@ -20,6 +19,7 @@ from app.runtime.images import MAX_PIXELS, WORKING_SIDE, read_image
 from app.runtime.packing import MapStore
 from app.tabs import about, generate
 from app.ui import build
+from tests.helpers import http
 from tests.helpers.app import LABELS, MHSA, PLAIN, PREFIXED, SMALL_PYRAMID, photo, recorded
 from vca import fused, preprocessing
 from vca.checkpoint import AUTOENCODER_FILES, AUTOENCODER_FOLDER
@@ -191,14 +191,14 @@ def test_visitors_do_not_mix(weights):
 
 def fetch(url: str, component: int, request, function: str = "fetch_maps") -> dict:
     body = dict(session_hash="test", component_id=component, fn_name=function, data=request)
-    answer = httpx.post(f"{url}gradio_api/component_server", json=body)
+    answer = http.post(f"{url}gradio_api/component_server", json=body)
     assert answer.status_code == 200
     return answer.json()
 
 
 @pytest.mark.parametrize("function", ["fetch_maps", "export_numbers", "export_page"])
 def test_server_functions_give_maps_only_for_a_token(url, function):
-    components = httpx.get(f"{url}config").json()["components"]
+    components = http.get(f"{url}config").json()["components"]
     explorer = next(c["id"] for c in components if c["props"].get("elem_id") == "explorer")
     for request in (dict(token="guess", block=0), dict(), None, "token", dict(token=["x"], block="0")):
         assert fetch(url, explorer, request, function) == dict(expired=True)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 from gradio_client import handle_file
@@ -18,6 +17,7 @@ from PIL import Image
 import vca
 from app.runtime import checkpoints, records
 from app.runtime.images import ImageError, read_image
+from tests.helpers import http
 from tests.helpers.app import LABELS, MHSA, PLAIN, PREFIXED, save_checkpoints
 from tests.helpers.hostile import PHOTO, PICTURES, assert_one_line
 from training import evaluate
@@ -156,14 +156,14 @@ def test_pictures(client, weights, goes_on, tmp_path, name):
 
 
 def test_a_file_above_the_limit_is_refused(url, goes_on):
-    answer = httpx.post(f"{url}gradio_api/upload", files=dict(files=("huge.bmp", bytes(65 * 2**20))))
+    answer = http.post(f"{url}gradio_api/upload", files=dict(files=("huge.bmp", bytes(65 * 2**20))))
     assert answer.status_code == 413
     assert_one_line(answer.text, "64")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"data": 3}', b'{"data": [{}, [], {}]}', b"\xff" * 99])
 def test_requests_that_are_none(url, goes_on, body):
-    answer = httpx.post(f"{url}gradio_api/call/classify", content=body, headers={"content-type": "application/json"})
+    answer = http.post(f"{url}gradio_api/call/classify", content=body, headers={"content-type": "application/json"})
     assert "Traceback" not in answer.text
 
 
@@ -191,7 +191,7 @@ def test_damaged_checkpoints_do_not_hide_the_good_ones(client, url):
     entries = {entry["name"]: entry for entry in client.predict(api_name="/models")}
     assert all("blocks" in entries[name] for name in (PLAIN, PREFIXED, MHSA, "odd history"))
     assert "not a complete safetensors file" in entries["truncated weights"]["problem"]
-    page = json.dumps(httpx.get(f"{url}config").json())
+    page = json.dumps(http.get(f"{url}config").json())
     assert "not a readable JSON file" in page and "Traceback" not in page
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
-import httpx
 import pytest
 import timm
 import torch
@@ -28,6 +27,7 @@ from app.runtime import checkpoints, cost, export, folders, images, limits, load
 from app.runtime.gradio_adapter import nobody_listens
 from app.runtime.images import ImageError, read_image
 from app.runtime.validation import page_request, plain, refused
+from tests.helpers import http
 from tests.helpers.app import LABELS, PLAIN, photo, save_checkpoints
 from tests.helpers.checkpoints import tiny
 
@@ -257,13 +257,13 @@ WRONG = [None, True, -7, 1e300, "", "x", [], {}, [[]], "[" * 100_000]
     ],
 )
 def test_wrong_types_to_a_page_function(url, element, function):
-    config = httpx.get(f"{url}config").json()
+    config = http.get(f"{url}config").json()
     component = next(c for c in config["components"] if c["props"].get("elem_id") == element)
     keys = "token block mode head query lambda view run step picture withoutClass model path off lambda_scale patches"
     keys = keys.split()
     for value in [*WRONG, *(dict.fromkeys(keys, value) for value in WRONG)]:
         body = dict(session_hash="test", component_id=component["id"], fn_name=function, data=value)
-        answer = httpx.post(f"{url}gradio_api/component_server", json=body)
+        answer = http.post(f"{url}gradio_api/component_server", json=body)
         assert answer.status_code == 200 and answer.json().keys() & {"expired", "failed"}, (value, answer.text)
 
 

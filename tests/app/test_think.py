@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import gradio as gr
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -20,6 +19,7 @@ from app.runtime.checkpoints import Checkpoints
 from app.runtime.images import read_image
 from app.runtime.records import Recorded
 from app.ui import WEIGHTS
+from tests.helpers import http
 from tests.helpers.app import MHSA, PLAIN, PREFIXED
 from vca import preprocessing
 from vca.attribution import head_relevance
@@ -119,13 +119,13 @@ def test_an_impossible_change_is_refused_in_a_line(weights, picture, change, pat
 
 @pytest.mark.parametrize("function", ["look_inside", "what_if", "reduce"])
 def test_the_page_is_told_of_uploads_alone(url, function):
-    components = httpx.get(f"{url}config").json()["components"]
+    components = http.get(f"{url}config").json()["components"]
     component = next(c["id"] for c in components if c["props"].get("elem_id") == "think")
     change = dict(block="all", head=[], lambda_scale=None, off=[], patches=[])
     for path in ("/etc/passwd", __file__, None, 5, "../x"):
         body = dict(fn_name=function, component_id=component, session_hash="t")
         request = dict(model=PLAIN, path=path) | change
-        answer = httpx.post(f"{url}gradio_api/component_server", json=body | dict(data=request))
+        answer = http.post(f"{url}gradio_api/component_server", json=body | dict(data=request))
         assert answer.status_code == 200 and answer.json()["expired"] is True, path
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from PIL import Image
 
+from tests.helpers import http
 from tests.helpers.app import photo
 from tests.helpers.checkpoints import LABELS
 from tests.helpers.published import lines_of, run
@@ -77,7 +78,7 @@ def test_the_assembled_space_starts_and_answers(owner, checkpoints, tmp_path, mo
         )
     try:
         wait_for(address, server, tmp_path / "log")
-        client = Client(address, verbose=False)
+        client = http.connect(address)
         photo(60, 50).save(tmp_path / "photo.png")
         image = handle_file(tmp_path / "photo.png")
         answer = client.predict(image=image, model="owner/classifier", top_k=3, api_name="/classify")
@@ -87,9 +88,7 @@ def test_the_assembled_space_starts_and_answers(owner, checkpoints, tmp_path, mo
             assert np.asarray(Image.open(file)).shape == (8, 8, 3)
         with pytest.raises(Exception, match="owner/other: this page does not load it"):
             client.predict(image=image, model="owner/other", top_k=3, api_name="/classify")
-        large = httpx.post(
-            f"{address}/gradio_api/upload", files={"files": ("large.png", bytes(17 * 2**20))}, timeout=60
-        )
+        large = http.post(f"{address}/gradio_api/upload", files={"files": ("large.png", bytes(17 * 2**20))})
         assert large.status_code == 413
     finally:
         server.send_signal(signal.SIGTERM)
@@ -101,7 +100,7 @@ def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
     while time.monotonic() < deadline:
         assert server.poll() is None, log.read_text()
         try:
-            if httpx.get(address, timeout=30).status_code == 200:
+            if http.get(address).status_code == 200:
                 return
         except httpx.HTTPError:
             time.sleep(1)
