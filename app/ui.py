@@ -12,6 +12,7 @@ from app.context import Context
 from app.runtime.assets import STATIC
 from app.runtime.checkpoints import Checkpoints
 from app.runtime.folders import remove_left
+from app.runtime.gradio_adapter import with_lasting_queue
 from app.tabs import about, classify, compare, explore, generate
 from vca import fused
 
@@ -78,4 +79,4 @@ def build(weights: Path = WEIGHTS) -> gr.Blocks:
                         shown.select(prepare, show_progress="hidden", api_visibility="private")
         choice.connect()
         links.connect(context)
-    return demo.queue(max_size=settings.QUEUE if settings.is_public() else None)
+    return with_lasting_queue(demo.queue(max_size=settings.QUEUE if settings.is_public() else None))

@@ -1,14 +1,16 @@
 """What the app uses of gradio beyond its documented interface: all of it is here, so that an update has one place."""
 
+import asyncio
 import io
 from pathlib import Path
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
-from gradio.utils import get_upload_folder
+from gradio.utils import LRUCache, get_upload_folder
 from PIL import Image
 
 PATIENCE = 30  # messages
+SESSIONS = 2000  # whose messages gradio keeps at a time
 
 
 def upload_folder() -> Path:
@@ -37,3 +39,25 @@ def nobody_listens(page: gr.Blocks, request: gr.Request, sent: int) -> bool:
     """Whether a visitor whose event has sent so many messages has taken none of them, after `PATIENCE` messages."""
     waiting = page._queue.pending_messages_per_session.get(request.session_hash)
     return sent >= PATIENCE and waiting is not None and waiting.qsize() >= sent
+
+
+class _Messages(LRUCache):
+    """The messages by session, of which those used longest ago are forgotten.
+
+    gradio's own forgets the oldest session, be it in use or not. If one of its events waits at that time, sending word
+    of the event's place in the queue is a KeyError that ends the queue for everyone.
+    """
+
+    def __getitem__(self, session: str) -> asyncio.Queue:
+        if session in self:
+            self.move_to_end(session)
+        return super().__getitem__(session)
+
+    def __missing__(self, session: str) -> asyncio.Queue:
+        return asyncio.Queue()  # nobody listens
+
+
+def with_lasting_queue(page: gr.Blocks) -> gr.Blocks:
+    """Lets the queue of a page, as `gr.Blocks.queue` has set it up, outlast visitors that it has forgotten."""
+    page._queue.pending_messages_per_session = _Messages(SESSIONS)
+    return page

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vca
 from app import settings
 from app.runtime import checkpoints, cost, export, folders, images, limits, loading
-from app.runtime.gradio_adapter import nobody_listens
+from app.runtime.gradio_adapter import nobody_listens, with_lasting_queue
 from app.runtime.images import ImageError, read_image
 from app.runtime.validation import page_request, plain, refused
 from tests.helpers import http
@@ -289,6 +289,35 @@ def test_wrong_types_to_an_event(url, weights, capfd):
 
 
 # ---- The server
+
+
+def test_a_forgotten_session_does_not_end_the_queue(monkeypatch):
+    """More sessions than are kept join while the first is at work: its answers are lost, those of the last are not."""
+    monkeypatch.setattr("app.runtime.gradio_adapter.SESSIONS", 4)
+    started, go_on = threading.Event(), threading.Event()
+
+    def work() -> str:
+        started.set()
+        assert go_on.wait(PATIENCE)
+        return "done"
+
+    with gr.Blocks(analytics_enabled=False) as page:
+        gr.api(work, api_name="work")
+    _, address, _ = with_lasting_queue(page.queue()).launch(prevent_thread_lock=True, quiet=True)
+    try:
+        for number in range(8):
+            body = dict(data=[], fn_index=0, session_hash=f"visitor{number}")
+            assert http.post(f"{address}gradio_api/queue/join", json=body).status_code == 200
+        assert started.wait(PATIENCE)
+        go_on.set()
+        deadline = time.monotonic() + PATIENCE
+        while len(page._queue) and not page._queue.stopped and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not page._queue.stopped
+        said = http.get(f"{address}gradio_api/queue/data", params=dict(session_hash="visitor7")).text
+        assert '"process_completed"' in said and '"done"' in said
+    finally:
+        page.close()
 
 
 @pytest.mark.parametrize(
