@@ -87,11 +87,20 @@ class Visitor:
         self.seconds.setdefault(name, []).append(time.perf_counter() - start)
         return answer
 
+    def _streamed(self, path: str, **params) -> Iterator[str]:
+        """The lines of a stream, whose heartbeats go on for ever where the answer does not come."""
+        end = time.monotonic() + PATIENCE
+        with self.http.stream("GET", path, params=params) as stream:
+            for line in stream.raise_for_status().iter_lines():
+                if time.monotonic() > end:
+                    raise TimeoutError(f"{path}: no answer within {PATIENCE} s.")
+                yield line
+
     def classify(self) -> dict:
         """Probabilities by label, from the public endpoint."""
         request = dict(data=[self.image, self.model, 5])
         event = self.http.post("call/classify", json=request).raise_for_status().json()["event_id"]
-        answer = self.http.get(f"call/classify/{event}").raise_for_status().text
+        answer = "\n".join(self._streamed(f"call/classify/{event}"))
         complete = re.search(r"event: complete\ndata: (.*)", answer)
         if not complete:
             raise RuntimeError(f"/classify failed: {answer}")
@@ -101,13 +110,12 @@ class Visitor:
         """What the server sends to the explorer: a token for the maps, and what the page shows."""
         request = dict(data=[self.image, self.model], fn_index=self.explore_event, session_hash=self.session)
         self.http.post("queue/join", json=request).raise_for_status()
-        with self.http.stream("GET", "queue/data", params=dict(session_hash=self.session)) as stream:
-            for line in stream.iter_lines():
-                message = json.loads(line.removeprefix("data:")) if line else {}
-                if message.get("msg") == "process_completed":
-                    if not message["success"]:
-                        raise RuntimeError(f"exploring failed: {message}")
-                    return json.loads(message["output"]["data"][0])
+        for line in self._streamed("queue/data", session_hash=self.session):
+            message = json.loads(line.removeprefix("data:")) if line else {}
+            if message.get("msg") == "process_completed":
+                if not message["success"]:
+                    raise RuntimeError(f"exploring failed: {message}")
+                return json.loads(message["output"]["data"][0])
         raise RuntimeError("the server ended the stream before the answer.")
 
     def fetch(self, token: str, block: int) -> dict[str, bytes]:
