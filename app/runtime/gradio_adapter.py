@@ -10,7 +10,6 @@ from gradio.utils import LRUCache, get_upload_folder
 from PIL import Image
 
 PATIENCE = 30  # messages
-SESSIONS = 2000  # whose messages gradio keeps at a time
 
 
 def upload_folder() -> Path:
@@ -59,5 +58,5 @@ class _Messages(LRUCache):
 
 def with_lasting_queue(page: gr.Blocks) -> gr.Blocks:
     """Lets the queue of a page, as `gr.Blocks.queue` has set it up, outlast visitors that it has forgotten."""
-    page._queue.pending_messages_per_session = _Messages(SESSIONS)
+    page._queue.pending_messages_per_session = _Messages(page._queue.pending_messages_per_session.max_size)
     return page

@@ -291,9 +291,8 @@ def test_wrong_types_to_an_event(url, weights, capfd):
 # ---- The server
 
 
-def test_a_forgotten_session_does_not_end_the_queue(monkeypatch):
+def test_a_forgotten_session_does_not_end_the_queue():
     """More sessions than are kept join while the first is at work: its answers are lost, those of the last are not."""
-    monkeypatch.setattr("app.runtime.gradio_adapter.SESSIONS", 4)
     started, go_on = threading.Event(), threading.Event()
 
     def work() -> str:
@@ -303,7 +302,9 @@ def test_a_forgotten_session_does_not_end_the_queue(monkeypatch):
 
     with gr.Blocks(analytics_enabled=False) as page:
         gr.api(work, api_name="work")
-    _, address, _ = with_lasting_queue(page.queue()).launch(prevent_thread_lock=True, quiet=True)
+    page.queue()
+    page._queue.pending_messages_per_session.max_size = 4
+    _, address, _ = with_lasting_queue(page).launch(prevent_thread_lock=True, quiet=True)
     try:
         for number in range(8):
             body = dict(data=[], fn_index=0, session_hash=f"visitor{number}")

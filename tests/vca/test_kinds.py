@@ -44,8 +44,8 @@ def test_the_effective_map_reproduces_every_layer(name, kind):
         rows, cols = record.grid_size
         length = record.num_prefix_tokens + rows * cols
         assert record.effective.shape[2:] == (length, length)
-        rows = record.effective_rows(slice(1, 3))
-        torch.testing.assert_close(rows, record.effective[..., 1:3, :], rtol=0, atol=1e-12)
+        some = record.effective_rows(slice(1, 3))
+        torch.testing.assert_close(some, record.effective[..., 1:3, :], rtol=0, atol=1e-12)
         for stage in (record.stage1, record.stage2):
             if stage is not None:
                 for stream in (stage.positive, stage.negative):
