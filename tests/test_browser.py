@@ -1,5 +1,8 @@
 """What `open_page` takes for a fault of a page."""
 
+import threading
+
+import gradio as gr
 import pytest
 
 from tests.helpers.browser import needs_browser, open_page
@@ -45,3 +48,24 @@ def test_an_error_after_another_address_is_a_fault(running):
         page.goto(SITE)
         page.goto(f"{SITE}next")
         page.evaluate("() => console.error('wrong')")
+
+
+def test_events_of_gradio_that_end_with_their_page_are_none(running):
+    begun, done = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        done.wait(60)
+
+    with gr.Blocks() as waits:
+        gr.Button("wait").click(wait)
+    _, address, _ = waits.launch(prevent_thread_lock=True, quiet=True)
+    try:
+        with open_page(running, address) as page:
+            page.goto(address)
+            page.get_by_role("button", name="wait", exact=True).click()
+            assert begun.wait(60)
+            page.goto(f"{address}?__theme=dark")
+    finally:
+        done.set()
+        waits.close()

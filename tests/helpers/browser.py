@@ -21,7 +21,8 @@ ARGUMENTS = [
 NO_BROWSER = "no Chromium is installed"
 REQUIRED = os.environ.get("VCA_REQUIRE_BROWSER") == "1"
 PATIENCE = 60_000  # milliseconds
-ABANDONED = "AbortError: signal is aborted without reason"  # Gradio's own streams, when a page closes
+# What Gradio logs first, before it asks for the next document: it ends its streams, and calls their events broken.
+ABANDONED = "AbortError: signal is aborted without reason"
 
 
 def chromium() -> str | None:
@@ -58,7 +59,9 @@ def open_page(running: Browser, *allowed: str, **options) -> Iterator[Page]:
     faults, leaves = [], False
 
     def note(text: str) -> None:
-        if not leaves and ABANDONED not in text:
+        nonlocal leaves
+        leaves = leaves or ABANDONED in text
+        if not leaves:
             faults.append(text)
 
     def asked(request: Request) -> None:
