@@ -83,10 +83,16 @@ def running():
 
 
 @pytest.fixture
-def page(running, url):
+def theme() -> str:
+    """The theme of `page`; a test that wants another, or several, is parametrized with it."""
+    return "light"
+
+
+@pytest.fixture
+def page(running, url, theme):
     """An open page of the app, which must neither log an error nor ask anything of another machine."""
     with open_page(running, url, viewport=dict(width=1400, height=1000)) as page:
-        page.goto(url)
+        page.goto(f"{url}?__theme={theme}")
         yield page
 
 

@@ -55,6 +55,9 @@ class _Messages(LRUCache):
     def __missing__(self, session: str) -> asyncio.Queue:
         return asyncio.Queue()  # nobody listens
 
+    def __delitem__(self, session: str) -> None:
+        self.pop(session, None)  # of two streams of a session that ends, each deletes it
+
 
 def with_lasting_queue(page: gr.Blocks) -> gr.Blocks:
     """Lets the queue of a page, as `gr.Blocks.queue` has set it up, outlast visitors that it has forgotten."""

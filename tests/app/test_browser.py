@@ -177,8 +177,7 @@ def test_a_phone_never_scrolls_sideways(page, picture, other_picture):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_every_tab_is_accessible(page, url, picture, other_picture, theme):
-    page.goto(f"{url}?__theme={theme}")
+def test_every_tab_is_accessible(page, picture, other_picture, theme):
     for tab in ("Classify", "Explore", "About"):
         if tab == "Classify":
             upload(page, picture)

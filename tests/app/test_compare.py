@@ -260,8 +260,7 @@ def test_a_phone_never_scrolls_sideways(page, picture):
 
 @needs_browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_accessibility(page, url, picture, theme):
-    page.goto(f"{url}?__theme={theme}")
+def test_accessibility(page, picture, theme):
     pair(page, picture, PLAIN, PREFIXED)
     page.get_by_role("tabpanel").locator("visible=true").get_by_text("Load another model").click()
     page.wait_for_selector(".vc-facts tr:last-child td:has-text(' ms')")

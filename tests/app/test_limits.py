@@ -317,6 +317,9 @@ def test_a_forgotten_session_does_not_end_the_queue():
         assert not page._queue.stopped
         said = http.get(f"{address}gradio_api/queue/data", params=dict(session_hash="visitor7")).text
         assert '"process_completed"' in said and '"done"' in said
+        messages = page._queue.pending_messages_per_session
+        del messages["visitor7"], messages["visitor7"]
+        assert "visitor7" not in messages
     finally:
         page.close()
 

@@ -148,8 +148,7 @@ def check_the_wipe(page, layer, head: int, scene: dict) -> None:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_accessible(page, url, theme):
-    page.goto(f"{url}?__theme={theme}")
+def test_accessible(page, theme):
     page.wait_for_selector(COMPLETE)
     page.wait_for_timeout(500)
     assert our_faults(page) == []

@@ -17,14 +17,13 @@ from vca.diffusion.sampling import to_bytes
 
 
 @pytest.fixture
-def page(page, url):
+def page(page):
     """The Generate tab."""
-    open_tab(page, url)
+    open_tab(page)
     return page
 
 
-def open_tab(page, url: str) -> None:
-    page.goto(url)
+def open_tab(page) -> None:
     page.get_by_role("tab", name="Generate").click()
     choose_pixels(page)
 
@@ -185,7 +184,8 @@ def test_who_has_to_wait_is_told_so_and_may_give_up(page, running, url, forwards
     generate(page, steps=250)
     page.wait_for_selector(".vg[data-state=running] canvas")
     with open_page(running, url) as second:
-        open_tab(second, url)
+        second.goto(url)
+        open_tab(second)
         generate(second, seed=1)
         second.wait_for_selector(".vg .vv-note:has-text('Waiting for the pictures of other visitors')")
         second.get_by_role("button", name="Cancel").click()
@@ -203,7 +203,8 @@ def test_who_has_to_wait_is_told_so_and_may_give_up(page, running, url, forwards
 @needs_browser
 def test_a_closed_page_ends_its_run(running, url, forwards):
     with open_page(running, url) as page:
-        open_tab(page, url)
+        page.goto(url)
+        open_tab(page)
         generate(page, steps=250)
         page.wait_for_selector(".vg[data-state=running] canvas")
     for _ in range(30):
@@ -216,8 +217,7 @@ def test_a_closed_page_ends_its_run(running, url, forwards):
 
 @needs_browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_tab_is_accessible_and_fits_a_phone(page, url, theme):
-    open_tab(page, f"{url}?__theme={theme}")
+def test_the_tab_is_accessible_and_fits_a_phone(page, theme):
     generate(page)
     ended(page, "complete")
     page.wait_for_timeout(500)
