@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import vca
 from tests.helpers.kernels import needs_compiler
-from tests.helpers.runs import CLASSES, command, finish, run, start_and_signal, trainer, untimed_log
+from tests.helpers.runs import CLASSES, command, finish, run, run_here, start_and_signal, trainer, untimed_log
 from training.card import write_card
 from training.core import generator_recipe, precision
 from training.core import recipe as recipes
@@ -36,10 +36,10 @@ from training.data.images import DataError, Images, decode, eval_transform
     "extra", [(), ("--memory", "false", "--workers", "2", "--crop-scale", "0.5")], ids=["memory", "folder"]
 )
 def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(data, tmp_path, extra):
-    finish(data, tmp_path / "whole", *extra)
+    run_here(data, tmp_path / "whole", *extra)
     code, _ = start_and_signal(data, tmp_path / "killed", extra, signal.SIGKILL, random.uniform(0, 0.8))
     assert code in (-signal.SIGKILL, 0)
-    finish(data, tmp_path / "killed", *extra)
+    run_here(data, tmp_path / "killed", *extra)
     for name in ("model.safetensors", "config.json"):
         whole, killed = (tmp_path / r / "checkpoint" / name for r in ("whole", "killed"))
         assert whole.read_bytes().replace(b"/whole", b"/killed") == killed.read_bytes(), name
@@ -79,8 +79,8 @@ def test_checkpoint_card_and_evaluation_agree(data, tmp_path):
 
 
 def test_the_results_of_a_checkpoint_in_float16_are_those_of_its_weights(data, tmp_path):
-    finish(data, tmp_path / "whole")
-    finish(data, tmp_path / "half", "--stored-as", "fp16")
+    run_here(data, tmp_path / "whole")
+    run_here(data, tmp_path / "half", "--stored-as", "fp16")
     whole, half = (load_file(tmp_path / run / "checkpoint" / "model.safetensors") for run in ("whole", "half"))
     assert {tensor.dtype for tensor in half.values()} == {torch.float16}
     assert all(torch.equal(half[key], whole[key].half()) for key in whole)
@@ -130,9 +130,9 @@ def test_the_card_of_a_run_on_a_cpu_names_the_recipe_for_a_gpu(tmp_path):
 
 
 def test_init_starts_from_the_weights_and_keeps_the_history(data, tmp_path):
-    finish(data, tmp_path / "first")
+    run_here(data, tmp_path / "first")
     first = tmp_path / "first" / "checkpoint"
-    finish(data, tmp_path / "second", "--init", str(first), "--lr", "1e-12", "--min-lr", "0.0", "--warmup-lr", "0.0")
+    run_here(data, tmp_path / "second", "--init", str(first), "--lr", "1e-12", "--min-lr", "0.0", "--warmup-lr", "0.0")
     old, new = (load_file(tmp_path / r / "checkpoint" / "model.safetensors") for r in ("first", "second"))
     assert all(torch.allclose(old[k], new[k], atol=1e-6) for k in old)
     history = vca.load(tmp_path / "second" / "checkpoint").training_history
