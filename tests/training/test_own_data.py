@@ -179,6 +179,14 @@ def test_ctrl_c_before_the_first_step_is_a_line(data, tmp_path, monkeypatch):
     assert said == "stopped by Ctrl-C before the first step; nothing was saved.\n"
 
 
+def test_a_log_is_there_once_a_step_is_done(tmp_path):
+    """So that what waits for the log, and then interrupts, finds a run that can save."""
+    t = trainer(tmp_path)
+    assert not (tmp_path / "log.jsonl").exists()
+    t.run.log(step=1, loss=0.5)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
+
+
 def test_a_run_says_that_it_compiles_before_it_does(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.nn.Module.compile", lambda self: None)
     trainer(tmp_path, compile=True)

@@ -220,8 +220,9 @@ class RunFolder:
 
     def rewind_log(self, step: int) -> None:
         """Drops what was logged after `step`, so that a resumed run logs each step once."""
-        kept = [line for line in self.read_log() if line["step"] <= step]
-        write_atomically(self.log_file, _as_lines(kept))
+        if self.log_file.exists():
+            kept = [line for line in self.read_log() if line["step"] <= step]
+            write_atomically(self.log_file, _as_lines(kept))
 
 
 def _lock(file: TextIO) -> bool:
