@@ -179,7 +179,7 @@ def test_ctrl_c_before_the_first_step_is_a_line(data, tmp_path, monkeypatch):
     assert said == "stopped by Ctrl-C before the first step; nothing was saved.\n"
 
 
-def test_a_log_is_there_once_a_step_is_done(tmp_path):
+def test_a_log_is_there_once_a_step_is_logged(tmp_path):
     """So that what waits for the log, and then interrupts, finds a run that can save."""
     t = trainer(tmp_path)
     assert not (tmp_path / "log.jsonl").exists()
