@@ -16,7 +16,6 @@ import base64
 import io
 import json
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -234,7 +233,7 @@ def main() -> None:
             peak = peak_megabytes(server.pid)
             print(f"peak memory of the server: {peak:.0f} MB; the bound is {MOST_MEGABYTES} MB")
         finally:
-            server.send_signal(signal.SIGINT)
+            server.terminate()  # SIGINT is ignored by what a shell runs in the background
             server.wait(PATIENCE)
             log.seek(0)
             tracebacks = own_tracebacks(log.read())
